@@ -1,0 +1,234 @@
+"""One frozen dataclass, one preset table, and the command line made from its fields."""
+import argparse
+import difflib
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+SAMPLERS = ("euler", "renoise")
+
+
+class InputError(ValueError):
+    """Input that we refuse; the scripts print it as one line and exit with code 2."""
+
+
+def option(default, help: str, choices: tuple = (), low: float = -math.inf, high: float = math.inf):
+    """A configuration field: default, meaning, and the values it takes."""
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run. Levels are unshifted; `shift` is applied by flow.shift alone."""
+    preset:          str = option("tiny", "name of the preset", ("tiny", "shapes"))
+    name:            str = option("", "run folder runs/NAME; empty: the preset's name")
+    seed:            int = option(0, "seed of everything", low=0)
+    device:          str = option("auto", "auto takes CUDA where there is one", ("auto", "cpu", "cuda"))
+    kernels:         str = option("auto", "implementation of the fused operations", ("auto", "torch"))
+    precision:       str = option("auto", "compute dtype; weights that train stay fp32. auto: bf16 where the device has it", ("auto", "fp32", "bf16"))
+    compile:         str = option("auto", "torch.compile of each block; auto: on CUDA", ("auto", "on", "off"))
+    # world
+    objects:         int = option(1, "objects in a scene", (1, 2))
+    sizes:           tuple[str, ...] = option(("64x64", "48x80", "80x48"), "image sizes HxW in pixels, multiples of 16, of about one area")
+    stated:          float = option(0.6, "probability that a caption states an attribute", low=0, high=1)
+    text_dim:        int = option(64, "width of the frozen word embeddings", low=1)
+    # teacher
+    teacher:         str = option("", "checkpoint of a teacher; empty: train one")
+    depth:           int = option(6, "blocks of the teacher", low=1)
+    width:           int = option(128, "width of the teacher, a multiple of 64", low=64)
+    qk_norm:         bool = option(True, "RMS norm of queries and keys")
+    teacher_images:  int = option(16384, "rendered images the teacher learns from", low=1)
+    teacher_steps:   int = option(1000, "training steps of the teacher", low=1)
+    teacher_batch:   int = option(64, "batch of the teacher's training", low=1)
+    teacher_lr:      float = option(1e-3, "its peak learning rate, decayed by a cosine", low=0)
+    teacher_means:   tuple[float, ...] = option((0.0, 1.3), "its levels: equal parts of LogitNormal(mean, 1)")
+    text_dropout:    float = option(0.1, "share of captions replaced by the empty one", low=0, high=1)
+    # synthetic data
+    data:            str = option("", "folder of latents; empty: let the teacher generate them")
+    data_size:       int = option(4096, "latents to generate", low=1)
+    data_batch:      int = option(128, "latents a shard and a generating batch", low=1)
+    guidance:        float = option(2.5, "teacher's guidance in data and samples", low=1)
+    sample_steps:    int = option(8, "teacher's steps: data and the report's many-step row", low=1)
+    # student
+    student_depth:   int = option(0, "blocks of the student, taken evenly from the teacher's; 0: all", low=0)
+    steps:           int = option(700, "training steps of the student", low=1)
+    batch:           int = option(64, "pairs a step", low=1)
+    accumulate:      int = option(1, "micro-batches a step", low=1)
+    lr:              float = option(2e-4, "student's learning rate", low=0)
+    heads_lr:        float = option(1e-3, "heads' learning rate", low=0)
+    beta1:           float = option(0.0, "Adam's beta1 of student and heads", low=0, high=1)
+    beta2:           float = option(0.95, "Adam's beta2 of student and heads", low=0, high=1)
+    warmup:          int = option(20, "steps of linear learning-rate warm-up, teacher and student", low=0)
+    decay:           float = option(0.4, "last share of the student's steps in which its learning rate falls to 0", low=0, high=1)
+    clip:            float = option(1.0, "bound of the gradient norm of each network", low=0)
+    ema:             float = option(0.99, "decay of the student's moving average, which is what is kept", low=0, high=1)
+    sampler:         str = option("euler", "the student's sampler", SAMPLERS)
+    levels:          tuple[float, ...] = option((1.0, 0.75, 0.5, 0.25), "student's levels, noisiest first, the first 1")
+    probs:           tuple[float, ...] = option((0.7, 0.1, 0.1, 0.1), "their probabilities")
+    easy_steps:      int = option(0, "first steps, on the easier half of the levels only", low=0)
+    shift:           float = option(1.0, "resolution shift of all sampling levels", low=1)
+    d_mean:          float = option(-0.5, "sigma_d ~ LogitNormal(d_mean, d_std)")
+    d_std:           float = option(1.0, "its standard deviation", low=0)
+    taps:            tuple[int, ...] = option((1, 3, 5), "teacher blocks that the heads read")
+    head_width:      int = option(64, "channels inside a head, a multiple of 16", low=16)
+    heads_steps:     int = option(1, "heads' steps a student step", low=1)
+    heads_first:     int = option(40, "heads-only steps at the start", low=0)
+    misaligned:      float = option(0.5, "share of the batch that is also fake under a caption that does not fit", low=0, high=1)
+    misaligned_at:   str = option("teacher", "who reads that caption", ("teacher", "heads"))
+    shared_noise:    bool = option(False, "one noise and level for real and fake")
+    r1_weight:       float = option(0.0, "approximate R1 on the renoised real sample", low=0)
+    r1_sigma:        float = option(0.05, "its perturbation", low=0)
+    distill_weight:  float = option(0.0, "the paper's distillation loss, for its ablation", low=0)
+    # evaluation
+    n:               int = option(2048, "images of each row of the report", low=2)
+    eval_n:          int = option(512, "images of an evaluation while training", low=2)
+    eval_every:      int = option(200, "steps between evaluations; 0: none", low=0)
+    grid_every:      int = option(200, "steps between sample grids; 0: none", low=0)
+    log_every:       int = option(10, "steps between log lines", low=1)
+    save_every:      int = option(200, "steps between checkpoints", low=1)
+    eval_batch:      int = option(256, "batch of sampling for evaluation", low=1)
+    # this process alone
+    stop_after:      int = option(0, "save and end after so many steps of this process; 0: never", low=0)
+    dry_run:         bool = option(False, "print the resolved configuration, sizes and costs, then exit")
+    profile:         str = option("", "file for a trace of the last 3 student steps")
+    overfit_one_batch: bool = option(False, "train teacher and student on their first batch only")
+
+    @property
+    def run_name(self) -> str:
+        return self.name or self.preset
+
+    @property
+    def hw(self) -> tuple[tuple[int, int], ...]:
+        """Image sizes in pixels."""
+        return tuple(parse_size(s) for s in self.sizes)
+
+
+PROCESS_FIELDS = ("stop_after", "dry_run", "profile")    # may differ when a run resumes
+
+# fmt: off
+PRESETS = {
+    #           depth width text teacher                                       data                  student                              report
+    "tiny":   {},
+    "shapes": dict(objects=2, sizes=("256x256", "192x320", "320x192"), depth=12, width=768, text_dim=256,
+                   teacher_images=65536, teacher_steps=3000, teacher_batch=128, teacher_lr=5e-4, teacher_means=(0.7, 2.0),
+                   data_size=16384, data_batch=512, sample_steps=16, steps=2000, batch=64, lr=5e-5, heads_lr=5e-4, ema=0.995,
+                   shift=2.0, d_mean=0.7, taps=(2, 5, 8, 11), head_width=256, eval_every=500, grid_every=500, save_every=500, eval_batch=128),
+}
+# fmt: on
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(H, W) of "HxW"; both multiples of 16 (codec 8, patch 2)."""
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(p.isdigit() for p in parts):
+        raise InputError(f"size {text!r}: HxW in pixels expected, e.g. 64x64")
+    h, w = map(int, parts)
+    if min(h, w) < 16 or h % 16 or w % 16:
+        near = "x".join(str(max(16, round(s / 16) * 16)) for s in (h, w))
+        raise InputError(f"size {text}: sides are multiples of 16, the nearest is {near}")
+    return h, w
+
+
+def parse_value(text: str, kind):
+    """`text` as a field's type; tuples are comma-separated. Raises ValueError."""
+    if kind is bool:
+        return {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}[text.lower()]
+    if kind in (int, float, str):
+        return kind(text)
+    return tuple(kind.__args__[0](part) for part in text.split(",") if part)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are InputErrors and which names the nearest known flag."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        raise InputError(message)
+
+    def parse(self, argv: list[str]) -> argparse.Namespace:
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            flags = [s for a in self._actions for s in a.option_strings if s.startswith("--")]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1, 0)
+            raise InputError(f"unknown argument {unknown[0]!r}; the nearest flag is {near[0]}")
+        return args
+
+
+def parse_config(argv: list[str], preset: str, description: str = "") -> Config:
+    """The configuration of a command line: the preset's values (`preset` if none is named), then the flags."""
+    parser = Parser(description=description, prog="train.py")
+    for f in fields(Config):
+        flag = "--" + f.name.replace("_", "-")
+        shown = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        meaning = f.metadata["help"].replace("%", "%%") + (f" (tiny: {shown})" if shown != "" else "")
+        choices = f" one of {', '.join(f.metadata['choices'])}:" if f.metadata["choices"] and f.type is str else ""
+        optional = dict(nargs="?", const="true") if f.type is bool else {}
+        parser.add_argument(flag, metavar=f.type.__name__.upper(), help=(choices + " " + meaning).strip(),
+                            default=argparse.SUPPRESS, **optional)
+    given = {}
+    for name, text in vars(parser.parse(argv)).items():
+        kind = next(f.type for f in fields(Config) if f.name == name)
+        try:
+            given[name] = parse_value(text, kind)
+        except (ValueError, KeyError):
+            raise InputError(f"--{name.replace('_', '-')}: found {text!r}, {describe(kind)} expected") from None
+    preset = given.get("preset", preset)
+    if preset not in PRESETS:
+        raise InputError(f"--preset: found {preset!r}, accepted are {', '.join(PRESETS)}")
+    return validated(Config(**{**PRESETS[preset], **given, "preset": preset}))
+
+
+def describe(kind) -> str:
+    if hasattr(kind, "__args__"):
+        return f"comma-separated {kind.__args__[0].__name__}"
+    return {bool: "on or off", int: "a whole number", float: "a number", str: "text"}[kind]
+
+
+def validated(c: Config) -> Config:
+    """`c`, every field in range and fields that belong together in agreement; InputError otherwise."""
+    for f in fields(c):
+        value, flag = getattr(c, f.name), "--" + f.name.replace("_", "-")
+        meta = f.metadata
+        if meta["choices"] and value not in meta["choices"]:
+            raise InputError(f"{flag}: found {value!r}, accepted are {', '.join(map(str, meta['choices']))}")
+        if f.type in (int, float) and not meta["low"] <= value <= meta["high"]:
+            raise InputError(f"{flag}: found {value}, {meta['low']:g} to {meta['high']:g} accepted")
+        if isinstance(value, tuple) and not value:
+            raise InputError(f"{flag}: found nothing, at least one value expected")
+
+    def must(ok: bool, message: str) -> None:
+        if not ok:
+            raise InputError(message)
+
+    areas = [h * w for h, w in c.hw]
+    must(max(areas) <= 1.25 * min(areas), f"--sizes: found areas {areas}, sizes of about one area (within 25 %) expected")
+    must(c.run_name == Path(c.run_name).name and c.run_name not in (".", ".."), f"--name: found {c.run_name!r}, a folder name expected")
+    must(c.width % 64 == 0, f"--width: found {c.width}, a multiple of 64 expected")
+    must(c.head_width % 16 == 0, f"--head-width: found {c.head_width}, a multiple of 16 expected")
+    must(c.batch % c.accumulate == 0, f"--accumulate: found {c.accumulate}, a divisor of --batch {c.batch} expected")
+    must(not c.misaligned or c.batch // c.accumulate > 1, f"--batch: found {c.batch // c.accumulate} a micro-batch; --misaligned needs at least 2")
+    must(len(c.probs) == len(c.levels), f"--probs: found {len(c.probs)} values for {len(c.levels)} --levels")
+    must(abs(sum(c.probs) - 1) < 1e-6 and min(c.probs) >= 0, f"--probs: found sum {sum(c.probs):g}, probabilities that add up to 1 expected")
+    falling = all(a > b for a, b in zip(c.levels, c.levels[1:]))
+    must(c.levels[0] == 1 and c.levels[-1] > 0 and falling, f"--levels: found {c.levels}, falling from 1 and above 0 expected")
+    must(list(c.taps) == sorted(set(c.taps)) and c.taps[0] >= 0, f"--taps: found {c.taps}, ascending block indices expected")
+    if not c.teacher:
+        must(c.taps[-1] < c.depth, f"--taps: found {c.taps[-1]}, the teacher has blocks 0 to {c.depth - 1}")
+        must(c.student_depth <= c.depth, f"--student-depth: found {c.student_depth}, at most the teacher's {c.depth} expected")
+    must(c.batch <= c.data_size, f"--data-size: found {c.data_size}, at least --batch {c.batch} expected")
+    return c
+
+
+def to_json(c: Config) -> str:
+    return json.dumps(asdict(c), indent=1) + "\n"
+
+
+def check_same(c: Config, stored: dict) -> None:
+    """Raises InputError unless a run folder's stored configuration is `c`, but for what concerns one process alone."""
+    for name, value in json.loads(to_json(c)).items():
+        if name not in PROCESS_FIELDS and stored.get(name) != value:
+            raise InputError(f"runs/{c.run_name}: made with --{name.replace('_', '-')} {stored.get(name)}, found {value}; "
+                             f"resume with the same flags or take another --name")

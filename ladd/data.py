@@ -1,0 +1,263 @@
+"""Latents with their prompts: safetensors shards on disk, and batches in an order that needs no saved state.
+
+A folder holds, each file whole or absent (written under a temporary name and renamed):
+    prompts.json            the distinct prompts
+    prompts.safetensors     context [p, l, dc], pooled [p, dp] bf16, codes [p, a], null_context, null_pooled
+    provenance.json         what made the latents (sampler, guidance, seed, sha of the teacher); written third
+    00007-8x12.safetensors  one shard: x0 [n, c, h, w] of one latent size (here h 8, w 12), prompt_id [n]
+
+Letters: p distinct prompts, n samples, b batch, c channels, h w latent size, l tokens, dc dp widths
+of context and pooled, a attributes. codes are -1 where a prompt leaves an attribute open; data without
+attributes has one column, the prompt's own number.
+"""
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ladd.config import InputError
+
+
+class Batch(NamedTuple):
+    x0: Tensor        # [b, c, h, w] fp32
+    context: Tensor   # [b, l, dc] as stored
+    pooled: Tensor    # [b, dp] as stored
+    codes: Tensor     # [b, a] int64
+    index: Tensor     # [b] int64, position in the dataset: bucket after bucket, by (h, w)
+
+
+@dataclass(frozen=True)
+class Latents:
+    prompts: list[str]
+    context: Tensor                                         # [p, l, dc]
+    pooled: Tensor                                          # [p, dp]
+    codes: Tensor                                           # [p, a]
+    null: tuple[Tensor, Tensor]                             # context [l, dc], pooled [dp] of the empty prompt
+    buckets: dict[tuple[int, int], tuple[Tensor, Tensor]]   # (h, w) -> x0 [n, c, h, w], prompt_id [n]
+    provenance: dict[str, Any]
+
+    def gather(self, bucket: tuple[int, int], index: Tensor) -> Batch:
+        """The samples `index` [b] of one bucket."""
+        x0, prompt_id = self.buckets[bucket]
+        offset = sum(len(ids) for hw, (_, ids) in self.buckets.items() if hw < bucket)
+        prompt = prompt_id[index]
+        text = self.context[prompt], self.pooled[prompt], self.codes[prompt]
+        return Batch(x0[index].float(), *text, offset + index)
+
+    def batch(self, step: int, batch: int, seed: int, exclude: int = 0) -> Batch:
+        """The batch of `step`, a function of its arguments alone: permutations by (seed, epoch). Our choice.
+
+        One size a batch, every sample once an epoch; what a bucket has left below `batch` waits for the next
+        epoch. The last `exclude` samples of each bucket stay out (held-out reals, for `gather`).
+        Raises InputError for a bucket that cannot fill a batch: its samples would never be seen.
+        """
+        starts, total = {}, 0                       # an epoch's batches, numbered bucket after bucket
+        for hw in sorted(self.buckets):
+            size = len(self.buckets[hw][1]) - exclude
+            if size < batch:
+                raise InputError(f"latents {hw[0]}x{hw[1]}: found {size}, a batch of {batch} needs as many")
+            starts[hw], total = total, total + size // batch
+        epoch, position = divmod(step, total)
+        number = int(permutation(total, seed, epoch)[position])
+        bucket = max(hw for hw, start in starts.items() if start <= number)
+        first = (number - starts[bucket]) * batch
+        order = permutation(len(self.buckets[bucket][1]) - exclude, seed, epoch, bucket)
+        return self.gather(bucket, order[first:first + batch])
+
+
+@lru_cache(maxsize=64)
+def permutation(n: int, *key) -> Tensor:
+    """A permutation of n that is a function of `key` alone, the same on every machine."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.randperm(n, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
+
+
+def open_folder(folder: str | Path, provenance: dict[str, Any], prompts: Sequence[str], context: Tensor,
+                pooled: Tensor, codes: Tensor, null: tuple[Tensor, Tensor]) -> None:
+    """Creates the folder, or checks that what lies there was made the same way, so that its shards can stay.
+
+    Raises InputError that names the first difference and both values.
+    """
+    folder, prompts = Path(folder), list(prompts)
+    tensors = {"context": context, "pooled": pooled, "null_context": null[0], "null_pooled": null[1]}
+    tensors = {name: t.to("cpu", torch.bfloat16) for name, t in tensors.items()}
+    tensors["codes"] = codes.to("cpu", torch.int64)
+    check_prompts(folder, prompts, tensors)
+    if (folder / "provenance.json").exists():
+        old = finite_json(read_json(folder / "provenance.json"))
+        new = json.loads(json.dumps(finite_json(provenance)))
+        old_prompts, old_tensors = read_prompts(folder)
+        pairs = [(key, old.get(key), new.get(key)) for key in [*new, *old]]
+        for name, a, b in [*pairs, *(("prompt", a, b) for a, b in zip_longest(old_prompts, prompts))]:
+            if a != b:
+                raise InputError(f"{folder}: found {name} {a!r}, {b!r} accepted; take another folder")
+        for name, tensor in tensors.items():
+            if not torch.equal(old_tensors[name], tensor):
+                raise InputError(f"{folder}: found another {name} of the same prompts; take another folder")
+    elif shards(folder):
+        raise InputError(f"{folder}: found shards without provenance.json; take another folder")
+    else:
+        publish(folder / "prompts.safetensors", lambda path: write_tensors(path, tensors))
+        publish(folder / "prompts.json", lambda path: write_json(path, prompts))
+        publish(folder / "provenance.json", lambda path: write_json(path, provenance))
+
+
+def write_shard(folder: str | Path, index: int, x0: Tensor, prompt_id: Tensor) -> None:
+    """Writes the latents x0 [n, c, h, w] (dtype kept) of the prompts prompt_id [n], whole or not at all."""
+    path = Path(folder) / f"{index:05d}-{x0.shape[-2]}x{x0.shape[-1]}.safetensors"
+    tensors = {"x0": x0, "prompt_id": prompt_id.long()}
+    check_shard(path, tensors)
+    publish(path, lambda path: write_tensors(path, tensors))
+
+
+def missing_shards(folder: str | Path, plan: Sequence[tuple[int, int]]) -> list[int]:
+    """Indices into `plan`, every shard's (h, w), that are not on disk. InputError for a shard outside it."""
+    present = shards(Path(folder))
+    for index, hw, path in present:
+        if index >= len(plan) or tuple(plan[index]) != hw:
+            raise InputError(f"{path}: found a shard that is not in this run's plan; take another folder")
+    return sorted(set(range(len(plan))) - {index for index, _, _ in present})
+
+
+def read_folder(folder: str | Path) -> Latents:
+    """The latents of a folder. Prompts stay memory-mapped, so does a bucket of one shard; several are joined.
+
+    Raises InputError that names the file which is missing, truncated, misshapen or not finite.
+    """
+    folder = Path(folder)
+    provenance, (prompts, text) = read_json(folder / "provenance.json"), read_prompts(folder)
+    parts, channels = {}, None
+    for _, hw, path in shards(folder):
+        shard, _ = read_tensors(path)
+        check_shard(path, shard, hw, channels, len(prompts))
+        channels = shard["x0"].shape[1]
+        x0, prompt_id = parts.setdefault(hw, ([], []))
+        x0.append(shard["x0"])
+        prompt_id.append(shard["prompt_id"])
+    if not parts:
+        raise InputError(f"{folder}: found no shard, files such as 00000-8x8.safetensors accepted")
+    join = lambda tensors: torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+    buckets = {hw: (join(x0), join(prompt_id)) for hw, (x0, prompt_id) in sorted(parts.items())}
+    null = text["null_context"], text["null_pooled"]
+    return Latents(prompts, text["context"], text["pooled"], text["codes"], null, buckets, provenance)
+
+
+def shards(folder: Path) -> list[tuple[int, tuple[int, int], Path]]:
+    """(index, (h, w), path) of the shards in a folder, by index."""
+    name = re.compile(r"(\d{5,})-(\d+)x(\d+)\.safetensors")
+    found = ((name.fullmatch(path.name), path) for path in folder.glob("*"))
+    return sorted((int(m[1]), (int(m[2]), int(m[3])), path) for m, path in found if m)
+
+
+def read_prompts(folder: Path) -> tuple[list[str], dict[str, Tensor]]:
+    prompts, (tensors, _) = read_json(folder / "prompts.json"), read_tensors(folder / "prompts.safetensors")
+    check_prompts(folder / "prompts.safetensors", prompts, tensors)
+    return prompts, tensors
+
+
+def check_prompts(where: Path, prompts: list[str], tensors: dict[str, Tensor]) -> None:
+    found, p = {name: list(t.shape) for name, t in tensors.items()}, len(prompts)
+    try:
+        (l, dc), (dp,), (_, a) = found["null_context"], found["null_pooled"], found["codes"]
+    except (KeyError, ValueError):
+        l, dc, dp, a = "l", "dc", "dp", "a"
+    want = {"context": [p, l, dc], "pooled": [p, dp], "codes": [p, a],
+            "null_context": [l, dc], "null_pooled": [dp]}
+    if found != want:
+        raise InputError(f"{where}: found {found}, {want} accepted")
+    check_finite(where, tensors)
+
+
+def check_shard(where: Path, tensors: dict[str, Tensor], hw: tuple[int, int] | None = None,
+                channels: int | None = None, prompts: int | None = None) -> None:
+    found = {name: [*t.shape, str(t.dtype)] for name, t in tensors.items()}
+    x0, ids = tensors.get("x0"), tensors.get("prompt_id")
+    if (len(found) != 2 or x0 is None or ids is None or x0.ndim != 4 or not x0.numel()
+            or ids.shape != x0.shape[:1] or not x0.is_floating_point() or ids.dtype != torch.int64
+            or hw not in (None, tuple(x0.shape[2:])) or channels not in (None, x0.shape[1])):
+        (h, w), c = hw or "hw", channels or "c"
+        raise InputError(f"{where}: found {found}, float x0 [n, {c}, {h}, {w}], int64 prompt_id [n] accepted")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or prompts is not None and high >= prompts:
+        raise InputError(f"{where}: found prompt_id {low} to {high}, rows of the {prompts} prompts accepted")
+    check_finite(where, tensors)
+
+
+def check_finite(where: Path, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not all(part.isfinite().all() for part in tensor.split(1024)):   # a mapped tensor may be huge
+            raise InputError(f"{where}: found NaN or infinity in {name}, finite values accepted")
+
+
+def publish(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` make a file or folder elsewhere, then renames it: a kill leaves all of it or nothing.
+
+    The temporary folder carries the final name, so the next write of `path` removes what a killed one left.
+    """
+    work = path.with_name(f".tmp_{path.name}")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    write(work / path.name)
+    sync(work)
+    os.replace(work / path.name, path)
+    work.rmdir()
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content or a folder's entries are on disk: a rename comes after what it names."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    # copy: safetensors refuses tensors that share storage
+    owned = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    save_file(owned, path, metadata)
+    path.chmod(0o644)   # save_file leaves its temporary file's private mode
+    sync(path)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a safetensors file; memory-mapped, writing into one leaves the file alone."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: found no whole safetensors file ({error})") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(finite_json(value), indent=1, allow_nan=False) + "\n")
+    sync(path)
+
+
+def read_json(path: Path) -> Any:
+    special = lambda found: float(found["float"]) if list(found) == ["float"] else found
+    try:
+        return json.loads(path.read_text(), object_hook=special)
+    except (OSError, ValueError) as error:   # ValueError: no JSON or no UTF-8
+        raise InputError(f"{path}: found no whole JSON file ({error})") from None
+
+
+def finite_json(value: Any) -> Any:
+    """NaN and infinity as {"float": "nan"}, which read_json turns back: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: finite_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_json(item) for item in value]
+    return {"float": repr(value)} if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,67 @@
+"""The discriminator: one convolutional head per tapped teacher block, conditioned on the noise level and the pooled text.
+
+The frozen teacher supplies the features; only what is here trains. Letters: k head, b batch, l tokens, d teacher width, c head width,
+e conditioning width. Source: Sauer et al. 2024 (LADD), Sec. 3.2; see kernels/heads.py for the head itself.
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kernels import Kernels
+from kernels.heads import GROUP_SIZE, HeadParams
+from ladd.mmdit import FREQUENCIES, Linear, mlp, sinusoid
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """Sizes of the heads."""
+    taps: tuple[int, ...]    # teacher blocks whose image tokens are read, ascending
+    feat_dim: int            # d, the teacher's width
+    pooled_dim: int          # of the pooled text embedding
+    width: int = 64          # c, channels inside a head
+    cond_dim: int = 64       # e
+
+    def __post_init__(self):
+        if self.width % GROUP_SIZE or not self.taps:
+            raise ValueError(f"heads: width {self.width}, taps {self.taps}; a multiple of {GROUP_SIZE} and at least one tap expected")
+
+
+class Discriminator(nn.Module):
+    """All heads, their parameters stacked, evaluated in one call; one logit per token and head.
+
+    Features are standardised per channel with fixed statistics of real features (`calibrate`): block outputs differ by orders of
+    magnitude between channels and depths, and a head that must first learn that scale is too weak at the start (our choice, measured).
+    """
+
+    def __init__(self, config: DiscriminatorConfig, kernels: Kernels):
+        super().__init__()
+        self.config, self.kernels = config, kernels
+        k, d, c, e = len(config.taps), config.feat_dim, config.width, config.cond_dim
+        self.level_embedder = mlp(FREQUENCIES, e, e)
+        self.text_embedder = Linear(config.pooled_dim, e)
+        shapes = HeadParams(w_in=(k, d, c), b_in=(k, c), gamma1=(k, c), beta1=(k, c), w_conv=(k, 3, 3, c, c), b_conv=(k, c),
+                            gamma2=(k, c), beta2=(k, c), w_cond=(k, e, c), w_out=(k, c), b_out=(k,))
+        fan_in = {"w_in": d, "w_conv": 9 * c, "w_cond": e, "w_out": 1}
+        for name, shape in shapes._asdict().items():
+            init = torch.ones(shape) if name.startswith("gamma") else torch.zeros(shape)
+            if name in fan_in:
+                init = torch.randn(shape) * fan_in[name] ** -0.5
+            setattr(self, name, nn.Parameter(init))
+        self.register_buffer("feat_mean", torch.zeros(k, 1, d))
+        self.register_buffer("feat_std", torch.ones(k, d, 1))
+
+    @torch.no_grad()
+    def calibrate(self, feats: list[Tensor]) -> None:
+        """Sets the statistics of the standardisation from real features, k tensors [b, l, d]."""
+        for i, f in enumerate(feats):
+            std, mean = torch.std_mean(f.float().flatten(0, 1), 0)
+            self.feat_mean[i, 0], self.feat_std[i, :, 0] = mean, std.clamp_min(1e-4)
+
+    def forward(self, feats: list[Tensor], sigma_d: Tensor, pooled: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Logits [k, b, h, w]; feats k tensors [b, h*w, d], sigma_d [b], pooled [b, pooled_dim], grid (h, w) in tokens."""
+        cond = torch.nn.functional.silu(self.level_embedder(sinusoid(sigma_d).float()) + self.text_embedder(pooled.float()))
+        p = HeadParams(*(getattr(self, name) for name in HeadParams._fields))
+        w_in = p.w_in / self.feat_std                                          # (F - mean) / std, folded into the product
+        b_in = p.b_in - (self.feat_mean @ w_in).squeeze(1)
+        return self.kernels.discriminator_heads(feats, p._replace(w_in=w_in, b_in=b_in), cond, grid)

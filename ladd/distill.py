@@ -1,0 +1,178 @@
+"""The LADD step as pure functions: no optimizer, no logging, no distribution.
+
+    x0_hat     = student's prediction from (1 - sigma_s) x0 + sigma_s eps
+    feats_fake = teacher taps of renoise(x0_hat, sigma_d)    the graph lives on through the frozen teacher into the student
+    feats_real = teacher taps of renoise(x0, sigma_d')       no graph
+    loss_d     = mean relu(1 - D(feats_real)) + mean relu(1 + D(feats_fake.detach()))
+    loss_g     = - mean D(feats_fake)
+
+One step: `fake_pass`, `heads_loss` and the heads' optimizer, then `student_loss` with the same fake features and the student's optimizer.
+The fake teacher forward thus serves both losses; its gradients equal those of two forwards. Source: Sauer et al. 2024, Sec. 3.
+"""
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ladd import flow
+from ladd.discriminator import Discriminator
+from ladd.mmdit import MMDiT
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """What one step computes. Levels are unshifted; `shift` is applied to the student's by `draw` and nowhere else."""
+    levels: tuple[float, ...]      # of the student, noisiest first
+    probs: tuple[float, ...]       # their probabilities after the warm-up
+    easy_steps: int                # warm-up steps on the easier half of the levels
+    shift: float                   # resolution shift of the student's levels
+    d_mean: float                  # sigma_d ~ LogitNormal(d_mean, d_std), final values: the shift is not applied again
+    d_std: float
+    shared_noise: bool             # one (sigma_d, eps) for real and fake, else independent draws
+    misaligned: float              # share of the batch that also counts as fake under a caption that does not fit
+    misaligned_at: str             # "teacher": the other caption goes through the teacher; "heads": into the heads' conditioning alone
+    r1_weight: float               # approximate R1 on the renoised real sample
+    r1_sigma: float                # its perturbation
+    distill_weight: float          # the paper's distillation loss, 0 with synthetic data
+
+
+class Text(NamedTuple):
+    """What a network reads of a caption."""
+    context: Tensor    # [b, l, context_dim]
+    pooled: Tensor     # [b, pooled_dim]
+
+
+class Draws(NamedTuple):
+    """Every random number of one pass."""
+    sigma_s: Tensor    # [b] student's level, shifted
+    eps_s: Tensor      # [b, c, h, w]
+    sigma_d: Tensor    # [b] level of the renoised fake
+    eps_d: Tensor
+    sigma_r: Tensor    # [b] level of the renoised real sample
+    eps_r: Tensor
+    eps_r1: Tensor     # direction of the R1 perturbation
+
+
+class Fake(NamedTuple):
+    """One fake sample and its teacher features, graph attached."""
+    x0_hat: Tensor         # [b, c, h, w]
+    feats: list[Tensor]    # k x [b, l, d]
+    target: Tensor | None  # the teacher's own x0 estimate of the renoised fake, for the distillation loss
+
+
+def draw(x0: Tensor, step: int, config: DistillConfig, generator: torch.Generator) -> Draws:
+    """All random numbers for a batch like x0, drawn on the CPU in fp32 so that devices agree."""
+    b = x0.shape[0]
+    probs = flow.student_probs(step, config.probs, config.easy_steps)
+    sigma_s = flow.shift(flow.student_levels(b, config.levels, probs, generator), config.shift)
+    sigma_d, sigma_r = (flow.logit_normal(b, config.d_mean, config.d_std, generator) for _ in range(2))
+    eps_s, eps_d, eps_r, eps_r1 = (torch.randn(x0.shape, generator=generator) for _ in range(4))
+    if config.shared_noise:
+        sigma_r, eps_r = sigma_d, eps_d
+    return Draws(*(t.to(x0.device) for t in (sigma_s, eps_s, sigma_d, eps_d, sigma_r, eps_r, eps_r1)))
+
+
+def misfits(codes: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(rows, others): for `count` samples of the batch, another sample whose caption does not fit them.
+
+    codes [b, A]: stated attributes, -1 where open; two captions exclude each other where both state an attribute and differ. A
+    caption that happens to fit is redrawn, i.e. never taken; rows for which the batch holds no misfit are left out.
+    """
+    codes = codes.cpu()
+    a, b = codes[:count, None], codes[None]
+    score = torch.rand(a.shape[0], codes.shape[0], generator=generator) * ((a != b) & (a >= 0) & (b >= 0)).any(-1)
+    best, others = score.max(1)
+    rows = torch.nonzero(best > 0).squeeze(1)
+    return rows, others[rows]
+
+
+def grid_of(teacher: MMDiT, x: Tensor) -> tuple[int, int]:
+    return x.shape[-2] // teacher.config.patch, x.shape[-1] // teacher.config.patch
+
+
+def predict_x0(model: MMDiT, xt: Tensor, sigma: Tensor, text: Text) -> Tensor:
+    """x0_hat = xt - sigma v, in fp32."""
+    return flow.to_x0(xt, model(xt, sigma, *text), sigma)
+
+
+def taps_of(teacher: MMDiT, heads: Discriminator, xt: Tensor, sigma: Tensor, text: Text) -> list[Tensor]:
+    """The features that the heads read; the teacher stops at its last tap."""
+    return teacher(xt, sigma, *text, taps=heads.config.taps, stop_at_last_tap=True)[1]
+
+
+def fake_pass(student: MMDiT, teacher: MMDiT, heads: Discriminator, x0: Tensor, text: Text, draws: Draws,
+              config: DistillConfig) -> Fake:
+    """Student forward and the one teacher forward on its renoised prediction. No no_grad: the features carry the student's gradient."""
+    x0_hat = predict_x0(student, flow.noised(x0, draws.eps_s, draws.sigma_s), draws.sigma_s, text)
+    xt = flow.noised(x0_hat, draws.eps_d, draws.sigma_d)
+    if not config.distill_weight:
+        return Fake(x0_hat, taps_of(teacher, heads, xt, draws.sigma_d, text), None)
+    v, feats = teacher(xt, draws.sigma_d, *text, taps=heads.config.taps)
+    return Fake(x0_hat, feats, flow.to_x0(xt, v, draws.sigma_d).detach())       # detach: the target is no way into the student
+
+
+def hinge_d(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """mean relu(1 - D(real)) + mean relu(1 + D(fake)), per token and head; the mean comes last."""
+    return F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean()
+
+
+def heads_loss(teacher: MMDiT, heads: Discriminator, x0: Tensor, text: Text, codes: Tensor, fake_feats: list[Tensor], draws: Draws,
+               config: DistillConfig, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss_d, stats): hinge of real against fake and misaligned, plus approximate R1. Moves only the heads.
+
+    stats: detached tensors `logits_real`, `logits_fake` [k, b, h, w], `logits_misaligned` or None, and `loss_r1`.
+    """
+    grid = grid_of(teacher, x0)
+    xt = flow.noised(x0, draws.eps_r, draws.sigma_r)
+    with torch.no_grad():                                                       # real features need no graph
+        feats = taps_of(teacher, heads, xt, draws.sigma_r, text)
+    logits_real = heads(feats, draws.sigma_r, text.pooled, grid)
+    logits_fake = heads([f.detach() for f in fake_feats], draws.sigma_d, text.pooled, grid)   # detach: D must not move the student
+    all_fake, logits_mis = [logits_fake], None
+    if config.misaligned:
+        rows, others = misfits(codes, round(config.misaligned * x0.shape[0]), generator)
+        rows, others = rows.to(x0.device), others.to(x0.device)
+        if len(rows):
+            wrong, sigma = Text(text.context[others], text.pooled[others]), draws.sigma_r[rows]
+            if config.misaligned_at == "teacher":
+                with torch.no_grad():
+                    wrong_feats = taps_of(teacher, heads, xt[rows], sigma, wrong)
+            else:
+                wrong_feats = [f[rows] for f in feats]
+            logits_mis = heads(wrong_feats, sigma, wrong.pooled, grid)
+            all_fake.append(logits_mis)
+    loss = hinge_d(logits_real, torch.cat(all_fake, 1))
+    loss_r1 = torch.zeros((), device=x0.device)
+    if config.r1_weight:
+        # the RENOISED sample is perturbed, at the same level: ||D(xt) - D(xt + r1_sigma n)||^2 (Lin et al. 2025, Sec. 3.3)
+        with torch.no_grad():
+            near = taps_of(teacher, heads, xt + config.r1_sigma * draws.eps_r1, draws.sigma_r, text)
+        loss_r1 = (heads(near, draws.sigma_r, text.pooled, grid) - logits_real).square().mean()
+        loss = loss + config.r1_weight * loss_r1
+    return loss, {"logits_real": logits_real.detach(), "logits_fake": logits_fake.detach(),
+                  "logits_misaligned": None if logits_mis is None else logits_mis.detach(), "loss_r1": loss_r1.detach()}
+
+
+def student_loss(heads: Discriminator, text: Text, fake: Fake, draws: Draws, config: DistillConfig,
+                 grid: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, stats) of the student step: - mean D(feats_fake), plus the distillation loss where it is asked for.
+
+    The distillation loss is (1 - sigma_d) |x0_hat - teacher's x0 estimate|^2, the weight that ADD calls exponential (Sauer et al.
+    2023, Sec. 3.3, c(t) = alpha_t). Gradients reach the heads' parameters too; take them for the student's alone.
+    """
+    logits = heads(fake.feats, draws.sigma_d, text.pooled, grid)
+    loss_g = -logits.mean()
+    loss_distill = torch.zeros((), device=logits.device)
+    if config.distill_weight:
+        weight = 1 - flow.per_sample(draws.sigma_d, fake.x0_hat)
+        loss_distill = (weight * (fake.x0_hat - fake.target).square()).mean()
+    return (loss_g + config.distill_weight * loss_distill,
+            {"loss_g": loss_g.detach(), "loss_distill": loss_distill.detach(), "logits_fake_g": logits.detach()})
+
+
+def flow_loss(model: MMDiT, x0: Tensor, eps: Tensor, sigma: Tensor, text: Text) -> Tensor:
+    """The teacher's own training loss, per sample [b]: mean |v - (eps - x0)|^2 (Esser et al. 2024, Eq. 2 with their weight 1)."""
+    v = model(flow.noised(x0, eps, sigma), sigma, *text)
+    return (v - flow.velocity(x0, eps)).square().flatten(1).mean(1)

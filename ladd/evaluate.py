@@ -1,0 +1,157 @@
+"""Prompts of the built-in world, samples for them, and one row of the report: quality against renders at equal n."""
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ladd import flow, metrics, shapes
+from ladd.config import Config
+from ladd.data import Latents
+from ladd.discriminator import Discriminator
+from ladd.distill import DistillConfig, Text, draw, fake_pass, grid_of, hinge_d, taps_of
+from ladd.mmdit import MMDiT
+from ladd.sampler import image_noise, sample
+
+
+class Prompts(NamedTuple):
+    """Prompts of one image size, with one render that fits each."""
+    hw: tuple[int, int]
+    codes: Tensor       # [n, A] what the captions state
+    captions: list[str]
+    latents: Tensor     # [n, 16, H/8, W/8] of the renders
+
+
+def draw_prompts(config: Config, n: int, seed: int, heldout: bool = False) -> list[Prompts]:
+    """n prompts drawn like the world's captions, split evenly over the image sizes; a pure function of its arguments."""
+    parts = []
+    for i, hw in enumerate(config.hw):
+        g = torch.Generator().manual_seed(seed * 1009 + i)
+        count = n // len(config.hw) + (i < n % len(config.hw))
+        scenes = shapes.sample_scenes(count, hw, config.objects, g, heldout)
+        codes = shapes.draw_captions(scenes.attributes, g, config.stated)
+        latents = shapes.encode(shapes.render(scenes, hw))
+        parts.append(Prompts(hw, codes, [shapes.caption(c, config.objects) for c in codes], latents))
+    return parts
+
+
+def embed(config: Config, captions: list[str], device: torch.device) -> Text:
+    """Text of captions; the empty caption is the null prompt of guidance."""
+    return Text(*(t.to(device) for t in shapes.embed(captions, shapes.max_words(config.objects), config.text_dim)))
+
+
+def generate(model: MMDiT, config: Config, prompts: list[Prompts], sigmas: Tensor, sampler: str, guidance: float, seed: int,
+             progress: Callable[[int], None] = lambda n: None) -> tuple[list[Tensor], float]:
+    """(latents per size, seconds in the model); prompt i of all starts from the noise of seed + i."""
+    device = next(model.parameters()).device
+    null = Text(*(t[0] for t in embed(config, [""], device)))
+    out, seconds, first = [], 0.0, seed
+    for part in prompts:
+        latents = []
+        for i in range(0, len(part.captions), config.eval_batch):
+            captions = part.captions[i:i + config.eval_batch]
+            text, seeds = embed(config, captions, device), list(range(first + i, first + i + len(captions)))
+            noise = image_noise(seeds, tuple(part.latents.shape[1:])).to(device)
+            start = time.perf_counter()
+            latents.append(sample(model, noise, text, sigmas, sampler, seeds, null, guidance).cpu())
+            seconds += time.perf_counter() - start
+            progress(len(captions))
+        out.append(torch.cat(latents))
+        first += len(part.captions)
+    return out, seconds
+
+
+class Reference(NamedTuple):
+    """Renders to measure against, and the floor: the prompts' own renders, measured like a model's samples."""
+    features: tuple[Tensor, Tensor]    # [n, f] of renders of other scenes, in both feature spaces
+    grades: Tensor                     # [n, A] of the prompts' own renders
+    floor: dict
+
+
+def look(latents: list[Tensor], objects: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """(features in both spaces, grades) of the decoded latents of all sizes."""
+    images = [shapes.decode(x.cpu()) for x in latents]
+    gather = lambda f: torch.cat([f(x) for x in images])
+    return (gather(metrics.features_random), gather(metrics.features_hand)), gather(lambda x: shapes.grade(x, objects))
+
+
+def score(latents: list[Tensor], prompts: list[Prompts], objects: int, reference: Reference) -> dict:
+    """The metrics of one set of samples, one for each prompt."""
+    (feats, feats2), grades = look(latents, objects)
+    codes = torch.cat([p.codes for p in prompts])
+    density, coverage = metrics.density_coverage(reference.features[0], feats)
+    accuracy = metrics.prompt_accuracy(shapes.align(grades, codes), codes)
+    return {"fd": metrics.frechet(reference.features[0], feats), "fd2": metrics.frechet(reference.features[1], feats2),
+            "prompt_accuracy": accuracy["all"], "coverage": coverage, "density": density,
+            "entropy": metrics.attribute_entropy(grades, codes, reference.grades),
+            "readable": float((grades[:, 0] >= 0).float().mean()), "accuracy": accuracy}
+
+
+def make_reference(config: Config, prompts: list[Prompts], n: int, seed: int) -> Reference:
+    """n renders drawn like those of `prompts` from another seed, and the floor between the two sets."""
+    other, _ = look([p.latents for p in draw_prompts(config, n, seed)], config.objects)
+    own = [p.latents for p in prompts]
+    reference = Reference(other, look(own, config.objects)[1], {})
+    return reference._replace(floor=score(own, prompts, config.objects, reference))
+
+
+def measure(model: MMDiT, config: Config, prompts: list[Prompts], reference: Reference, steps: int, sampler: str, guidance: float = 1.0,
+            levels: tuple[float, ...] | None = None, seed: int = 0, progress: Callable[[int], None] = lambda n: None) -> dict:
+    """One row: `steps` levels evenly spaced, or the given unshifted ones; images by `sampler`."""
+    sigmas = flow.euler_levels(steps, config.shift) if levels is None else \
+        flow.shift(torch.tensor((*levels, 0.0)), config.shift)
+    latents, seconds = generate(model, config, prompts, sigmas, sampler, guidance, seed, progress)
+    row = score(latents, prompts, config.objects, reference)
+    n = sum(len(p.captions) for p in prompts)
+    return {"sampler": sampler, "steps": steps, "guidance": guidance, "nfe": steps * (1 if guidance == 1 else 2), **row,
+            "ms_per_image": 1000 * seconds / n}
+
+
+@torch.no_grad()
+def duel(student: MMDiT, teacher: MMDiT, heads: Discriminator, latents: Latents, config: DistillConfig, n: int,
+         holdout: int) -> dict[str, float]:
+    """How well the heads tell apart, over held-out latents of the first bucket and four bands of sigma_d.
+
+    auc: held-out real against fake (near .5: the heads are too weak; near 1: too strong). auc_memory: real from training against
+    held-out (above .5: the heads have memorised). auc_null: one half of the held-out reals against the other (off .5: a leak). gap_k: mean
+    logit of real less fake of head k. hinge_<level>: the hinge loss in bands of sigma_d.
+    """
+    device, g = next(teacher.parameters()).device, torch.Generator().manual_seed(0)
+    bucket = min(latents.buckets)
+    size = len(latents.buckets[bucket][1])
+    n = min(n, holdout) // 2 * 2
+
+    def logits(first: int, fake: bool) -> tuple[Tensor, Tensor]:
+        batch = latents.gather(bucket, torch.arange(first, first + n))
+        x0, text = batch.x0.to(device), Text(batch.context.to(device), batch.pooled.to(device))
+        drawn = draw(x0, config.easy_steps, config, g)
+        if fake:
+            out = fake_pass(student, teacher, heads, x0, text, drawn, replace(config, distill_weight=0.0)).feats
+        else:
+            out = taps_of(teacher, heads, flow.noised(x0, drawn.eps_d, drawn.sigma_d), drawn.sigma_d, text)
+        return heads(out, drawn.sigma_d, text.pooled, grid_of(teacher, x0)).float().cpu(), drawn.sigma_d.cpu()
+
+    (held, sigma_r), (fake, sigma_f), (seen, _) = logits(size - n, False), logits(size - n, True), logits(0, False)
+    mean = lambda x: x.mean((0, 2, 3))                                         # one value a sample
+    out = {"auc": metrics.auc(mean(held), mean(fake)), "auc_memory": metrics.auc(mean(seen), mean(held)),
+           "auc_null": metrics.auc(mean(held[:, ::2]), mean(held[:, 1::2]))}
+    out |= {f"gap_{k}": float(held[k].mean() - fake[k].mean()) for k in range(len(held))}
+    for low in (0.0, 0.25, 0.5, 0.75):
+        r, f = ((s >= low) & (s < low + 0.25) for s in (sigma_r, sigma_f))
+        if r.any() and f.any():
+            out[f"hinge_{low + 0.125:g}"] = float(hinge_d(held[:, r], fake[:, f]))
+    return out
+
+
+def world_latents(config: Config, n: int, seed: int) -> Latents:
+    """n captioned renders as training data: what a folder of shards would hold, made in memory."""
+    parts = draw_prompts(config, n, seed)
+    captions = sorted({c for p in parts for c in p.captions})
+    number = {c: i for i, c in enumerate(captions)}
+    text = embed(config, captions, torch.device("cpu"))
+    null = tuple(t[0] for t in embed(config, [""], torch.device("cpu")))
+    buckets = {tuple(p.latents.shape[2:]): (p.latents, torch.tensor([number[c] for c in p.captions])) for p in parts}
+    codes = torch.tensor([shapes.parse(c, config.objects) for c in captions])
+    return Latents(captions, *text, codes, null, buckets, {})

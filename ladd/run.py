@@ -1,0 +1,104 @@
+"""The run folder: configuration, environment, log and the wish to stop."""
+import json
+import os
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from ladd.config import Config, InputError, check_same, to_json
+from ladd.report import commit, versions
+
+
+def open_run(config: Config) -> Path:
+    """runs/NAME, made new or checked to belong to the same configuration."""
+    folder = Path("runs") / config.run_name
+    stored = folder / "config.json"
+    if stored.exists():
+        try:
+            check_same(config, json.loads(stored.read_text()))
+        except json.JSONDecodeError as e:
+            raise InputError(f"{stored}: not JSON ({e})") from None
+    for name in ("samples", "checkpoints"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    stored.write_text(to_json(config))
+    env = {"command": command(), "commit": commit(), **versions()}
+    (folder / "env.txt").write_text("\n".join(f"{k}: {v}" for k, v in env.items()) + "\n")
+    return folder
+
+
+def command() -> str:
+    return " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+class Log:
+    """log.jsonl: one object a line. Lines of a stage beyond the step that it resumes at are dropped, so no step stands twice."""
+
+    def __init__(self, folder: Path, stage: str, resume_at: int):
+        self.path, self.stage = folder / "log.jsonl", stage
+        lines = [line for line in read_log(folder) if line["stage"] != stage or line["step"] <= resume_at]
+        temp = self.path.with_suffix(".tmp")
+        temp.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        os.replace(temp, self.path)
+
+    def write(self, step: int, **values) -> None:
+        with self.path.open("a") as f:
+            f.write(json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
+
+
+def read_log(folder: Path) -> list[dict]:
+    """All lines; a last line cut off by a kill is left out."""
+    path = folder / "log.jsonl"
+    if not path.exists():
+        return []
+    text = path.read_text()
+    return [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]
+
+
+def curves(folder: Path, stage: str) -> dict[str, list]:
+    """Columns of a stage's log: name -> [(step, value), ...] of the lines that have it."""
+    out: dict[str, list] = {}
+    for line in read_log(folder):
+        if line["stage"] == stage:
+            for name, value in line.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    out.setdefault(name, []).append((line["step"], value))
+    return out
+
+
+class Stopper:
+    """True after SIGINT or SIGTERM: the loops look after each step, save and end with code 0. A second signal ends at once."""
+
+    def __init__(self):
+        self.signal = None
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, self._note)
+
+    def _note(self, number, frame) -> None:
+        self.signal = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+
+class Stopped(Exception):
+    """Raised once a stage has saved itself after a signal or --stop-after."""
+
+
+def check_finite(step: int, **values: float) -> None:
+    """Stops a run whose loss or gradient is no number, naming the step and the term."""
+    for name, value in values.items():
+        if not torch.isfinite(torch.as_tensor(value)):
+            raise FloatingPointError(f"step {step}: {name} is {value}; the last checkpoint is intact")
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory of this process on the device (the host's resident set on the CPU)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    import resource
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30

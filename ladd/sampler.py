@@ -1,0 +1,62 @@
+"""Samplers: Euler with guidance for the teacher, few steps for the student. Pure functions over given noise.
+
+`sigmas` are the final levels, descending, ending in 0. Source: Esser et al. 2024; Sauer et al. 2024, Sec. 4 (student).
+"""
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ladd import flow
+from ladd.distill import Text
+from ladd.mmdit import MMDiT
+
+
+def image_noise(seeds: list[int], shape: tuple[int, ...]) -> Tensor:
+    """Noise [len(seeds), *shape]: image i from its own generator, on the CPU in fp32, whatever the device or batch."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+
+def guided(model: MMDiT, null: Text, guidance: float) -> Callable[[Tensor, Tensor, Text], Tensor]:
+    """v(x, sigma, text) with classifier-free guidance v_null + guidance (v_text - v_null); 1 is none and costs one evaluation.
+
+    null: the embedded empty prompt, [l, context_dim] and [pooled_dim].
+    """
+    def v(x: Tensor, sigma: Tensor, text: Text) -> Tensor:
+        if guidance == 1:
+            return model(x, sigma, *text)
+        b = x.shape[0]
+        both = (torch.cat([t, n.to(t).expand(b, *n.shape)]) for t, n in zip(text, null))
+        v_text, v_null = model(x.repeat(2, 1, 1, 1), sigma.repeat(2), *both).chunk(2)
+        return torch.lerp(v_null, v_text, guidance)
+    return v
+
+
+@torch.no_grad()
+def euler(v: Callable, noise: Tensor, text: Text, sigmas: Tensor) -> Tensor:
+    """x0 from noise by x += (sigma' - sigma) v over consecutive levels; one evaluation (two if guided) a level."""
+    x = noise
+    for now, then in zip(sigmas[:-1], sigmas[1:]):
+        x = x + (then - now) * v(x, now.expand(x.shape[0]).to(x.device), text)
+    return x
+
+
+@torch.no_grad()
+def renoise(v: Callable, noise: Tensor, text: Text, sigmas: Tensor, seeds: list[int]) -> Tensor:
+    """x0 from noise by predicting x0_hat and noising it anew to the next level, which is what LADD shows the student in training."""
+    x, shape = noise, tuple(noise.shape[1:])
+    for i, (now, then) in enumerate(zip(sigmas[:-1], sigmas[1:])):
+        sigma = now.expand(x.shape[0]).to(x.device)
+        x0_hat = flow.to_x0(x, v(x, sigma, text), sigma)
+        fresh = image_noise([s + (i + 1) * 1_000_003 for s in seeds], shape).to(x) if then > 0 else noise
+        x = flow.noised(x0_hat, fresh, then.expand(x.shape[0]).to(x.device))
+    return x
+
+
+def sample(model: MMDiT, noise: Tensor, text: Text, sigmas: Tensor, sampler: str, seeds: list[int], null: Text | None = None,
+           guidance: float = 1.0) -> Tensor:
+    """Latents [b, c, h, w] from noise by the sampler named "euler" or "renoise"."""
+    if guidance != 1 and null is None:
+        raise ValueError("sample: guidance other than 1 needs the null text")
+    v = guided(model, null, guidance)
+    return euler(v, noise, text, sigmas) if sampler == "euler" else renoise(v, noise, text, sigmas, seeds)

@@ -1,0 +1,277 @@
+"""The order of batches, and latents on disk: what is written, what is refused, what a kill leaves."""
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import rng
+from safetensors.torch import save_file
+
+from ladd import data
+from ladd.config import InputError
+from ladd.data import Latents, missing_shards, open_folder, read_folder, write_shard
+
+SIZES = {(4, 6): 23, (4, 4): 41, (6, 4): 10}    # not in the order of (h, w), none a multiple of the batch
+BATCH = 5
+EPOCH = 4 + 8 + 2                               # batches
+
+
+def text(p: int = 7) -> dict:
+    """Prompts whose embeddings and codes carry the prompt's number."""
+    n = torch.arange(p)
+    return {"prompts": [f"prompt {i}" for i in range(p)], "context": n[:, None, None].expand(p, 3, 2).float(),
+            "pooled": n[:, None].expand(p, 4) + 100.0, "codes": torch.stack([n, n - 1], 1),
+            "null": (torch.full((3, 2), -1.0), torch.full((4,), -2.0))}
+
+
+def latents() -> Latents:
+    """Latents whose every value is the sample's position in the dataset; its prompt is that modulo 7."""
+    buckets, first = {}, dict(zip(sorted(SIZES), (0, 41, 64)))
+    for (h, w), n in SIZES.items():
+        position = torch.arange(n) + first[h, w]
+        buckets[h, w] = position[:, None, None, None].expand(n, 2, h, w).half(), position % 7
+    return Latents(**text(), buckets=buckets, provenance={})
+
+
+# order
+
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_an_epoch_shows_every_sample_once_and_one_size_a_batch(epoch):
+    d, seen, sizes = latents(), [], Counter()
+    for step in range(epoch * EPOCH, (epoch + 1) * EPOCH):
+        b = d.batch(step, BATCH, seed=1)
+        assert b.x0.shape[:2] == (BATCH, 2) and b.x0.dtype == torch.float32
+        assert torch.equal(b.x0, b.index.float()[:, None, None, None].expand_as(b.x0))
+        assert torch.equal(b.context[:, 0, 0], (b.index % 7).float())
+        assert torch.equal(b.pooled[:, 3], b.index % 7 + 100.0)
+        assert torch.equal(b.codes, torch.stack([b.index % 7, b.index % 7 - 1], 1))
+        sizes[tuple(b.x0.shape[2:])] += 1
+        seen += b.index.tolist()
+    assert sizes == {hw: n // BATCH for hw, n in SIZES.items()}
+    assert len(seen) == len(set(seen)) == EPOCH * BATCH and max(seen) == 73
+
+
+def test_the_remainder_changes_from_epoch_to_epoch_and_the_order_with_it():
+    d = latents()
+    steps = [range(e * EPOCH, (e + 1) * EPOCH) for e in range(8)]
+    epochs = [[i for s in epoch for i in d.batch(s, BATCH, 1).index.tolist()] for epoch in steps]
+    left = [frozenset(range(74)) - frozenset(e) for e in epochs]
+    assert all(len(x) == 4 for x in left) and len(set(left)) == 8 and len({tuple(e) for e in epochs}) == 8
+    sizes = [tuple(d.batch(s, BATCH, 1).x0.shape[2:]) for s in range(EPOCH)]
+    assert sizes != sorted(sizes) and sizes != sorted(sizes, reverse=True)      # buckets are mixed
+
+
+def test_a_batch_depends_on_step_and_seed_alone():
+    straight = [latents().batch(s, BATCH, 1).index.tolist() for s in range(2 * EPOCH)]
+    d = latents()
+    data.permutation.cache_clear()
+    backwards = [d.batch(s, BATCH, 1).index.tolist() for s in reversed(range(2 * EPOCH))][::-1]
+    torch.manual_seed(5)
+    resumed = [latents().batch(s, BATCH, 1).index.tolist() for s in range(EPOCH + 3, 2 * EPOCH)]
+    assert straight == backwards and straight[EPOCH + 3:] == resumed
+    assert straight[:EPOCH] != [d.batch(s, BATCH, 2).index.tolist() for s in range(EPOCH)]
+    assert data.permutation(8, 0, 0).tolist() == [1, 3, 0, 4, 2, 5, 7, 6]    # on every machine
+
+
+def test_excluded_samples_never_appear_and_gather_returns_them():
+    d, exclude = latents(), 4
+    held = {41 - 1 - i for i in range(4)} | {64 - 1 - i for i in range(4)} | {74 - 1 - i for i in range(4)}
+    seen = {i for s in range(50 * EPOCH) for i in d.batch(s, BATCH, 1, exclude).index.tolist()}
+    assert seen == set(range(74)) - held
+    b = d.gather((4, 6), torch.tensor([22, 19]))
+    assert b.index.tolist() == b.x0[:, 1, 3, 5].tolist() == [63, 60] and b.codes.tolist() == [[0, -1], [4, 3]]
+
+
+def test_a_bucket_that_cannot_fill_a_batch_is_refused():
+    with pytest.raises(InputError, match="latents 6x4: found 10, a batch of 11"):
+        latents().batch(0, 11, 0)
+    with pytest.raises(InputError, match="latents 6x4: found 4, a batch of 5"):
+        latents().batch(0, 5, 0, exclude=6)
+
+
+# folders
+
+PLAN = [(4, 4), (4, 6), (4, 4)]
+PROVENANCE = {"sampler": "euler", "guidance": 2.5, "levels": (1.0, 0.5), "more": {"clip": float("inf")}}
+
+
+def shard(i: int, n: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(n, 2, *PLAN[i], generator=rng(i)).bfloat16(), torch.arange(n) + i
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "data"
+    open_folder(path, PROVENANCE, **text())
+    for i in range(len(PLAN)):
+        write_shard(path, i, *shard(i))
+    return path
+
+
+def test_what_is_written_is_read(folder):
+    d, t = read_folder(folder), text()
+    names = ["00000-4x4", "00001-4x6", "00002-4x4", "prompts", "prompts", "provenance"]
+    assert sorted(p.stem for p in folder.iterdir()) == names and d.prompts == t["prompts"]
+    assert d.context.dtype == d.pooled.dtype == torch.bfloat16 and d.codes.dtype == torch.int64
+    assert all(torch.equal(getattr(d, k).to(t[k].dtype), t[k]) for k in ("context", "pooled", "codes"))
+    assert d.null[0].tolist() == [[-1, -1]] * 3 and d.null[1].tolist() == [-2] * 4
+    assert d.provenance == {**PROVENANCE, "levels": [1.0, 0.5]}
+    assert list(d.buckets) == [(4, 4), (4, 6)]
+    x0, prompt_id = d.buckets[4, 4]
+    assert x0.dtype == torch.bfloat16 and torch.equal(x0, torch.cat([shard(0)[0], shard(2)[0]]))
+    assert prompt_id.tolist() == [0, 1, 2, 2, 3, 4]
+    assert torch.equal(d.buckets[4, 6][0], shard(1)[0])
+    b = d.batch(0, 3, 0)
+    assert torch.equal(b.context[:, 0, 0], b.codes[:, 0].bfloat16())
+
+
+def test_reading_maps_the_file_and_never_changes_it(folder):
+    path = folder / "00001-4x6.safetensors"
+    before = path.read_bytes()
+    read_folder(folder).buckets[4, 6][0].zero_()
+    assert path.read_bytes() == before and path.stat().st_mode & 0o777 == 0o644
+
+
+def test_json_stays_standard_with_infinities(folder):
+    def refuse(word):
+        raise AssertionError(word)
+    json.loads((folder / "provenance.json").read_text(), parse_constant=refuse)
+
+
+def test_an_interrupted_folder_is_completed(folder):
+    assert missing_shards(folder, PLAN) == []
+    (folder / "00001-4x6.safetensors").unlink()
+    before = (folder / "00000-4x4.safetensors").stat()
+    open_folder(folder, PROVENANCE, **text())               # the same run: nothing is touched
+    assert missing_shards(folder, PLAN) == [1] and (folder / "00000-4x4.safetensors").stat() == before
+    assert missing_shards(folder, [*PLAN, (6, 4), (6, 4)]) == [1, 3, 4]
+    assert missing_shards(folder.parent / "absent", PLAN) == [0, 1, 2]
+    write_shard(folder, 1, *shard(1))
+    assert missing_shards(folder, PLAN) == []
+    assert torch.equal(read_folder(folder).buckets[4, 6][0], shard(1)[0])
+
+
+@pytest.mark.parametrize("plan", [PLAN[:2], [(4, 4), (4, 6), (6, 4)]])
+def test_a_shard_outside_the_plan_is_refused(folder, plan):
+    with pytest.raises(InputError, match="00002-4x4.safetensors: found a shard that is not in"):
+        missing_shards(folder, plan)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(provenance={**PROVENANCE, "guidance": 3.0}), "found guidance 2.5, 3.0 accepted"),
+    (dict(provenance={k: PROVENANCE[k] for k in ("guidance", "levels", "more")}), "found sampler 'euler', None accepted"),
+    (dict(provenance={**PROVENANCE, "seed": 0}), "found seed None, 0 accepted"),
+    (dict(provenance={**PROVENANCE, "more": {"clip": 1.0}}), "found more {'clip': {'float': 'inf'}}, {'clip': 1.0}"),
+    (dict(prompts=[*text()["prompts"][:6], "other"]), "found prompt 'prompt 6', 'other' accepted"),
+    (text(6), "found prompt 'prompt 6', None accepted"),
+    (dict(pooled=text()["pooled"] + 1), "found another pooled of the same prompts"),
+    (dict(codes=text()["codes"] - 1), "found another codes of the same prompts"),
+    (dict(null=(torch.zeros(3, 2), text()["null"][1])), "found another null_context of the same prompts"),
+])
+def test_a_folder_of_another_run_is_refused(folder, change, message):
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    with pytest.raises(InputError) as error:
+        open_folder(folder, **{"provenance": PROVENANCE, **text(), **change})
+    assert message in str(error.value) and str(folder) in str(error.value) and "\n" not in str(error.value)
+    assert {p: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_shards_of_unknown_origin_are_refused(folder):
+    (folder / "provenance.json").unlink()
+    with pytest.raises(InputError, match="found shards without provenance.json"):
+        open_folder(folder, PROVENANCE, **text())
+
+
+def rewrite(path: Path, **tensors) -> None:
+    save_file({"x0": shard(0)[0], "prompt_id": shard(0)[1], **tensors}, path)
+
+
+def nan() -> torch.Tensor:
+    x0 = shard(0)[0].clone()
+    x0[2, 1, 3, 3] = float("nan")
+    return x0
+
+
+SHARD, LAST, PROMPTS = "00000-4x4.safetensors", "00002-4x4.safetensors", "prompts.safetensors"
+DAMAGE = {
+    "cut":        (SHARD, lambda p: p.write_bytes(p.read_bytes()[:-4]), "no whole safetensors file"),
+    "cut header": (SHARD, lambda p: p.write_bytes(p.read_bytes()[:30]), "no whole safetensors file"),
+    "empty":      (SHARD, lambda p: p.write_bytes(b""), "no whole safetensors file"),
+    "text":       (SHARD, lambda p: p.write_text("no tensors\n but a text"), "no whole safetensors file"),
+    "nan":        (SHARD, lambda p: rewrite(p, x0=nan()), "NaN or infinity in x0"),
+    "inf":        (SHARD, lambda p: rewrite(p, x0=shard(0)[0] / 0), "NaN or infinity in x0"),
+    "size":       (SHARD, lambda p: rewrite(p, x0=torch.zeros(3, 2, 4, 6)), "x0 [n, c, 4, 4]"),
+    "rank":       (SHARD, lambda p: rewrite(p, x0=torch.zeros(3, 4, 4)), "x0 [n, c, 4, 4]"),
+    "channels":   (LAST, lambda p: rewrite(p, x0=torch.zeros(3, 5, 4, 4)), "x0 [n, 2, 4, 4]"),
+    "integers":   (SHARD, lambda p: rewrite(p, x0=torch.zeros(3, 2, 4, 4, dtype=torch.int32)), "float x0"),
+    "ids short":  (SHARD, lambda p: rewrite(p, prompt_id=torch.arange(2)), "int64 prompt_id [n]"),
+    "ids float":  (SHARD, lambda p: rewrite(p, prompt_id=torch.zeros(3)), "int64 prompt_id [n]"),
+    "ids high":   (SHARD, lambda p: rewrite(p, prompt_id=torch.tensor([0, 7, 1])), "prompt_id 0 to 7"),
+    "ids low":    (SHARD, lambda p: rewrite(p, prompt_id=torch.tensor([0, -1, 1])), "prompt_id -1 to 1"),
+    "extra":      (SHARD, lambda p: rewrite(p, more=torch.zeros(3)), "float x0"),
+    "no ids":     (SHARD, lambda p: save_file({"x0": shard(0)[0]}, p), "float x0"),
+    "no prompts": (PROMPTS, Path.unlink, "no whole safetensors file"),
+    "a shard":    (PROMPTS, rewrite, "'context': [7, 'l', 'dc']"),
+    "no list":    ("prompts.json", Path.unlink, "no whole JSON file"),
+    "short list": ("prompts.json", lambda p: p.write_text('["prompt 0"]'), "'context': [1, 3, 2]"),
+    "cut JSON":   ("provenance.json", lambda p: p.write_bytes(p.read_bytes()[:-4]), "no whole JSON file"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_folder_is_refused_in_one_line_that_names_the_file(folder, damage):
+    name, act, message = DAMAGE[damage]
+    act(folder / name)
+    with pytest.raises(InputError) as error:
+        read_folder(folder)
+    where = PROMPTS if damage == "short list" else name
+    found = str(error.value)
+    assert str(folder / where) in found and message in found and "\n" not in found
+
+
+def test_a_folder_without_shards_or_without_anything_is_refused(folder):
+    for path in folder.glob("0*"):
+        path.unlink()
+    with pytest.raises(InputError, match="found no shard"):
+        read_folder(folder)
+    with pytest.raises(InputError, match="provenance.json"):
+        read_folder(folder.parent / "absent")
+
+
+def test_what_is_not_finite_is_never_written(folder):
+    with pytest.raises(InputError, match="00005-4x4.safetensors: found NaN or infinity in x0"):
+        write_shard(folder, 5, nan(), torch.arange(3))
+    with pytest.raises(InputError, match="NaN or infinity in pooled"):
+        open_folder(folder.parent / "new", PROVENANCE, **{**text(), "pooled": text()["pooled"] / 0})
+    assert not (folder.parent / "new").exists() and len(list(folder.iterdir())) == 6
+
+
+class Kill(BaseException):
+    """Stands for SIGKILL: no handler of the code under test may run for it."""
+
+
+@pytest.mark.parametrize("where", ["save_file", "fsync", "replace"])
+def test_an_interrupted_write_leaves_no_half_file(folder, monkeypatch, where):
+    def killed(*args):
+        if where == "save_file":
+            Path(args[1]).write_bytes(b"half")
+        raise Kill
+
+    def names() -> list[str]:
+        return sorted(p.name for p in folder.glob("[!.]*"))
+
+    (folder / "00001-4x6.safetensors").unlink()
+    before = names()
+    with monkeypatch.context() as m:
+        m.setattr(data if where == "save_file" else data.os, where, killed)
+        with pytest.raises(Kill):
+            write_shard(folder, 1, *shard(1))
+        with pytest.raises(Kill):
+            open_folder(folder.parent / "new", PROVENANCE, **text())
+    assert names() == before and missing_shards(folder, PLAN) == [1]
+    assert list(read_folder(folder).buckets) == [(4, 4)]
+    write_shard(folder, 1, *shard(1))
+    assert torch.equal(read_folder(folder).buckets[4, 6][0], shard(1)[0]) and not list(folder.glob(".*"))
+    open_folder(folder.parent / "new", PROVENANCE, **text())
+    assert len(list((folder.parent / "new").iterdir())) == 3

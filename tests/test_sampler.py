@@ -1,0 +1,151 @@
+"""Samplers: guidance by its formula, Euler against closed forms, re-noising, seeds, network evaluations per image."""
+import pytest
+import torch
+from conftest import assert_close, rng, tiny, tiny_inputs
+from torch import Tensor
+
+from ladd import flow, sampler
+from ladd.distill import Text
+
+SHAPE = (4, 6, 10)
+SEEDS = [3, 14, 15]
+
+
+def setting(b: int = 3) -> tuple[Tensor, Text, Text]:
+    """(noise, text, null) in float64; the null text has no batch axis."""
+    _, _, context, pooled = tiny_inputs(b)
+    g = rng(2)
+    null = Text(torch.randn(5, 24, generator=g).double(), torch.randn(20, generator=g).double())
+    return sampler.image_noise(SEEDS[:b], SHAPE).double(), Text(context, pooled), null
+
+
+class Counting:
+    """A network that counts its evaluations per image of a batch of 3."""
+
+    def __init__(self, model):
+        self.model, self.rows = model, 0
+
+    def __call__(self, x, *args):
+        self.rows += x.shape[0] / 3
+        return self.model(x, *args)
+
+
+def test_image_noise_depends_on_its_seed_alone():
+    noise = sampler.image_noise(SEEDS, SHAPE)
+    assert noise.shape == (3, *SHAPE) and noise.dtype == torch.float32 and noise.device.type == "cpu"
+    for i, seed in enumerate(SEEDS):
+        assert torch.equal(noise[i], sampler.image_noise([seed], SHAPE)[0])
+        assert torch.equal(noise[i], torch.randn(SHAPE, generator=rng(seed)))
+    many = sampler.image_noise(list(range(400)), (16, 2, 2)).flatten(1)
+    assert len(many.unique(dim=0)) == 400 and abs(many.mean()) < 0.03 and abs(many.std() - 1) < 0.02
+
+
+def test_guidance_1_is_the_plain_network_at_one_evaluation():
+    model, (noise, text, null) = Counting(tiny()), setting()
+    sigma = torch.full((3,), 0.7).double()
+    v = sampler.guided(model, null, 1.0)(noise, sigma, text)
+    assert model.rows == 1 and torch.equal(v, model.model(noise, sigma, *text))
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.5, 4.0])
+def test_guidance_formula_at_two_evaluations(guidance):
+    model, (noise, text, null) = Counting(tiny()), setting()
+    sigma = torch.tensor([0.9, 0.5, 0.1]).double()
+    v = sampler.guided(model, null, guidance)(noise, sigma, text)
+    assert model.rows == 2
+    with_text = model.model(noise, sigma, *text)
+    without = model.model(noise, sigma, null.context.expand(3, -1, -1), null.pooled.expand(3, -1))
+    assert (with_text - without).abs().max() > 0.1
+    assert_close("v", v, without + guidance * (with_text - without), 1e-10)
+
+
+@pytest.mark.parametrize("levels", [flow.euler_levels(1), flow.euler_levels(4, 3.0), torch.tensor([1, 0.6, 0.599, 0])])
+def test_euler_is_exact_on_a_straight_field(levels):
+    noise, text, _ = setting()
+    x0 = torch.randn(noise.shape, generator=rng(4)).double()
+    assert_close("x0", sampler.euler(lambda x, sigma, t: noise - x0, noise, text, levels.double()), x0)
+
+
+@pytest.mark.parametrize("run", [sampler.euler, lambda *a: sampler.renoise(*a, SEEDS)], ids=["euler", "renoise"])
+def test_levels_and_text_arrive_at_the_network(run):
+    noise, text, _ = setting()
+    levels, seen = flow.euler_levels(4, 3.0), []
+
+    def v(x, sigma, t):
+        assert t is text and sigma.shape == (3,) and (sigma == sigma[0]).all()
+        seen.append(sigma[0].item())
+        return x
+    run(v, noise, text, levels)
+    assert seen == levels[:-1].tolist()
+
+
+def test_euler_by_hand_on_a_curved_field():
+    noise, text, _ = setting()
+    x = noise
+    for now, then in ((1.0, 0.75), (0.75, 0.5), (0.5, 0.0)):
+        x = x - (now - then) * (x ** 2 + now)
+    found = sampler.euler(lambda x, sigma, t: x ** 2 + sigma.view(-1, 1, 1, 1), noise, text, torch.tensor([1, 0.75, 0.5, 0]).double())
+    assert_close("x", found, x)
+
+
+def test_renoise_predicts_then_noises_anew():
+    """Its inputs are (1 - s) x0_hat + s n with n standard normal, of the image's seed alone and fresh at each level."""
+    text = setting()[1]
+    shape, levels = (16, 24, 24), torch.tensor([1, 0.75, 0.5, 0]).double()
+    noise, centre = sampler.image_noise(SEEDS, shape).double(), torch.randn(3, *shape, generator=rng(6)).double()
+
+    def run(rows: slice) -> tuple[Tensor, list[Tensor]]:
+        inputs = []
+
+        def v(x, sigma, t):                                          # such that x0_hat = centre + sigma
+            inputs.append(x)
+            s = sigma.view(-1, 1, 1, 1)
+            return (x - centre[rows] - s) / s
+        return sampler.renoise(v, noise[rows], text, levels, SEEDS[rows]), inputs
+
+    out, inputs = run(slice(None))
+    assert_close("x0", out, centre + 0.5)                            # the last prediction, nothing added
+    assert torch.equal(inputs[0], noise)
+    fresh = [(x - (1 - then) * (centre + now)) / then for x, now, then in zip(inputs[1:], (1.0, 0.75), (0.75, 0.5))]
+    all_noise = torch.stack([n[i].flatten() for n in (noise, *fresh) for i in range(3)])
+    assert all_noise.shape[0] == 9 and (torch.cov(all_noise) - torch.eye(9)).abs().max() < 0.06
+    assert all_noise.mean(1).abs().max() < 0.05
+    alone, inputs_alone = run(slice(1, 2))
+    assert all(torch.equal(a[0], b[1]) for a, b in zip([alone, *inputs_alone], [out, *inputs]))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("name", ["euler", "renoise"])
+def test_sample_costs_one_evaluation_a_step_and_two_if_guided(name, guidance):
+    model, (noise, text, null) = Counting(tiny()), setting()
+    for steps in (1, 2, 4):
+        model.rows, levels = 0, flow.euler_levels(steps).double()
+        x = sampler.sample(model, noise, text, levels, name, SEEDS, null, guidance)
+        assert model.rows == steps * (1 if guidance == 1 else 2)
+        assert x.shape == noise.shape and not x.requires_grad
+        v = sampler.guided(model.model, null, guidance)
+        expected = sampler.euler(v, noise, text, levels) if name == "euler" else sampler.renoise(v, noise, text, levels, SEEDS)
+        assert torch.equal(x, expected)
+
+
+def test_one_step_of_either_sampler_is_the_prediction():
+    model, (noise, text, _) = tiny(), setting()
+    x = [sampler.sample(model, noise, text, flow.euler_levels(1).double(), name, SEEDS) for name in ("euler", "renoise")]
+    assert_close("euler", x[0], noise - model(noise, torch.ones(3).double(), *text))
+    assert_close("renoise", x[1], x[0])
+
+
+@pytest.mark.parametrize("name", ["euler", "renoise"])
+def test_an_image_does_not_depend_on_its_batch(name):
+    model, (noise, text, null) = tiny(), setting()
+    levels = flow.euler_levels(3).double()
+    together = sampler.sample(model, noise, text, levels, name, SEEDS, null, 2.0)
+    for i in range(3):
+        own = Text(*(t[i:i + 1] for t in text))
+        assert_close(f"image {i}", sampler.sample(model, noise[i:i + 1], own, levels, name, SEEDS[i:i + 1], null, 2.0), together[i:i + 1], 1e-11)
+
+
+def test_guidance_without_the_null_text_is_refused():
+    noise, text, _ = setting()
+    with pytest.raises(ValueError, match="null text"):
+        sampler.sample(tiny(), noise, text, flow.euler_levels(1), "euler", SEEDS, None, 2.0)

@@ -1,0 +1,474 @@
+"""Trains a teacher on the built-in world, lets it generate latents, distills a student by LADD, and reports.
+
+    python train.py                              tiny without CUDA, shapes with it
+    python train.py --preset tiny --seed 1 --name tiny-1
+    python train.py --dry-run                    sizes and costs, nothing written
+
+Everything lies in runs/<name>/. Stages that are done are skipped; the same command again resumes; Ctrl-C saves first.
+The file reads top to bottom: device, networks, teacher, synthetic data, distillation, report.
+"""
+import copy
+import hashlib
+import math
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import kernels
+from ladd import checkpoint, cost, data, evaluate, flow, metrics, report, shapes
+from ladd.config import Config, InputError, parse_config
+from ladd.discriminator import Discriminator, DiscriminatorConfig
+from ladd.distill import DistillConfig, Text, draw, fake_pass, flow_loss, grid_of, heads_loss, student_loss, taps_of
+from ladd.evaluate import Prompts, Reference, draw_prompts, embed, generate, make_reference, measure, world_latents
+from ladd.mmdit import MMDiT, MMDiTConfig, shrunk
+from ladd.run import Log, Stopped, Stopper, check_finite, command, curves, memory_gb, open_run
+
+VALIDATION, BEST, REPORT, REAL = 11, 12, 13, 14       # seeds of prompts, apart from each other and from training
+
+
+# --- device ---
+
+def pick_device(config: Config) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device: found cuda without a CUDA device, accepted is cpu or auto")
+    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """bf16 where the device computes in it (on the CPU: where its matrix library does), else fp32."""
+    has = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if config.precision == "bf16" or config.precision == "auto" and has else torch.float32
+
+
+def compiled(model: MMDiT, config: Config, device: torch.device) -> MMDiT:
+    """Each block compiled by itself, in place: one small graph serves all blocks and all image sizes get their own."""
+    if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
+        for block in model.joint_blocks:
+            block.compile(fullgraph=True)
+    return model
+
+
+# --- networks ---
+
+def teacher_config(config: Config) -> MMDiTConfig:
+    patches = max(max(hw) for hw in config.hw) // 16                          # codec 8, patch 2
+    return MMDiTConfig(config.depth, config.width, config.text_dim, config.text_dim, qk_norm=config.qk_norm, pos_grid=patches)
+
+
+def distill_config(config: Config) -> DistillConfig:
+    return DistillConfig(config.levels, config.probs, config.easy_steps, config.shift, config.d_mean, config.d_std,
+                         config.shared_noise, config.misaligned, config.misaligned_at, config.r1_weight, config.r1_sigma,
+                         config.distill_weight)
+
+
+def frozen(model: MMDiT, config: Config, device: torch.device) -> MMDiT:
+    """A copy for inference and for gradients through it: weights in the compute dtype, none of them trains."""
+    out = copy.deepcopy(model).to(device).requires_grad_(False).eval()
+    out.compute_dtype = compute_dtype(config, device)
+    return compiled(out.to(out.compute_dtype), config, device)
+
+
+def to_device(batch: data.Batch, device: torch.device) -> tuple[Tensor, Text, Tensor]:
+    return batch.x0.to(device), Text(batch.context.to(device), batch.pooled.to(device)), batch.codes
+
+
+def step_generator(seed: int, *key: int) -> torch.Generator:
+    """The randomness of one step is a function of (seed, key): resuming needs no saved generator."""
+    digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def progress(name: str, total: int, start: int = 0) -> tqdm:
+    return tqdm(total=total, initial=start, desc=f"{name:8}", dynamic_ncols=True, smoothing=0.1, mininterval=0.5)
+
+
+def save_every(config: Config, folder: Path, step: int, done: int, stopper: Stopper, state) -> None:
+    """Saves at the interval, and on a signal or --stop-after before it raises Stopped. `done`: steps of this process."""
+    stop = bool(stopper) or config.stop_after and done >= config.stop_after
+    if stop or step % config.save_every == 0:
+        checkpoint.save_state(folder, step, *state())
+    if stop:
+        raise Stopped(f"{stopper.signal or '--stop-after'}: saved step {step} in {folder}; the same command resumes")
+
+
+# --- stage 1: teacher ---
+
+def train_teacher(config: Config, run: Path, device: torch.device, stopper: Stopper) -> MMDiT:
+    """Flow matching on renders; AdamW with a cosine schedule. Skipped where the run has its teacher or --teacher names one."""
+    ops = kernels.load(config.kernels)
+    done = Path(config.teacher) if config.teacher else run / "checkpoints" / "teacher.safetensors"
+    if config.teacher or done.exists():
+        teacher = checkpoint.load_mmdit(done, ops)
+        if teacher.config.context_dim != config.text_dim or teacher.config.pooled_dim != config.text_dim:
+            raise InputError(f"{done}: reads text of width {teacher.config.context_dim}, found --text-dim {config.text_dim}")
+        return teacher
+    torch.manual_seed(config.seed)
+    model = MMDiT(teacher_config(config), ops, compute_dtype(config, device)).to(device)
+    params = list(model.parameters())
+    optimizer = torch.optim.AdamW(params, config.teacher_lr, betas=(0.9, 0.99), weight_decay=0.01, foreach=True)
+    folder, start = run / "checkpoints" / "teacher", 0
+    if state := checkpoint.load_state(folder):
+        start, tensors, _ = state
+        model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        checkpoint.load_optimizer(optimizer, "opt.", tensors)
+    latents = world_latents(config, config.teacher_images, config.seed)
+    null = Text(*(t.to(device) for t in latents.null))
+    compiled(model, config, device)
+    log, bar, since = Log(run, "teacher", start), progress("teacher", config.teacher_steps, start), time.perf_counter()
+    for step in range(start, config.teacher_steps):
+        x0, text, _ = to_device(latents.batch(0 if config.overfit_one_batch else step, config.teacher_batch, config.seed), device)
+        g = step_generator(config.seed, 1, step)
+        empty = (torch.rand(len(x0), generator=g) < config.text_dropout).to(device)
+        text = Text(torch.where(empty[:, None, None], null.context, text.context), torch.where(empty[:, None], null.pooled, text.pooled))
+        sigma = flow.logit_normal_mixture(len(x0), config.teacher_means, 1.0, g).to(device)
+        loss = flow_loss(model, x0, torch.randn(x0.shape, generator=g).to(device), sigma, text).mean()
+        rate = min(1, (step + 1) / max(1, config.warmup)) * (1 + math.cos(math.pi * step / config.teacher_steps)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = config.teacher_lr * rate
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(params, config.clip)
+        optimizer.step()
+        bar.update()
+        if (step + 1) % config.log_every == 0:
+            line = {"loss": loss.item(), "grad_norm": norm.item()}
+            check_finite(step + 1, **line)
+            log.write(step + 1, **line, seconds=time.perf_counter() - since)
+            bar.set_postfix(loss=f"{line['loss']:.3f}", gb=f"{memory_gb(device):.1f}")
+        save_every(config, folder, step + 1, step + 1 - start, stopper, lambda: (
+            {**{"model." + k: v for k, v in model.state_dict().items()}, **checkpoint.optimizer_tensors(optimizer, "opt.")}, {}))
+    bar.close()
+    checkpoint.save_mmdit(model, done, {"role": "teacher", "shift": str(config.shift), "guidance": str(config.guidance)})
+    return model
+
+
+# --- stage 2: synthetic data ---
+
+def weights_sha(model: MMDiT) -> str:
+    """A fingerprint of the weights, so that latents of another teacher are not mistaken for its own."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def synthesize(config: Config, run: Path, teacher: MMDiT, device: torch.device, stopper: Stopper) -> data.Latents:
+    """Latents that the teacher generates with guidance from captions of the world; shard by shard, so it resumes anywhere."""
+    if config.data:
+        return data.read_folder(config.data)
+    folder = run / "data"
+    plan = [(h // 8, w // 8) for h, w in (config.hw[i % len(config.hw)] for i in range(-(-config.data_size // config.data_batch)))]
+    per_size = config.data_batch * -(-len(plan) // len(config.hw))
+    parts = {p.hw: p for p in draw_prompts(config, per_size * len(config.hw), config.seed + 1)}
+    prompts = sorted({c for p in parts.values() for c in p.captions})
+    number = {c: i for i, c in enumerate(prompts)}
+    text, null = embed(config, prompts, torch.device("cpu")), embed(config, [""], torch.device("cpu"))
+    codes = torch.tensor([shapes.parse(c, config.objects) for c in prompts])
+    provenance = {"sampler": "euler", "steps": config.sample_steps, "guidance": config.guidance, "shift": config.shift,
+                  "seed": config.seed, "teacher": weights_sha(teacher), "shards": len(plan), "shard": config.data_batch}
+    data.open_folder(folder, provenance, prompts, *text, codes, (null[0][0], null[1][0]))
+    missing = data.missing_shards(folder, plan)
+    if missing:
+        model = frozen(teacher, config, device)
+        bar = progress("data", len(plan) * config.data_batch, (len(plan) - len(missing)) * config.data_batch)
+        sigmas = flow.euler_levels(config.sample_steps, config.shift)
+        for i in missing:
+            part, first = parts[config.hw[i % len(config.hw)]], i // len(config.hw) * config.data_batch
+            captions = part.captions[first:first + config.data_batch]
+            one = Prompts(part.hw, part.codes[:0], captions, part.latents[first:first + config.data_batch])
+            seed = config.seed * 10 ** 9 + 10 ** 8 + i * config.data_batch
+            (x0,), _ = generate(model, config, [one], sigmas, "euler", config.guidance, seed, bar.update)
+            data.write_shard(folder, i, x0, torch.tensor([number[c] for c in captions]))
+            if stopper:
+                raise Stopped(f"{stopper.signal}: shard {i} saved in {folder}; the same command resumes")
+        bar.close()
+    return data.read_folder(folder)
+
+
+# --- stage 3: distillation ---
+
+def make_heads(config: Config, teacher: MMDiT) -> Discriminator:
+    sizes = DiscriminatorConfig(config.taps, teacher.config.width, teacher.config.pooled_dim, config.head_width)
+    return Discriminator(sizes, kernels.load(config.kernels))
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Factor of both learning rates: linear warm-up, constant, linear to 0 over the last `decay` of the steps."""
+    left = (config.steps - step) / max(1, config.decay * config.steps)
+    return min(1, (step + 1) / max(1, config.warmup), left)
+
+
+def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, device: torch.device, stopper: Stopper) -> None:
+    """LADD: heads' steps and student steps in turn; writes checkpoints/student.safetensors, the best by the metric while training."""
+    out = run / "checkpoints" / "student.safetensors"
+    if out.exists():
+        return
+    torch.manual_seed(config.seed + 1)
+    dtype, dc, shift_of = compute_dtype(config, device), distill_config(config), config.shift
+    teacher = frozen(base, config, device)
+    student = shrunk(base, config.student_depth or base.config.depth).float().to(device)
+    student.compute_dtype = dtype
+    heads = make_heads(config, base).to(device)
+    ema = copy.deepcopy(student).requires_grad_(False)
+    params, head_params, ema_params = list(student.parameters()), list(heads.parameters()), list(ema.parameters())
+    adam = dict(betas=(config.beta1, config.beta2), weight_decay=0.0, foreach=True)
+    opt_g, opt_d = torch.optim.AdamW(params, config.lr, **adam), torch.optim.AdamW(head_params, config.heads_lr, **adam)
+
+    # resume: every random draw is a function of the step, so weights, optimizers and the best value are all there is
+    networks = {"student": student, "ema": ema, "heads": heads}
+    folder, start, best = run / "checkpoints" / "distill", 0, math.inf
+    if state := checkpoint.load_state(folder):
+        start, tensors, meta = state
+        best = meta["best"]
+        for name, network in networks.items():
+            network.load_state_dict({k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")})
+        checkpoint.load_optimizer(opt_g, "opt_g.", tensors), checkpoint.load_optimizer(opt_d, "opt_d.", tensors)
+    else:
+        calibrate(config, dc, teacher, heads, latents, device)
+    compiled(student, config, device)
+
+    def state():
+        tensors = {f"{name}.{k}": v for name, network in networks.items() for k, v in network.state_dict().items()}
+        return {**tensors, **checkpoint.optimizer_tensors(opt_g, "opt_g."), **checkpoint.optimizer_tensors(opt_d, "opt_d.")}, {"best": best}
+
+    prompts = draw_prompts(config, config.eval_n, BEST)
+    reference = make_reference(config, prompts, config.eval_n, VALIDATION)
+    shown = draw_prompts(config, 4 * len(config.hw), VALIDATION)
+    viewer = frozen(ema, config, device)
+    total = config.heads_first + config.steps                  # the first steps move the heads alone
+    log, bar, since = Log(run, "distill", start), progress("distill", total, start), time.perf_counter()
+    for it in range(start, total + 1):
+        step = it - config.heads_first                         # the student's own count
+        every = lambda n: n and (step >= 0 and step % n == 0 or it == total)
+        if every(config.grid_every) or every(config.eval_every):
+            viewer.load_state_dict(ema.state_dict())
+        if every(config.grid_every):
+            save_grid(config, viewer, shown, run / "samples" / f"{step:06d}.png")
+        if every(config.eval_every):
+            values = quality(config, viewer, prompts, reference)
+            values |= evaluate.duel(viewer, teacher, heads, latents, dc, config.eval_batch, holdout(config))
+            log.write(it, **values)
+            bar.write(f"step {step:5d}  " + "  ".join(f"{k} {v:.3f}" for k, v in values.items() if k.startswith(("fd_", "prompt", "auc"))))
+            if sum(v for k, v in values.items() if k in ("fd_1", f"fd_{len(config.levels)}")) < best:
+                best = values["fd_1"] + values["fd_4"]
+                save_student(config, ema, out.with_name("best.safetensors"))
+        if it == total:
+            break
+
+        # --- the step: heads, then the student on the same fake features ---
+        stats, fakes, micro = {}, [], config.batch // config.accumulate
+        for group, lr in ((opt_g.param_groups[0], config.lr), (opt_d.param_groups[0], config.heads_lr)):
+            group["lr"] = lr * learning_rate(config, step)
+        for j in range(config.heads_steps):
+            moves_student = step >= 0 and j == config.heads_steps - 1
+            index = 0 if config.overfit_one_batch else it * config.heads_steps + j
+            x0, text, codes = to_device(latents.batch(index, config.batch, config.seed, holdout(config)), device)
+            g = step_generator(config.seed, 2, it, j)
+            draws = draw(x0, max(step, 0), dc, g)
+            parts = [(x0[i:i + micro], Text(*(t[i:i + micro] for t in text)), codes[i:i + micro],
+                      type(draws)(*(t[i:i + micro] for t in draws))) for i in range(0, config.batch, micro)]
+            opt_d.zero_grad()
+            for x0, text, codes, drawn in parts:
+                with torch.set_grad_enabled(moves_student and config.accumulate == 1):
+                    fake = fake_pass(student, teacher, heads, x0, text, drawn, dc)
+                loss_d, stats = heads_loss(teacher, heads, x0, text, codes, fake.feats, drawn, dc, g)
+                (loss_d / config.accumulate).backward()
+                fakes.append(fake)
+            norm_d = torch.nn.utils.clip_grad_norm_(head_params, config.clip)
+            opt_d.step()
+        if moves_student:
+            opt_g.zero_grad()
+            for fake, (x0, text, codes, drawn) in zip(fakes[-config.accumulate:], parts):
+                if config.accumulate > 1:                      # a graph a micro-batch would cost the memory that accumulation saves
+                    fake = fake_pass(student, teacher, heads, x0, text, drawn, dc)
+                loss_g, stats_g = student_loss(heads, text, fake, drawn, dc, grid_of(teacher, x0))
+                (loss_g / config.accumulate).backward(inputs=params)      # the heads get nothing from the student's loss
+            norm_g = torch.nn.utils.clip_grad_norm_(params, config.clip)
+            opt_g.step()
+            torch._foreach_lerp_(ema_params, params, 1 - config.ema)
+
+        bar.update()
+        if (it + 1) % config.log_every == 0:
+            line = {"loss_d": loss_d.item(), "norm_d": norm_d.item(), **duel_line(stats)}
+            if moves_student:
+                line |= {"loss_g": stats_g["loss_g"].item(), "loss_distill": stats_g["loss_distill"].item(), "norm_g": norm_g.item()}
+            check_finite(it + 1, **line)
+            log.write(it + 1, **line, seconds=time.perf_counter() - since, gb=memory_gb(device))
+            bar.set_postfix({k: f"{line[k]:.2f}" for k in ("loss_d", "loss_g") if k in line}, gb=f"{memory_gb(device):.1f}")
+        save_every(config, folder, it + 1, it + 1 - start, stopper, state)
+    bar.close()
+    save_student(config, ema, out.with_name("last.safetensors"))
+    kept = out.with_name("best.safetensors")
+    os.replace(kept if kept.exists() else out.with_name("last.safetensors"), out)
+
+
+def duel_line(stats: dict[str, Tensor]) -> dict[str, float]:
+    """The duel on the training batch: active margins and accuracy of the heads, and the mean logits' gap."""
+    real, fake = stats["logits_real"], stats["logits_fake"]
+    margins, accuracies = metrics.active_margins(real, fake), metrics.accuracy(real, fake)
+    line = {"margin_real": margins[0], "margin_fake": margins[1], "accuracy_real": accuracies[0], "accuracy_fake": accuracies[1],
+            "gap": real.mean() - fake.mean(), "loss_r1": stats["loss_r1"]}
+    if stats["logits_misaligned"] is not None:
+        line["accuracy_misaligned"] = (stats["logits_misaligned"] < 0).float().mean()
+    return {k: v.item() for k, v in line.items()}
+
+
+def holdout(config: Config) -> int:
+    """Latents of each size that never train: what the heads are tested on."""
+    return config.data_size // len(config.hw) // 16
+
+
+def calibrate(config: Config, dc: DistillConfig, teacher: MMDiT, heads: Discriminator, latents: data.Latents, device) -> None:
+    """Sets the heads' standardisation from one batch of renoised reals."""
+    x0, text, _ = to_device(latents.batch(0, config.batch, config.seed, holdout(config)), device)
+    drawn = draw(x0, dc.easy_steps, dc, step_generator(config.seed, 3))
+    with torch.no_grad():
+        heads.calibrate(taps_of(teacher, heads, flow.noised(x0, drawn.eps_r, drawn.sigma_r), drawn.sigma_r, text))
+
+
+def levels_of(config: Config, steps: int) -> tuple[float, ...]:
+    """The student's levels for a number of steps: 4 of them, every second for 2, the first for 1 (Sauer et al. 2024, Sec. 4)."""
+    return config.levels[::len(config.levels) // steps]
+
+
+def quality(config: Config, student: MMDiT, prompts: list[Prompts], reference: Reference) -> dict[str, float]:
+    """Frechet distance and prompt accuracy at 1 step and at all levels."""
+    out = {"floor_fd": reference.floor["fd"]}
+    for steps in (1, len(config.levels)):
+        row = measure(student, config, prompts, reference, steps, config.sampler, levels=levels_of(config, steps))
+        out |= {f"fd_{steps}": row["fd"], f"prompt_accuracy_{steps}": row["prompt_accuracy"], f"entropy_{steps}": row["entropy"]}
+    return out
+
+
+def pictures(config: Config, model: MMDiT, prompts: list[Prompts], sigmas: Tensor, sampler: str, guidance: float = 1.0) -> list[Tensor]:
+    latents, _ = generate(model, config, prompts, sigmas, sampler, guidance, seed=0)
+    return [image for x in latents for image in shapes.decode(x)]
+
+
+def student_pictures(config: Config, model: MMDiT, prompts: list[Prompts]) -> dict[str, list[Tensor]]:
+    counts = [n for n in (4, 2, 1) if n <= len(config.levels)]
+    sigmas = lambda n: flow.shift(torch.tensor((*levels_of(config, n), 0.0)), config.shift)
+    return {f"student {n}": pictures(config, model, prompts, sigmas(n), config.sampler) for n in counts}
+
+
+def save_grid(config: Config, student: MMDiT, prompts: list[Prompts], path: Path) -> None:
+    """The student's samples for fixed prompts and seeds."""
+    sheet = report.contact_sheet(student_pictures(config, student, prompts), [c for p in prompts for c in p.captions], cell=64)
+    report.save_png(sheet, path, {"parameters": f"sampler: {config.sampler}, seeds from 0"})
+
+
+def save_student(config: Config, student: MMDiT, path: Path) -> None:
+    """The student with what its sampling needs: levels (unshifted), shift, sampler."""
+    meta = {"role": "student", "levels": ",".join(map(str, config.levels)), "shift": str(config.shift), "sampler": config.sampler}
+    checkpoint.save_mmdit(student, path, meta)
+
+
+# --- stage 4: report ---
+
+def write_report(config: Config, run: Path, base: MMDiT, device: torch.device, seconds: dict[str, float]) -> None:
+    """report.json and report.png: the student against the teacher at equal evaluations, at equal n, with the floor."""
+    start = time.perf_counter()
+    prompts = draw_prompts(config, config.n, REPORT)
+    reference = make_reference(config, prompts, config.n, REAL)
+    teacher = frozen(base, config, device)
+    student = frozen(checkpoint.load_mmdit(run / "checkpoints" / "student.safetensors", kernels.load(config.kernels)), config, device)
+    untrained = frozen(shrunk(base, student.config.depth), config, device)
+    counts = [n for n in (4, 2, 1) if n <= len(config.levels)]
+    plan = [("teacher", teacher, "euler", config.sample_steps, config.guidance, None)]
+    plan += [("teacher", teacher, "euler", n, g, None) for n in (4, 2, 1) for g in dict.fromkeys((config.guidance, 1.0))]
+    plan += [(name, model, config.sampler, n, 1.0, levels_of(config, n))
+             for name, model in (("untrained", untrained), ("student", student)) for n in counts]
+    rows, bar = [], progress("report", len(plan) * config.n)
+    for name, model, sampler, steps, guidance, levels in plan:
+        row = measure(model, config, prompts, reference, steps, sampler, guidance, levels, seed=REPORT * 10 ** 6, progress=bar.update)
+        rows.append({"model": name, **row})
+    heldout = draw_prompts(config, config.eval_n, REPORT, heldout=True)
+    beyond, unseen = make_reference(config, heldout, config.eval_n, REAL), {}
+    for name, model, sampler, steps, guidance, levels in (plan[0], plan[-len(counts)]):
+        row = measure(model, config, heldout, beyond, steps, sampler, guidance, levels)
+        unseen[f"{name}_{steps}"] = row["prompt_accuracy"]
+    bar.close()
+
+    shown = [p._replace(captions=p.captions[:2], latents=p.latents[:2]) for p in prompts]
+    many = flow.euler_levels(config.sample_steps, config.shift)
+    columns = {f"teacher {config.sample_steps} x 2": pictures(config, teacher, shown, many, "euler", config.guidance),
+               "teacher 4": pictures(config, teacher, shown, flow.euler_levels(4, config.shift), "euler"),
+               **student_pictures(config, student, shown)}
+    sheet = report.contact_sheet(columns, [c for p in shown for c in p.captions])
+    log = curves(run, "distill")
+    floor = {**reference.floor, "fd_curves": log.get("floor_fd", [(0, reference.floor["fd"])])[-1][1]}
+    seconds["report"] = time.perf_counter() - start
+    report.write_report(run, sheet, {
+        "preset": config.preset, "command": command(), "device": device_name(device), "world_size": 1, "versions": report.versions(),
+        "commit": report.commit(), "n": config.n, "seeds": [config.seed], "seconds": seconds, "floor": floor, "curves": log,
+        "heldout_prompt_accuracy": unseen, "rows": rows})
+    print(report.table(rows, floor))
+    print(f"floor {floor['fd']:.3f}; prompts of held-out combinations: " + ", ".join(f"{k} {v:.1%}" for k, v in unseen.items()))
+    print("seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items()) + f"; wrote {run / 'report.json'}, {run / 'report.png'}")
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def dry_run(config: Config, device: torch.device) -> None:
+    """Prints the resolved configuration, parameters, memory and FLOPs of a step; allocates nothing."""
+    ops, dtype = kernels.load(config.kernels), compute_dtype(config, device)
+    with torch.device("meta"):
+        teacher = MMDiT(teacher_config(config), ops, dtype).to(dtype).requires_grad_(False)
+        student = shrunk(MMDiT(teacher_config(config), ops, dtype), config.student_depth or config.depth)
+        heads = make_heads(config, teacher)
+    h, w = config.hw[0]
+    context = (shapes.max_words(config.objects), config.text_dim)
+    costs = cost.step_cost(student, teacher, heads, (16, h // 8, w // 8), context, config.batch // config.accumulate, distill_config(config))
+    print("\n".join(f"{k}: {v}" for k, v in asdict(config).items()))
+    print(f"\nparameters: teacher {cost.count(teacher):,}, student {cost.count(student):,}, heads {cost.count(heads):,}")
+    print(f"memory of distillation on {device_name(device)}, {dtype}:")
+    print("\n".join(f"  {v / 2 ** 30:8.3f} GiB  {k}" for k, v in cost.memory_plan(student, teacher, heads, costs["bytes_saved"]).items()))
+    print(f"FLOPs: {config.accumulate * costs['flops_step']:.3e} a LADD step of {config.batch} pairs, "
+          f"{costs['flops_flow_step'] * config.teacher_batch * config.accumulate / config.batch:.3e} a teacher step of {config.teacher_batch}")
+
+
+# --- main ---
+
+def main(argv: list[str]) -> None:
+    default = "shapes" if torch.cuda.is_available() else "tiny"
+    config = parse_config(argv, default, __doc__)
+    device = pick_device(config)
+    if not any(a.startswith("--preset") for a in argv):
+        print(f"preset {config.preset}: {'a CUDA device was' if default == 'shapes' else 'no CUDA device was'} found")
+    if config.dry_run:
+        return dry_run(config, device)
+    for path, what in ((config.teacher, "--teacher"), (config.data, "--data")):
+        if path and not Path(path).exists():
+            raise InputError(f"{what}: {path} does not exist")
+    run, stopper, seconds = open_run(config), Stopper(), {}
+    print(f"{run}: {device_name(device)}, {compute_dtype(config, device)}")
+
+    def timed(name: str, stage, *args):
+        start = time.perf_counter()
+        result = stage(config, run, *args)
+        seconds[name] = time.perf_counter() - start
+        return result
+
+    teacher = timed("teacher", train_teacher, device, stopper)
+    if config.taps[-1] >= teacher.config.depth or config.student_depth > teacher.config.depth:
+        raise InputError(f"--taps {config.taps}, --student-depth {config.student_depth}: the teacher has {teacher.config.depth} blocks")
+    latents = timed("data", synthesize, teacher, device, stopper)
+    timed("distill", distill, teacher, latents, device, stopper)
+    write_report(config, run, teacher, device, seconds)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        sys.exit(print(f"train.py: {error}", file=sys.stderr) or 2)
+    except Stopped as stopped:
+        print(stopped)
