@@ -27,31 +27,10 @@ from ladd.discriminator import Discriminator, DiscriminatorConfig
 from ladd.distill import DistillConfig, Text, draw, fake_pass, flow_loss, grid_of, heads_loss, student_loss, taps_of
 from ladd.evaluate import Prompts, Reference, draw_prompts, embed, generate, make_reference, measure, world_latents
 from ladd.mmdit import MMDiT, MMDiTConfig, shrunk
-from ladd.run import Log, Stopped, Stopper, check_finite, command, curves, memory_gb, open_run
+from ladd.run import (Log, Stopped, Stopper, check_finite, command, compute_dtype, curves, device_name, frozen, levels_of, memory_gb,
+                      open_run, pick_device)
 
 VALIDATION, BEST, REPORT, REAL = 11, 12, 13, 14       # seeds of prompts, apart from each other and from training
-
-
-# --- device ---
-
-def pick_device(config: Config) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device: found cuda without a CUDA device, accepted is cpu or auto")
-    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """bf16 where the device computes in it (on the CPU: where its matrix library does), else fp32."""
-    has = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if config.precision == "bf16" or config.precision == "auto" and has else torch.float32
-
-
-def compiled(model: MMDiT, config: Config, device: torch.device) -> MMDiT:
-    """Each block compiled by itself, in place: one small graph serves all blocks and all image sizes get their own."""
-    if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
-        for block in model.joint_blocks:
-            block.compile(fullgraph=True)
-    return model
 
 
 # --- networks ---
@@ -67,11 +46,16 @@ def distill_config(config: Config) -> DistillConfig:
                          config.distill_weight)
 
 
-def frozen(model: MMDiT, config: Config, device: torch.device) -> MMDiT:
-    """A copy for inference and for gradients through it: weights in the compute dtype, none of them trains."""
-    out = copy.deepcopy(model).to(device).requires_grad_(False).eval()
-    out.compute_dtype = compute_dtype(config, device)
-    return compiled(out.to(out.compute_dtype), config, device)
+def compiled(model: MMDiT, config: Config, device: torch.device) -> MMDiT:
+    """Each block compiled by itself, in place: one small graph serves all blocks, and every image size gets its own."""
+    if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
+        for block in model.joint_blocks:
+            block.compile(fullgraph=True)
+    return model
+
+
+def inference(model: MMDiT, config: Config, device: torch.device) -> MMDiT:
+    return compiled(frozen(model, compute_dtype(config.precision, device), device), config, device)
 
 
 def to_device(batch: data.Batch, device: torch.device) -> tuple[Tensor, Text, Tensor]:
@@ -109,7 +93,7 @@ def train_teacher(config: Config, run: Path, device: torch.device, stopper: Stop
             raise InputError(f"{done}: reads text of width {teacher.config.context_dim}, found --text-dim {config.text_dim}")
         return teacher
     torch.manual_seed(config.seed)
-    model = MMDiT(teacher_config(config), ops, compute_dtype(config, device)).to(device)
+    model = MMDiT(teacher_config(config), ops, compute_dtype(config.precision, device)).to(device)
     params = list(model.parameters())
     optimizer = torch.optim.AdamW(params, config.teacher_lr, betas=(0.9, 0.99), weight_decay=0.01, foreach=True)
     folder, start = run / "checkpoints" / "teacher", 0
@@ -144,7 +128,7 @@ def train_teacher(config: Config, run: Path, device: torch.device, stopper: Stop
         save_every(config, folder, step + 1, step + 1 - start, stopper, lambda: (
             {**{"model." + k: v for k, v in model.state_dict().items()}, **checkpoint.optimizer_tensors(optimizer, "opt.")}, {}))
     bar.close()
-    checkpoint.save_mmdit(model, done, {"role": "teacher", "shift": str(config.shift), "guidance": str(config.guidance)})
+    checkpoint.save_mmdit(model, done, describe(config, "teacher"))
     return model
 
 
@@ -175,7 +159,7 @@ def synthesize(config: Config, run: Path, teacher: MMDiT, device: torch.device, 
     data.open_folder(folder, provenance, prompts, *text, codes, (null[0][0], null[1][0]))
     missing = data.missing_shards(folder, plan)
     if missing:
-        model = frozen(teacher, config, device)
+        model = inference(teacher, config, device)
         bar = progress("data", len(plan) * config.data_batch, (len(plan) - len(missing)) * config.data_batch)
         sigmas = flow.euler_levels(config.sample_steps, config.shift)
         for i in missing:
@@ -210,8 +194,8 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, devic
     if out.exists():
         return
     torch.manual_seed(config.seed + 1)
-    dtype, dc, shift_of = compute_dtype(config, device), distill_config(config), config.shift
-    teacher = frozen(base, config, device)
+    dtype, dc = compute_dtype(config.precision, device), distill_config(config)
+    teacher = inference(base, config, device)
     student = shrunk(base, config.student_depth or base.config.depth).float().to(device)
     student.compute_dtype = dtype
     heads = make_heads(config, base).to(device)
@@ -240,7 +224,7 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, devic
     prompts = draw_prompts(config, config.eval_n, BEST)
     reference = make_reference(config, prompts, config.eval_n, VALIDATION)
     shown = draw_prompts(config, 4 * len(config.hw), VALIDATION)
-    viewer = frozen(ema, config, device)
+    viewer = inference(ema, config, device)
     total = config.heads_first + config.steps                  # the first steps move the heads alone
     log, bar, since = Log(run, "distill", start), progress("distill", total, start), time.perf_counter()
     for it in range(start, total + 1):
@@ -257,9 +241,12 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, devic
             bar.write(f"step {step:5d}  " + "  ".join(f"{k} {v:.3f}" for k, v in values.items() if k.startswith(("fd_", "prompt", "auc"))))
             if sum(v for k, v in values.items() if k in ("fd_1", f"fd_{len(config.levels)}")) < best:
                 best = values["fd_1"] + values["fd_4"]
-                save_student(config, ema, out.with_name("best.safetensors"))
+                checkpoint.save_mmdit(ema, out.with_name("best.safetensors"), describe(config, "student"))
         if it == total:
             break
+        if config.profile and it == max(start, total - 3):
+            profiler = torch.profiler.profile()
+            profiler.start()
 
         # --- the step: heads, then the student on the same fake features ---
         stats, fakes, micro = {}, [], config.batch // config.accumulate
@@ -303,7 +290,11 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, devic
             bar.set_postfix({k: f"{line[k]:.2f}" for k in ("loss_d", "loss_g") if k in line}, gb=f"{memory_gb(device):.1f}")
         save_every(config, folder, it + 1, it + 1 - start, stopper, state)
     bar.close()
-    save_student(config, ema, out.with_name("last.safetensors"))
+    if config.profile and start < total:
+        profiler.stop()
+        profiler.export_chrome_trace(config.profile)
+        print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
+    checkpoint.save_mmdit(ema, out.with_name("last.safetensors"), describe(config, "student"))
     kept = out.with_name("best.safetensors")
     os.replace(kept if kept.exists() else out.with_name("last.safetensors"), out)
 
@@ -332,16 +323,11 @@ def calibrate(config: Config, dc: DistillConfig, teacher: MMDiT, heads: Discrimi
         heads.calibrate(taps_of(teacher, heads, flow.noised(x0, drawn.eps_r, drawn.sigma_r), drawn.sigma_r, text))
 
 
-def levels_of(config: Config, steps: int) -> tuple[float, ...]:
-    """The student's levels for a number of steps: 4 of them, every second for 2, the first for 1 (Sauer et al. 2024, Sec. 4)."""
-    return config.levels[::len(config.levels) // steps]
-
-
 def quality(config: Config, student: MMDiT, prompts: list[Prompts], reference: Reference) -> dict[str, float]:
     """Frechet distance and prompt accuracy at 1 step and at all levels."""
     out = {"floor_fd": reference.floor["fd"]}
     for steps in (1, len(config.levels)):
-        row = measure(student, config, prompts, reference, steps, config.sampler, levels=levels_of(config, steps))
+        row = measure(student, config, prompts, reference, steps, config.sampler, levels=levels_of(config.levels, steps))
         out |= {f"fd_{steps}": row["fd"], f"prompt_accuracy_{steps}": row["prompt_accuracy"], f"entropy_{steps}": row["entropy"]}
     return out
 
@@ -353,7 +339,7 @@ def pictures(config: Config, model: MMDiT, prompts: list[Prompts], sigmas: Tenso
 
 def student_pictures(config: Config, model: MMDiT, prompts: list[Prompts]) -> dict[str, list[Tensor]]:
     counts = [n for n in (4, 2, 1) if n <= len(config.levels)]
-    sigmas = lambda n: flow.shift(torch.tensor((*levels_of(config, n), 0.0)), config.shift)
+    sigmas = lambda n: flow.shift(torch.tensor((*levels_of(config.levels, n), 0.0)), config.shift)
     return {f"student {n}": pictures(config, model, prompts, sigmas(n), config.sampler) for n in counts}
 
 
@@ -363,10 +349,12 @@ def save_grid(config: Config, student: MMDiT, prompts: list[Prompts], path: Path
     report.save_png(sheet, path, {"parameters": f"sampler: {config.sampler}, seeds from 0"})
 
 
-def save_student(config: Config, student: MMDiT, path: Path) -> None:
-    """The student with what its sampling needs: levels (unshifted), shift, sampler."""
-    meta = {"role": "student", "levels": ",".join(map(str, config.levels)), "shift": str(config.shift), "sampler": config.sampler}
-    checkpoint.save_mmdit(student, path, meta)
+def describe(config: Config, role: str) -> dict[str, str]:
+    """What sampling needs beside the weights; levels are unshifted."""
+    listed = lambda values: ",".join(map(str, values))
+    return {"role": role, "levels": listed(config.levels), "shift": str(config.shift), "sampler": config.sampler,
+            "guidance": str(config.guidance), "sample_steps": str(config.sample_steps), "objects": str(config.objects),
+            "text_dim": str(config.text_dim), "sizes": listed(config.sizes)}
 
 
 # --- stage 4: report ---
@@ -376,13 +364,13 @@ def write_report(config: Config, run: Path, base: MMDiT, device: torch.device, s
     start = time.perf_counter()
     prompts = draw_prompts(config, config.n, REPORT)
     reference = make_reference(config, prompts, config.n, REAL)
-    teacher = frozen(base, config, device)
-    student = frozen(checkpoint.load_mmdit(run / "checkpoints" / "student.safetensors", kernels.load(config.kernels)), config, device)
-    untrained = frozen(shrunk(base, student.config.depth), config, device)
+    teacher = inference(base, config, device)
+    student = inference(checkpoint.load_mmdit(run / "checkpoints" / "student.safetensors", kernels.load(config.kernels)), config, device)
+    untrained = inference(shrunk(base, student.config.depth), config, device)
     counts = [n for n in (4, 2, 1) if n <= len(config.levels)]
     plan = [("teacher", teacher, "euler", config.sample_steps, config.guidance, None)]
     plan += [("teacher", teacher, "euler", n, g, None) for n in (4, 2, 1) for g in dict.fromkeys((config.guidance, 1.0))]
-    plan += [(name, model, config.sampler, n, 1.0, levels_of(config, n))
+    plan += [(name, model, config.sampler, n, 1.0, levels_of(config.levels, n))
              for name, model in (("untrained", untrained), ("student", student)) for n in counts]
     rows, bar = [], progress("report", len(plan) * config.n)
     for name, model, sampler, steps, guidance, levels in plan:
@@ -413,13 +401,9 @@ def write_report(config: Config, run: Path, base: MMDiT, device: torch.device, s
     print("seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items()) + f"; wrote {run / 'report.json'}, {run / 'report.png'}")
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-
-
 def dry_run(config: Config, device: torch.device) -> None:
     """Prints the resolved configuration, parameters, memory and FLOPs of a step; allocates nothing."""
-    ops, dtype = kernels.load(config.kernels), compute_dtype(config, device)
+    ops, dtype = kernels.load(config.kernels), compute_dtype(config.precision, device)
     with torch.device("meta"):
         teacher = MMDiT(teacher_config(config), ops, dtype).to(dtype).requires_grad_(False)
         student = shrunk(MMDiT(teacher_config(config), ops, dtype), config.student_depth or config.depth)
@@ -440,7 +424,7 @@ def dry_run(config: Config, device: torch.device) -> None:
 def main(argv: list[str]) -> None:
     default = "shapes" if torch.cuda.is_available() else "tiny"
     config = parse_config(argv, default, __doc__)
-    device = pick_device(config)
+    device = pick_device(config.device)
     if not any(a.startswith("--preset") for a in argv):
         print(f"preset {config.preset}: {'a CUDA device was' if default == 'shapes' else 'no CUDA device was'} found")
     if config.dry_run:
@@ -449,7 +433,7 @@ def main(argv: list[str]) -> None:
         if path and not Path(path).exists():
             raise InputError(f"{what}: {path} does not exist")
     run, stopper, seconds = open_run(config), Stopper(), {}
-    print(f"{run}: {device_name(device)}, {compute_dtype(config, device)}")
+    print(f"{run}: {device_name(device)}, {compute_dtype(config.precision, device)}")
 
     def timed(name: str, stage, *args):
         start = time.perf_counter()

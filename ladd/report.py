@@ -25,19 +25,9 @@ from torch import Tensor
 from ladd.config import InputError
 
 KEYS = "preset command device world_size versions commit n seeds seconds floor curves rows".split()
-ROW = {  # key of a row: its head and its form in the table
-    "model":           ("model", "{}"),
-    "sampler":         ("sampler", "{}"),
-    "steps":           ("steps", "{}"),
-    "guidance":        ("guidance", "{:g}"),
-    "nfe":             ("nfe", "{}"),
-    "fd":              ("FD", "{:.3f}"),
-    "fd2":             ("FD2", "{:.3f}"),
-    "prompt_accuracy": ("prompt acc", "{:.1%}"),
-    "coverage":        ("coverage", "{:.3f}"),
-    "density":         ("density", "{:.3f}"),
-    "ms_per_image":    ("ms/image", "{:.2f}"),
-}
+ROW = {"model": "{}", "sampler": "{}", "steps": "{}", "guidance": "{:g}", "nfe": "{}",  # keys, and their form
+       "fd": "{:.3f}", "fd2": "{:.3f}", "prompt_accuracy": "{:.1%}",                    # in a table
+       "coverage": "{:.3f}", "density": "{:.3f}", "ms_per_image": "{:.2f}"}
 
 
 def _replace(path: str | Path, write: Callable[[Path], Any]) -> None:
@@ -52,10 +42,10 @@ def _replace(path: str | Path, write: Callable[[Path], Any]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that numbers may depend on, without those that are not installed."""
-    packages = [name for name in ("numpy", "einops", "safetensors", "triton") if find_spec(name)]
-    return {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda or "none",
-            **{name: metadata.version(name) for name in packages}}
+    """Versions of Python and of the packages that numbers may depend on, as far as they are installed."""
+    packages = [name for name in ("torch", "numpy", "einops", "safetensors", "triton") if find_spec(name)]
+    return {"python": platform.python_version(), "cuda": torch.version.cuda or "none"} | {
+        name: metadata.version(name) for name in packages}
 
 
 def commit() -> str:
@@ -81,7 +71,7 @@ def _nonfinite(value: Any, name: str) -> Iterator[str]:
 
 
 def write_json(path: str | Path, obj: dict) -> None:
-    """Writes obj, one line a key, one line an object of a list. InputError names the first NaN or infinity."""
+    """Writes obj, one line a key and an object of a list. InputError names the first NaN or infinity."""
     if bad := next(_nonfinite(obj, ""), None):
         raise InputError(f"{path}: {bad}, accepted finite numbers")
 
@@ -105,20 +95,20 @@ def validate_report(report: dict) -> None:
 
 
 def relative_excess(rows: list[dict], floor: dict) -> list[float | None]:
-    """(fd - floor) / (fd of the untrained student at 1 step - floor), row by row; None without that baseline."""
+    """(fd - floor) / (fd of the untrained student at 1 step - floor) of each row; None without that one."""
     base = [row["fd"] - floor["fd"] for row in rows if row["model"] == "untrained" and row["steps"] == 1]
     return [(row["fd"] - floor["fd"]) / base[0] if base and base[0] > 0 else None for row in rows]
 
 
 def table(rows: list[dict], floor: dict) -> str:
     """The rows as an aligned Markdown table; excess is relative_excess, "-" is not measured."""
-    forms = ROW | {"excess": ("excess", "{:.3f}")}
-    keys = [*ROW][:6] + ["excess"] + [*ROW][6:]
+    forms = [*ROW.items()]
+    forms.insert(6, ("excess", "{:.3f}"))
     rows = [row | {"excess": excess} for row, excess in zip(rows, relative_excess(rows, floor))]
-    cells = [[forms[key][0] for key in keys]]
-    cells += [["-" if row[key] is None else forms[key][1].format(row[key]) for key in keys] for row in rows]
+    cells = [["-" if row[key] is None else form.format(row[key]) for key, form in forms] for row in rows]
+    cells.insert(0, [key for key, _ in forms])
     widths = [max(map(len, column)) for column in zip(*cells)]
-    sides = "<" * 2 + ">" * (len(keys) - 2)                           # words to the left, numbers to the right
+    sides = "<" * 2 + ">" * (len(forms) - 2)                         # words to the left, numbers to the right
     lines = [" | ".join(f"{cell:{side}{w}}" for cell, side, w in zip(row, sides, widths)) for row in cells]
     rule = " | ".join("-" * w if side == "<" else "-" * (w - 1) + ":" for side, w in zip(sides, widths))
     return "\n".join(f"| {line} |" for line in [lines[0], rule, *lines[1:]])
@@ -153,7 +143,7 @@ def contact_sheet(images_by_column: dict[str, Sequence[Tensor]], row_titles: lis
     """
     columns = [[to_pil(x) for x in images] for images in images_by_column.values()]
     if not columns or not row_titles or any(len(column) != len(row_titles) for column in columns):
-        raise InputError(f"contact_sheet: columns of {[*map(len, columns)]} images for {len(row_titles)} rows, "
+        raise InputError(f"contact_sheet: columns of {[*map(len, columns)]} images, {len(row_titles)} rows, "
                          "accepted at least one column and one row, an image for every row")
     scale = cell / max(side for column in columns for x in column for side in x.size)
     resize = lambda x: x.resize([max(1, round(side * scale)) for side in x.size], Image.Resampling.BICUBIC)
@@ -221,9 +211,9 @@ def plot_report(path: str | Path, sheet: Image.Image, curves: dict[str, list], r
     """report.png: the sheet, pixel for pixel, above losses, the duel, Frechet distance and prompt accuracy.
 
     The last two show the teacher's row of most steps. Curves may be taken at a smaller n than the rows:
-    floor["fd_curves"] is the floor at theirs (else floor["fd"]); the teacher's line keeps its distance from it.
+    floor["fd_curves"] is the floor at theirs (else floor["fd"]); the teacher's line keeps its distance to it.
     """
-    from matplotlib.figure import Figure                              # half a second that only this function pays
+    from matplotlib.figure import Figure                          # half a second that only this function pays
     from matplotlib.ticker import LogLocator, NullLocator
 
     width, height = max(sheet.width, 960), sheet.height + 600              # at 100 dots an inch

@@ -1,15 +1,48 @@
 """The run folder: configuration, environment, log and the wish to stop."""
+import copy
 import json
 import os
 import signal
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from ladd.config import Config, InputError, check_same, to_json
+from ladd.mmdit import MMDiT
 from ladd.report import commit, versions
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called auto, cpu or cuda; auto takes CUDA where there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device: found cuda without a CUDA device, accepted is cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """auto is bf16 where the device computes in it (on the CPU: where its matrix library does), else fp32."""
+    has = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if precision == "bf16" or precision == "auto" and has else torch.float32
+
+
+def frozen(model: MMDiT, dtype: torch.dtype, device: torch.device) -> MMDiT:
+    """A copy for inference and for gradients through it: weights in the compute dtype, none of them trains."""
+    out = copy.deepcopy(model).to(device, dtype).requires_grad_(False).eval()
+    out.compute_dtype = dtype
+    return out
+
+
+def levels_of(levels: tuple[float, ...], steps: int) -> tuple[float, ...]:
+    """The student's levels for fewer steps: every second for half of them, the first for 1 (Sauer et al. 2024, Sec. 4)."""
+    if steps < 1 or len(levels) % steps:
+        counts = [n for n in range(1, len(levels) + 1) if len(levels) % n == 0]
+        raise InputError(f"steps: found {steps}, the student was trained for {counts}; --sigmas takes other levels")
+    return levels[::len(levels) // steps]
 
 
 def open_run(config: Config) -> Path:

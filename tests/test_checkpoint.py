@@ -157,10 +157,10 @@ def listing(folder: Path) -> list[str]:
 
 def test_the_newest_state_comes_back_and_the_last_two_are_kept(tmp_path):
     assert load_state(tmp_path / "absent") is None and load_state(tmp_path) is None
-    for step in (5, 90, 1000, 1000000):
+    for step in (5, 90, 200000, 1000000):
         save_state(tmp_path, step, *state_of(step))
         assert_state(load_state(tmp_path), step)
-    assert listing(tmp_path) == ["step_001000", "step_1000000"]
+    assert listing(tmp_path) == ["step_1000000", "step_200000"]
     save_state(tmp_path, 1000001, *state_of(1000001), keep=1)
     assert listing(tmp_path) == ["step_1000001"]
     assert listing(tmp_path / "step_1000001") == ["meta.json", "state.safetensors"]
@@ -176,6 +176,10 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     for step, values in ((1, 1), (2, 2), (2, 7)):
         save_state(tmp_path, step, *state_of(values))
     assert load_state(tmp_path)[2]["step"] == 7 and listing(tmp_path) == ["step_000001", "step_000002"]
+    shutil.copytree(tmp_path / "step_000001", tmp_path / "step_000002.old")    # left by a kill
+    assert load_state(tmp_path)[2]["step"] == 7
+    save_state(tmp_path, 3, *state_of(3))
+    assert listing(tmp_path) == ["step_000002", "step_000003"]
 
 
 @pytest.mark.parametrize("name", ["state.safetensors", "meta.json"])

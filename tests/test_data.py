@@ -160,9 +160,9 @@ def test_a_shard_outside_the_plan_is_refused(folder, plan):
 
 @pytest.mark.parametrize("change, message", [
     (dict(provenance={**PROVENANCE, "guidance": 3.0}), "found guidance 2.5, 3.0 accepted"),
-    (dict(provenance={k: PROVENANCE[k] for k in ("guidance", "levels", "more")}), "found sampler 'euler', None accepted"),
+    (dict(provenance=dict(list(PROVENANCE.items())[1:])), "found sampler 'euler', None accepted"),
     (dict(provenance={**PROVENANCE, "seed": 0}), "found seed None, 0 accepted"),
-    (dict(provenance={**PROVENANCE, "more": {"clip": 1.0}}), "found more {'clip': {'float': 'inf'}}, {'clip': 1.0}"),
+    (dict(provenance={**PROVENANCE, "more": {"clip": 1}}), "found more {'clip': {'float': 'inf'}}"),
     (dict(prompts=[*text()["prompts"][:6], "other"]), "found prompt 'prompt 6', 'other' accepted"),
     (text(6), "found prompt 'prompt 6', None accepted"),
     (dict(pooled=text()["pooled"] + 1), "found another pooled of the same prompts"),

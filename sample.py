@@ -1,0 +1,299 @@
+"""Prompts to images: a student in 1 to 4 steps, or its teacher.
+
+    python sample.py --run runs/tiny --prompt "large red circle left on black" --out red.png
+    python sample.py --run runs/tiny --prompt-file prompts.txt --num 4 --steps 2 --out folder
+    python sample.py --run runs/tiny --prompt "small blue square" --num 3 --compare --out compare.png
+    python sample.py --checkpoint student.safetensors --prompt "" --out any.png
+
+Image i starts from the noise of seed + i, made on the CPU in fp32: its picture is the same, to rounding,
+whatever the batch or device. Several images go to a folder, as 000000_seed0.png and so on; no file is
+overwritten. The script reads top to bottom: parse, load, plan, write, main (text, noise, sample, decode).
+"""
+import hashlib
+import json
+import os
+import sys
+import time
+from argparse import Namespace, RawDescriptionHelpFormatter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+import kernels
+from ladd import checkpoint, flow, report, shapes
+from ladd.config import Config, InputError, Parser, parse_size, parse_value, validated
+from ladd.data import read_json
+from ladd.distill import Text
+from ladd.evaluate import embed
+from ladd.mmdit import MMDiT
+from ladd.run import compute_dtype, device_name, frozen, levels_of, memory_gb, pick_device
+from ladd.sampler import image_noise, sample
+
+ROLES = "student", "teacher"
+RECIPE = "objects", "text_dim", "sizes", "shift", "levels", "sampler", "guidance", "sample_steps"   # of Config
+RANGES = dict(num=(1, 10 ** 6), steps=(1, 1000), guidance=(0, 100), seed=(0, 2 ** 62), batch=(1, 4096))
+
+
+def must(ok: bool, message: str) -> None:
+    if not ok:
+        raise InputError(message)
+
+
+# --- parse ---
+
+def parse(argv: list[str]) -> Namespace:
+    """The flags, each in its range, those that exclude each other apart; InputError otherwise."""
+    parser = Parser(prog="sample.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("--run", metavar="FOLDER", help="run folder of train.py")
+    flag("--checkpoint", metavar="FILE", help="one network that train.py wrote")
+    flag("--model", choices=ROLES, help="network of the run; default: the student")
+    flag("--prompt", metavar="TEXT", action="append", help="caption, repeatable; empty: anything")
+    flag("--prompt-file", metavar="FILE", help="captions, one a line; empty lines and # comments are skipped")
+    flag("--num", metavar="N", type=int, default=1, help="images a prompt")
+    flag("--steps", metavar="N", type=int, help="default: all levels of a student, a teacher's as in its run")
+    flag("--sigmas", metavar="S,S", help="final levels falling from 1, instead of --steps; a closing 0 is implied")
+    flag("--guidance", metavar="G", type=float, help="the teacher's; default: as in its run")
+    flag("--seed", metavar="N", type=int, default=0, help="image i uses seed + i")
+    flag("--size", metavar="HxW", help="pixels, multiples of 16; default: the first size of the run")
+    flag("--batch", metavar="N", type=int, default=16, help="images at a time")
+    flag("--compare", action="store_true", help="one sheet: teacher at many and 4 steps, student at 4, 2, 1")
+    flag("--grid", action="store_true", help="one sheet of all images")
+    flag("--out", metavar="PATH", help="a .png for one image or sheet, a folder for several images")
+    flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one")
+    flag("--kernels", choices=tuple(kernels.CHOICES), default="auto", help="implementation of the operations")
+    flag("--no-metadata", action="store_true", help="PNGs without their parameters")
+    args = parser.parse(argv)
+    for a, b in ("run", "checkpoint"), ("prompt", "prompt_file"):
+        given = sum(getattr(args, name) is not None for name in (a, b))
+        found = ("neither", "one", "both")[given]
+        must(given == 1, f"--{a}, --{b}: found {found}, exactly one expected".replace("_", "-"))
+    for name, (low, high) in RANGES.items():
+        value = getattr(args, name)
+        must(value is None or low <= value <= high, f"--{name}: found {value}, {low} to {high} expected")
+    must(args.steps is None or args.sigmas is None, "--steps, --sigmas: found both, at most one expected")
+    extra = [f"--{name}" for name in ("checkpoint", "model", "steps", "sigmas", "grid") if getattr(args, name)]
+    must(not args.compare or not extra, f"--compare: found it with {', '.join(extra)}, only with --run expected")
+    must(bool(args.out), "--out: found nothing, a .png for one image or sheet or a folder for several expected")
+    return args
+
+
+def read_prompts(args: Namespace, objects: int) -> list[str]:
+    """The prompts as shapes.embed spells them, each checked by the grammar; "" is the null prompt."""
+    prompts, where = args.prompt, f"--prompt-file {args.prompt_file}"
+    if prompts is None:
+        try:
+            lines = [line.strip() for line in Path(args.prompt_file).read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{where}: found no text file ({error})") from None
+        prompts = [line for line in lines if line and not line.startswith("#")]
+        must(bool(prompts), f"{where}: found no prompt in {len(lines)} lines, one a line expected")
+    prompts = [" ".join(prompt.lower().split()) for prompt in prompts]
+    for prompt in filter(None, prompts):
+        shapes.parse(prompt, objects)
+    return prompts
+
+
+def read_sigmas(text: str) -> list[float]:
+    """Final levels from 1 to the closing 0."""
+    try:
+        sigmas = list(parse_value(text, tuple[float, ...]))
+    except ValueError:
+        sigmas = []
+    sigmas += [0.0] * (sigmas[-1:] != [0])
+    falling = all(a > b for a, b in zip(sigmas, sigmas[1:]))         # no NaN passes
+    must(sigmas[0] == 1 and falling, f"--sigmas: found {text!r}, numbers falling from 1 expected, such as 1,0.5")
+    return sigmas
+
+
+# --- load ---
+
+def recipe(stored: Any, where: Path) -> Config:
+    """What sampling needs of the configuration, from config.json or a checkpoint's metadata (tuples as "a,b")."""
+    missing = [name for name in RECIPE if not isinstance(stored, dict) or name not in stored]
+    must(not missing, f"{where}: found no {', '.join(missing)}; accepted is what train.py wrote")
+    text = lambda value: ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    try:
+        given = {name: parse_value(text(stored[name]), Config.__annotations__[name]) for name in RECIPE}
+        probs = tuple(1 / len(given["levels"]) for _ in given["levels"])         # of training; any will do
+        return validated(Config(**given, probs=probs))
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def locate(args: Namespace) -> tuple[Config, dict[str, Path]]:
+    """(the recipe, the file of each role that is asked for)."""
+    if args.checkpoint is not None:
+        path = checkpoint.model_file(args.checkpoint)
+        values = checkpoint.load_metadata(path)
+        config, role = recipe(values, path), values.get("role")
+        must(role in ROLES, f"{path}: found role {role!r}, {' or '.join(ROLES)} expected")
+        must(args.model in (None, role), f"--model: found {args.model}, {path} is a {role}")
+        return config, {role: path}
+    run, stored = Path(args.run), Path(args.run) / "config.json"
+    must(stored.exists(), f"--run {run}: found no config.json there, a run folder of train.py expected")
+    values = read_json(stored)
+    config = recipe(values, stored)
+    files = {role: run / "checkpoints" / f"{role}.safetensors" for role in ROLES}
+    if values.get("teacher"):
+        files["teacher"] = Path(values["teacher"])                   # a run with --teacher holds no copy of it
+    asked = {role: files[role] for role in (ROLES if args.compare else (args.model or "student",))}
+    for path in asked.values():
+        must(path.exists(), f"{path}: found no such file; train.py writes it when that stage is done")
+    return config, asked
+
+
+def load(path: Path, args: Namespace, config: Config, hw: tuple[int, int]) -> MMDiT:
+    """The network, memory-mapped on the CPU; InputError unless it reads this text and takes this size."""
+    model = checkpoint.load_mmdit(path, kernels.load(args.kernels))
+    c, d, channels = model.config, config.text_dim, len(shapes.CHANNELS)
+    widths, wanted = (c.in_channels, c.out_channels, c.context_dim, c.pooled_dim), (channels, channels, d, d)
+    must(widths == wanted, f"{path}: found widths {widths} of latents in, out, text and pooled, {wanted} expected")
+    most = 8 * c.patch * c.pos_grid
+    must(max(hw) <= most, f"--size: found {hw[0]}x{hw[1]}, {path} takes at most {most}x{most}")
+    return model
+
+
+# --- plan ---
+
+class Column(NamedTuple):
+    """One way to sample: all that decides a picture but the weights, prompt, seed and size."""
+    role: str
+    sampler: str
+    steps: int
+    sigmas: list[float]         # final levels from 1 to 0
+    guidance: float
+
+
+def plan(args: Namespace, config: Config, role: str) -> dict[str, Column]:
+    """The column asked for, or those of --compare, which are the report's; by titles that tell their evaluations."""
+    guidance = config.guidance if args.guidance is None else args.guidance
+
+    def column(role: str, steps: int, guidance: float = 1.0) -> Column:
+        if role == "teacher":
+            return Column(role, "euler", steps, flow.euler_levels(steps, config.shift).tolist(), guidance)
+        levels = torch.tensor((*levels_of(config.levels, steps), 0.0))
+        return Column(role, config.sampler, steps, flow.shift(levels, config.shift).tolist(), 1.0)
+
+    if args.compare:
+        columns = [column("teacher", config.sample_steps, guidance), column("teacher", 4)]
+        columns += [column("student", n) for n in (4, 2, 1) if len(config.levels) % n == 0]
+    else:
+        must(role == "teacher" or args.guidance in (None, 1), f"--guidance: found {args.guidance}, a student takes "
+             "1 (none): its teacher's is distilled into it; --model teacher takes others")
+        full = config.sample_steps if role == "teacher" else len(config.levels)
+        columns = [column(role, args.steps or full, guidance)]
+        if args.sigmas is not None:
+            sigmas, trained = read_sigmas(args.sigmas), columns[0].sigmas
+            columns = [columns[0]._replace(steps=len(sigmas) - 1, sigmas=sigmas)]
+            new = [f"{s:g}" for s in sigmas if min(abs(s - t) for t in trained) > 1e-3]
+            if role == "student" and new:
+                print(f"note: this student was not trained at levels {', '.join(new)}")
+    return {f"{c.role} {c.steps}" + (" x 2" if c.guidance != 1 else ""): c for c in columns}
+
+
+# --- write ---
+
+def outputs(args: Namespace, count: int) -> list[Path]:
+    """The files to write, none of which exists, in a folder that does."""
+    out, one = Path(args.out), args.grid or args.compare or count == 1
+    accepted = "a name ending in .png" if one else "a folder's name, or --grid,"
+    must(one == (out.suffix.lower() == ".png"), f"--out: found {out}, {accepted} expected")
+    paths = [out] if one else [out / f"{i:06d}_seed{args.seed + i}.png" for i in range(count)]
+    for path in paths:
+        must(not path.exists(), f"--out: found {path} there already, a new name expected")
+    try:
+        paths[0].parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: found no way to make {paths[0].parent} ({error})") from None
+    must(os.access(paths[0].parent, os.W_OK), f"--out: found {paths[0].parent} read-only, a writable folder expected")
+    return paths
+
+
+def common(args: Namespace, config: Config, columns: list[Column], files: dict[str, Path],
+           hw: tuple[int, int], device: torch.device) -> dict[str, Any]:
+    """What all pictures of a call share."""
+    models = {}
+    for role, path in files.items():
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()[:10]
+        name = f"{Path(args.run).resolve().name}-{role}" if args.run else path.stem
+        models[role] = {"model": name, "model_hash": digest}
+    return {"height": hw[0], "width": hw[1], "shift": config.shift, "device": device_name(device),
+            "commit": report.commit(), "versions": report.versions(),
+            "columns": [c._asdict() | models[c.role] for c in columns]}
+
+
+def chunks(shared: dict[str, Any], prompts: list[str], seeds: list[int]) -> dict[str, str]:
+    """Text of a PNG: "parameters" in the customary form (first column, first seed), "ladd" all of it as JSON."""
+    c = shared["columns"][0]
+    line = (f"Steps: {c['steps']}, Sampler: {c['sampler'].capitalize()}, CFG scale: {c['guidance']:g}, "
+            f"Seed: {seeds[0]}, Size: {shared['width']}x{shared['height']}, "
+            f"Model hash: {c['model_hash']}, Model: {c['model']}")
+    return {"parameters": "\n".join([*dict.fromkeys(prompts), line]),
+            "ladd": json.dumps({"prompts": prompts, "seeds": seeds, **shared})}
+
+
+def sheet(args: Namespace, prompts: list[str], seeds: list[int], pictures: dict[str, list[Tensor]]) -> Image.Image:
+    """--compare: a row an image. --grid: a row a prompt, whose seed is increased by j in column +j."""
+    stride = args.num if args.grid else 1
+    rows = [f"{prompt or '(empty)'}, seed {seed}" for prompt, seed in zip(prompts[::stride], seeds[::stride])]
+    if args.grid:
+        (title, images), = pictures.items()
+        pictures = {f"+{j}" if j else title: images[j::stride] for j in range(stride)}
+    return report.contact_sheet(pictures, rows, cell=max(128, *next(iter(pictures.values()))[0].shape))
+
+
+# --- main ---
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    config, files = locate(args)
+    prompts = [prompt for prompt in read_prompts(args, config.objects) for _ in range(args.num)]
+    seeds = [args.seed + i for i in range(len(prompts))]
+    hw = config.hw[0] if args.size is None else parse_size(args.size)
+    columns = plan(args, config, next(iter(files)))
+    models = {role: load(path, args, config, hw) for role, path in files.items()}
+    device = pick_device(args.device)
+    paths = outputs(args, len(prompts))                              # the last check
+    shared = {} if args.no_metadata else common(args, config, [*columns.values()], files, hw, device)
+    text_of = lambda prompts, seeds: chunks(shared, prompts, seeds) if shared else {}
+
+    models = {role: frozen(model, compute_dtype("auto", device), device) for role, model in models.items()}
+    null = Text(*(t[0] for t in embed(config, [""], device)))
+    pictures: dict[str, list[Tensor]] = {title: [] for title in columns}
+    bar = tqdm(total=len(columns) * len(prompts), desc="images", dynamic_ncols=True)
+    begin, seconds, steps = time.perf_counter(), 0.0, 0
+    for title, c in columns.items():
+        for i in range(0, len(prompts), args.batch):
+            part, drawn = prompts[i:i + args.batch], seeds[i:i + args.batch]
+            text = embed(config, part, device)
+            noise = image_noise(drawn, (len(shapes.CHANNELS), hw[0] // 8, hw[1] // 8)).to(device)  # [b, c, h, w]
+            start, sigmas = time.perf_counter(), torch.tensor(c.sigmas)
+            x0 = sample(models[c.role], noise, text, sigmas, c.sampler, drawn, null, c.guidance).cpu()
+            seconds, steps = seconds + time.perf_counter() - start, steps + c.steps
+            images = shapes.decode(x0)                               # [b, 3, H, W]
+            if args.grid or args.compare:
+                pictures[title].extend(images)
+            else:                                                    # at once: an interrupted call keeps them
+                for path, image, prompt, seed in zip(paths[i:], images, part, drawn):
+                    report.save_png(image, path, text_of([prompt], [seed]))
+            bar.update(len(part))
+    bar.close()
+    if args.grid or args.compare:
+        report.save_png(sheet(args, prompts, seeds, pictures), paths[0], text_of(prompts, seeds))
+    count, wall = len(columns) * len(prompts), time.perf_counter() - begin
+    where = paths[0] if len(paths) == 1 else paths[0].parent
+    print(f"{where}: {count} images, {count / wall:.2f} images/s, {1000 * seconds / steps:.1f} ms a step of "
+          f"{min(args.batch, len(prompts))}, {memory_gb(device):.2f} GB at peak")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        sys.exit(print(f"sample.py: {error}", file=sys.stderr) or 2)

@@ -1,0 +1,166 @@
+"""The repository itself: who imports whom, what is never written, that every kernel file stands alone."""
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# DESIGN section 2: a file in ladd imports only files before it in this list, and kernels
+ORDER = "config flow mmdit discriminator distill sampler shapes data metrics checkpoint parallel report run cost evaluate".split()
+CORE = "flow mmdit discriminator distill sampler".split()
+TOOLS = {"__init__", "bench", "aot"}             # of kernels; they know the others
+LADD = sorted(path for path in ROOT.glob("ladd/*.py") if path.stem != "__init__")
+KERNELS = sorted(path for path in ROOT.glob("kernels/*.py") if path.stem not in TOOLS)
+SOURCES = [*sorted(ROOT.glob("*.py")), *LADD, *sorted(ROOT.glob("kernels/*.py"))]
+TESTS = sorted(ROOT.glob("tests/*.py"))
+README = ROOT / "README.md"
+needs_readme = pytest.mark.skipif(not README.exists(), reason="README.md is not written yet")
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of all modules that a file imports, at whatever depth; "from a import b" gives a and a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)}:{node.lineno}: relative import"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+# imports
+
+@pytest.mark.parametrize("path", LADD, ids=name_of)
+def test_a_file_in_ladd_imports_only_files_above_it(path):
+    assert path.stem in ORDER, f"{name_of(path)} has no place in the order of DESIGN section 2; give it one here"
+    used = {name.split(".")[1] for name in imports(path) if name.startswith("ladd.")}
+    below = used & set(ORDER[ORDER.index(path.stem):])
+    assert not below, f"{name_of(path)} imports {sorted(below)}, which come after it"
+    assert not {name.split(".")[0] for name in imports(path)} & {"train", "sample", "tests", "pickle"}
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=name_of)
+def test_a_kernel_file_imports_only_the_standard_library_torch_and_triton(path):
+    roots = {name.split(".")[0] for name in imports(path)}
+    assert not roots - set(sys.stdlib_module_names) - {"torch", "triton"}
+
+
+def test_kernel_files_import_where_nothing_else_is(tmp_path):
+    code = ("import importlib.util, sys\n"
+            "for path in sys.argv[1:]:\n"
+            "    spec = importlib.util.spec_from_file_location('alone', path)\n"
+            "    spec.loader.exec_module(importlib.util.module_from_spec(spec))\n"
+            "assert 'kernels' not in sys.modules and 'ladd' not in sys.modules\n")
+    copies = [tmp_path / path.name for path in KERNELS]
+    for path, copy in zip(KERNELS, copies):
+        copy.write_text(path.read_text())
+    done = subprocess.run([sys.executable, "-I", "-c", code, *map(str, copies)], cwd=tmp_path, capture_output=True, text=True)
+    assert len(copies) >= 3 and done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_triton_is_imported_only_under_a_guard(path):
+    for node in ast.parse(path.read_text()).body:       # a function, an if or a try at the top of a file is a guard
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "") or ""]
+        plain = isinstance(node, ast.Import | ast.ImportFrom) and any(name.split(".")[0] == "triton" for name in names)
+        assert not plain, f"{name_of(path)}:{node.lineno} imports triton without a guard"
+
+
+def test_triton_is_required_on_linux_alone():
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("triton")]
+    assert len(lines) == 1 and re.search(r";\s*(platform_system == ['\"]Linux['\"]|sys_platform == ['\"]linux['\"])", lines[0])
+
+
+def test_what_is_imported_is_required():
+    required = {re.split(r"[^\w-]", line)[0] for line in (ROOT / "requirements.txt").read_text().splitlines()}
+    named = {"PIL": "pillow"}
+    optional = {"transformers", "diffusers", "tensorboard"}        # DESIGN section 8: imported where they are used
+    for path in SOURCES:
+        roots = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - {"ladd", "kernels"}
+        missing = {named.get(root, root) for root in roots} - required - optional
+        assert not missing, f"{name_of(path)} imports {sorted(missing)}, which requirements.txt does not list"
+
+
+# what is never written
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_no_broad_except_no_pickle_nothing_left_to_do(path):
+    text, bad = path.read_text(), []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ExceptHandler):
+            caught = [] if node.type is None else [n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)]
+            if not caught or {"Exception", "BaseException"} & set(caught):
+                bad.append(f"{node.lineno}: except {' '.join(caught)}")
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.save"):
+            bad.append(f"{node.lineno}: {ast.unparse(node)}")
+    bad += [f"{name}" for name in imports(path) if name.split(".")[0] in ("pickle", "dill", "cloudpickle", "joblib")]
+    bad += [f"{i}: {line.strip()}" for i, line in enumerate(text.splitlines(), 1) if re.search(r"\b(TODO|FIXME|XXX)\b", line)]
+    assert not bad, f"{name_of(path)}: {bad}"
+
+
+def tracked() -> list[Path]:
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("no git checkout: which files are tracked is not known")
+    return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_no_tracked_file_names_a_path_of_a_machine():
+    home = re.compile(rb"(?<![\w.~:/])/(work|home|Users|root|tmp|mnt|scratch|data)/[\w.]|[A-Z]:\\\\?Users")
+    found = []
+    for path in tracked():
+        content = path.read_bytes()
+        if b"\0" not in content[:8192]:
+            found += [f"{name_of(path)}:{i}: {line.strip()[:80]}" for i, line in enumerate(content.splitlines(), 1) if home.search(line)]
+    assert not found, found
+
+
+def test_no_run_and_no_weights_are_tracked():
+    heavy = [name_of(path) for path in tracked() if path.suffix in (".safetensors", ".pt", ".ckpt") or path.stat().st_size > 2 ** 20]
+    assert not heavy and not any(name_of(path).startswith("runs/") for path in tracked())
+
+
+# size
+
+def test_the_core_is_about_a_thousand_lines():
+    lines = {name: len((ROOT / "ladd" / f"{name}.py").read_text().splitlines()) for name in CORE}
+    assert sum(lines.values()) <= 1000, lines
+
+
+def test_all_code_is_about_4500_lines():
+    lines = {name_of(path): len(path.read_text().splitlines()) for path in SOURCES}
+    assert sum(lines.values()) <= 4500, lines
+
+
+# README
+
+def code_blocks() -> str:
+    return "\n".join(re.findall(r"^```\w*\n(.*?)^```", README.read_text(), re.M | re.S)) + "\n" + \
+        "\n".join(re.findall(r"^    (\S.*)$", README.read_text(), re.M))
+
+
+@needs_readme
+def test_the_readme_maps_every_file_and_no_other():
+    text = README.read_text()
+    files = {path.name for path in SOURCES if path.stem != "__init__"}
+    missing = {name for name in files if not re.search(rf"(?<![\w]){re.escape(name)}", text)}
+    named = set(re.findall(r"(?<![\w./-])(?:ladd/|kernels/)?(\w+\.py)\b", text))
+    assert not missing, f"README.md does not mention {sorted(missing)}"
+    assert not named - files - {path.name for path in TESTS}, f"README.md mentions {sorted(named - files)}, which are not there"
+
+
+@needs_readme
+def test_the_readmes_training_commands_are_understood():
+    from ladd.config import parse_config
+    commands = [line for line in re.findall(r"python train\.py([^\n#&|]*)", code_blocks()) if "[" not in line]
+    assert commands
+    for line in commands:
+        parse_config(line.split(), "tiny")
