@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ from ladd.run import compute_dtype, device_name, frozen, levels_of, memory_gb, p
 from ladd.sampler import image_noise, sample
 
 ROLES = "student", "teacher"
-RECIPE = "objects", "text_dim", "sizes", "shift", "levels", "sampler", "guidance", "sample_steps"   # of Config
+RECIPE = "objects", "text_dim", "sizes", "shift", "levels", "sampler", "guidance", "sample_steps"
 RANGES = dict(num=(1, 10 ** 6), steps=(1, 1000), guidance=(0, 100), seed=(0, 2 ** 62), batch=(1, 4096))
 
 
@@ -56,7 +57,7 @@ def parse(argv: list[str]) -> Namespace:
     flag("--prompt-file", metavar="FILE", help="captions, one a line; empty lines and # comments are skipped")
     flag("--num", metavar="N", type=int, default=1, help="images a prompt")
     flag("--steps", metavar="N", type=int, help="default: all levels of a student, a teacher's as in its run")
-    flag("--sigmas", metavar="S,S", help="final levels falling from 1, instead of --steps; a closing 0 is implied")
+    flag("--sigmas", metavar="S,S", help="final levels falling from 1, in place of --steps; 0 is implied")
     flag("--guidance", metavar="G", type=float, help="the teacher's; default: as in its run")
     flag("--seed", metavar="N", type=int, default=0, help="image i uses seed + i")
     flag("--size", metavar="HxW", help="pixels, multiples of 16; default: the first size of the run")
@@ -76,9 +77,9 @@ def parse(argv: list[str]) -> Namespace:
         value = getattr(args, name)
         must(value is None or low <= value <= high, f"--{name}: found {value}, {low} to {high} expected")
     must(args.steps is None or args.sigmas is None, "--steps, --sigmas: found both, at most one expected")
-    extra = [f"--{name}" for name in ("checkpoint", "model", "steps", "sigmas", "grid") if getattr(args, name)]
-    must(not args.compare or not extra, f"--compare: found it with {', '.join(extra)}, only with --run expected")
-    must(bool(args.out), "--out: found nothing, a .png for one image or sheet or a folder for several expected")
+    extra = [name for name in ("checkpoint", "model", "steps", "sigmas", "grid") if getattr(args, name)]
+    must(not args.compare or not extra, f"--compare: found --{' --'.join(extra)}, only --run expected")
+    must(bool(args.out), "--out: found nothing, a .png for one picture or a folder for several expected")
     return args
 
 
@@ -105,15 +106,15 @@ def read_sigmas(text: str) -> list[float]:
     except ValueError:
         sigmas = []
     sigmas += [0.0] * (sigmas[-1:] != [0])
-    falling = all(a > b for a, b in zip(sigmas, sigmas[1:]))         # no NaN passes
-    must(sigmas[0] == 1 and falling, f"--sigmas: found {text!r}, numbers falling from 1 expected, such as 1,0.5")
+    must(sigmas[0] == 1 and all(a > b for a, b in zip(sigmas, sigmas[1:])),      # NaN does not pass
+         f"--sigmas: found {text!r}, numbers falling from 1 expected, such as 1,0.5")
     return sigmas
 
 
 # --- load ---
 
 def recipe(stored: Any, where: Path) -> Config:
-    """What sampling needs of the configuration, from config.json or a checkpoint's metadata (tuples as "a,b")."""
+    """What sampling needs of Config, from config.json or a checkpoint's metadata (tuples there are "a,b")."""
     missing = [name for name in RECIPE if not isinstance(stored, dict) or name not in stored]
     must(not missing, f"{where}: found no {', '.join(missing)}; accepted is what train.py wrote")
     text = lambda value: ",".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -140,7 +141,7 @@ def locate(args: Namespace) -> tuple[Config, dict[str, Path]]:
     config = recipe(values, stored)
     files = {role: run / "checkpoints" / f"{role}.safetensors" for role in ROLES}
     if values.get("teacher"):
-        files["teacher"] = Path(values["teacher"])                   # a run with --teacher holds no copy of it
+        files["teacher"] = Path(values["teacher"])        # a run with --teacher holds no copy of it
     asked = {role: files[role] for role in (ROLES if args.compare else (args.model or "student",))}
     for path in asked.values():
         must(path.exists(), f"{path}: found no such file; train.py writes it when that stage is done")
@@ -152,7 +153,7 @@ def load(path: Path, args: Namespace, config: Config, hw: tuple[int, int]) -> MM
     model = checkpoint.load_mmdit(path, kernels.load(args.kernels))
     c, d, channels = model.config, config.text_dim, len(shapes.CHANNELS)
     widths, wanted = (c.in_channels, c.out_channels, c.context_dim, c.pooled_dim), (channels, channels, d, d)
-    must(widths == wanted, f"{path}: found widths {widths} of latents in, out, text and pooled, {wanted} expected")
+    must(widths == wanted, f"{path}: found {widths} channels (in, out, text, pooled), {wanted} expected")
     most = 8 * c.patch * c.pos_grid
     must(max(hw) <= most, f"--size: found {hw[0]}x{hw[1]}, {path} takes at most {most}x{most}")
     return model
@@ -170,7 +171,7 @@ class Column(NamedTuple):
 
 
 def plan(args: Namespace, config: Config, role: str) -> dict[str, Column]:
-    """The column asked for, or those of --compare, which are the report's; by titles that tell their evaluations."""
+    """The column asked for, or those of --compare, which are the report's; titles tell the evaluations."""
     guidance = config.guidance if args.guidance is None else args.guidance
 
     def column(role: str, steps: int, guidance: float = 1.0) -> Column:
@@ -183,8 +184,8 @@ def plan(args: Namespace, config: Config, role: str) -> dict[str, Column]:
         columns = [column("teacher", config.sample_steps, guidance), column("teacher", 4)]
         columns += [column("student", n) for n in (4, 2, 1) if len(config.levels) % n == 0]
     else:
-        must(role == "teacher" or args.guidance in (None, 1), f"--guidance: found {args.guidance}, a student takes "
-             "1 (none): its teacher's is distilled into it; --model teacher takes others")
+        must(role == "teacher" or args.guidance in (None, 1), f"--guidance: found {args.guidance}, 1 (none) "
+             "expected: a student has its teacher's distilled into it; --model teacher takes others")
         full = config.sample_steps if role == "teacher" else len(config.levels)
         columns = [column(role, args.steps or full, guidance)]
         if args.sigmas is not None:
@@ -206,42 +207,45 @@ def outputs(args: Namespace, count: int) -> list[Path]:
     paths = [out] if one else [out / f"{i:06d}_seed{args.seed + i}.png" for i in range(count)]
     for path in paths:
         must(not path.exists(), f"--out: found {path} there already, a new name expected")
+    folder = paths[0].parent
     try:
-        paths[0].parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--out: found no way to make {paths[0].parent} ({error})") from None
-    must(os.access(paths[0].parent, os.W_OK), f"--out: found {paths[0].parent} read-only, a writable folder expected")
+        raise InputError(f"--out: found no way to make {folder} ({error})") from None
+    must(os.access(folder, os.W_OK), f"--out: found {folder} read-only, a folder to write in expected")
     return paths
 
 
-def common(args: Namespace, config: Config, columns: list[Column], files: dict[str, Path],
-           hw: tuple[int, int], device: torch.device) -> dict[str, Any]:
-    """What all pictures of a call share."""
+def texts(args: Namespace, config: Config, columns: list[Column], files: dict[str, Path],
+          hw: tuple[int, int], device: torch.device) -> Callable[[list[str], list[int]], dict[str, str]]:
+    """PNG text of given prompts and seeds: "parameters" in the customary form, "ladd" all of it as JSON."""
+    if args.no_metadata:
+        return lambda prompts, seeds: {}
     models = {}
     for role, path in files.items():
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:10]
         name = f"{Path(args.run).resolve().name}-{role}" if args.run else path.stem
         models[role] = {"model": name, "model_hash": digest}
-    return {"height": hw[0], "width": hw[1], "shift": config.shift, "device": device_name(device),
-            "commit": report.commit(), "versions": report.versions(),
-            "columns": [c._asdict() | models[c.role] for c in columns]}
+    described = [c._asdict() | models[c.role] for c in columns]
+    shared = {"height": hw[0], "width": hw[1], "shift": config.shift, "device": device_name(device),
+              "commit": report.commit(), "versions": report.versions(), "columns": described}
+
+    def text(prompts: list[str], seeds: list[int]) -> dict[str, str]:
+        c = described[0]                                             # the customary form knows one of each
+        line = (f"Steps: {c['steps']}, Sampler: {c['sampler'].capitalize()}, CFG scale: {c['guidance']:g}, "
+                f"Seed: {seeds[0]}, Size: {hw[1]}x{hw[0]}, "
+                f"Model hash: {c['model_hash']}, Model: {c['model']}")
+        return {"parameters": "\n".join([*dict.fromkeys(prompts), line]),
+                "ladd": json.dumps({"prompts": prompts, "seeds": seeds, **shared})}
+    return text
 
 
-def chunks(shared: dict[str, Any], prompts: list[str], seeds: list[int]) -> dict[str, str]:
-    """Text of a PNG: "parameters" in the customary form (first column, first seed), "ladd" all of it as JSON."""
-    c = shared["columns"][0]
-    line = (f"Steps: {c['steps']}, Sampler: {c['sampler'].capitalize()}, CFG scale: {c['guidance']:g}, "
-            f"Seed: {seeds[0]}, Size: {shared['width']}x{shared['height']}, "
-            f"Model hash: {c['model_hash']}, Model: {c['model']}")
-    return {"parameters": "\n".join([*dict.fromkeys(prompts), line]),
-            "ladd": json.dumps({"prompts": prompts, "seeds": seeds, **shared})}
-
-
-def sheet(args: Namespace, prompts: list[str], seeds: list[int], pictures: dict[str, list[Tensor]]) -> Image.Image:
+def sheet(args: Namespace, prompts: list[str], seeds: list[int],
+          pictures: dict[str, list[Tensor]]) -> Image.Image:
     """--compare: a row an image. --grid: a row a prompt, whose seed is increased by j in column +j."""
     stride = args.num if args.grid else 1
-    rows = [f"{prompt or '(empty)'}, seed {seed}" for prompt, seed in zip(prompts[::stride], seeds[::stride])]
+    rows = [f"{prompt or '(empty)'}, seed={seed}" for prompt, seed in zip(prompts[::stride], seeds[::stride])]
     if args.grid:
         (title, images), = pictures.items()
         pictures = {f"+{j}" if j else title: images[j::stride] for j in range(stride)}
@@ -260,11 +264,11 @@ def main(argv: list[str]) -> None:
     models = {role: load(path, args, config, hw) for role, path in files.items()}
     device = pick_device(args.device)
     paths = outputs(args, len(prompts))                              # the last check
-    shared = {} if args.no_metadata else common(args, config, [*columns.values()], files, hw, device)
-    text_of = lambda prompts, seeds: chunks(shared, prompts, seeds) if shared else {}
+    text_of = texts(args, config, [*columns.values()], files, hw, device)
 
     models = {role: frozen(model, compute_dtype("auto", device), device) for role, model in models.items()}
     null = Text(*(t[0] for t in embed(config, [""], device)))
+    shape = len(shapes.CHANNELS), hw[0] // 8, hw[1] // 8
     pictures: dict[str, list[Tensor]] = {title: [] for title in columns}
     bar = tqdm(total=len(columns) * len(prompts), desc="images", dynamic_ncols=True)
     begin, seconds, steps = time.perf_counter(), 0.0, 0
@@ -272,7 +276,7 @@ def main(argv: list[str]) -> None:
         for i in range(0, len(prompts), args.batch):
             part, drawn = prompts[i:i + args.batch], seeds[i:i + args.batch]
             text = embed(config, part, device)
-            noise = image_noise(drawn, (len(shapes.CHANNELS), hw[0] // 8, hw[1] // 8)).to(device)  # [b, c, h, w]
+            noise = image_noise(drawn, shape).to(device)             # [b, c, h, w]
             start, sigmas = time.perf_counter(), torch.tensor(c.sigmas)
             x0 = sample(models[c.role], noise, text, sigmas, c.sampler, drawn, null, c.guidance).cpu()
             seconds, steps = seconds + time.perf_counter() - start, steps + c.steps

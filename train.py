@@ -226,7 +226,8 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, devic
     shown = draw_prompts(config, 4 * len(config.hw), VALIDATION)
     viewer = inference(ema, config, device)
     total = config.heads_first + config.steps                  # the first steps move the heads alone
-    log, bar, since = Log(run, "distill", start), progress("distill", total, start), time.perf_counter()
+    log, evals = Log(run, "distill", start), Log(run, "eval", start - 1)        # the evaluation at `start` comes after its state
+    bar, since = progress("distill", total, start), time.perf_counter()
     for it in range(start, total + 1):
         step = it - config.heads_first                         # the student's own count
         every = lambda n: n and (step >= 0 and step % n == 0 or it == total)
@@ -237,10 +238,10 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, devic
         if every(config.eval_every):
             values = quality(config, viewer, prompts, reference)
             values |= evaluate.duel(viewer, teacher, heads, latents, dc, config.eval_batch, holdout(config))
-            log.write(it, **values)
+            evals.write(it, **values)
             bar.write(f"step {step:5d}  " + "  ".join(f"{k} {v:.3f}" for k, v in values.items() if k.startswith(("fd_", "prompt", "auc"))))
-            if sum(v for k, v in values.items() if k in ("fd_1", f"fd_{len(config.levels)}")) < best:
-                best = values["fd_1"] + values["fd_4"]
+            if values["fd_1"] + values[f"fd_{len(config.levels)}"] < best:
+                best = values["fd_1"] + values[f"fd_{len(config.levels)}"]
                 checkpoint.save_mmdit(ema, out.with_name("best.safetensors"), describe(config, "student"))
         if it == total:
             break
@@ -389,7 +390,7 @@ def write_report(config: Config, run: Path, base: MMDiT, device: torch.device, s
                "teacher 4": pictures(config, teacher, shown, flow.euler_levels(4, config.shift), "euler"),
                **student_pictures(config, student, shown)}
     sheet = report.contact_sheet(columns, [c for p in shown for c in p.captions])
-    log = curves(run, "distill")
+    log = curves(run, "distill") | curves(run, "eval")
     floor = {**reference.floor, "fd_curves": log.get("floor_fd", [(0, reference.floor["fd"])])[-1][1]}
     seconds["report"] = time.perf_counter() - start
     report.write_report(run, sheet, {

@@ -6,6 +6,7 @@ e conditioning width. Source: Sauer et al. 2024 (LADD), Sec. 3.2; see kernels/he
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import Kernels
@@ -60,7 +61,8 @@ class Discriminator(nn.Module):
 
     def forward(self, feats: list[Tensor], sigma_d: Tensor, pooled: Tensor, grid: tuple[int, int]) -> Tensor:
         """Logits [k, b, h, w]; feats k tensors [b, h*w, d], sigma_d [b], pooled [b, pooled_dim], grid (h, w) in tokens."""
-        cond = torch.nn.functional.silu(self.level_embedder(sinusoid(sigma_d).float()) + self.text_embedder(pooled.float()))
+        dtype = self.w_in.dtype
+        cond = F.silu(self.level_embedder(sinusoid(sigma_d).to(dtype)) + self.text_embedder(pooled.to(dtype)))
         p = HeadParams(*(getattr(self, name) for name in HeadParams._fields))
         w_in = p.w_in / self.feat_std                                          # (F - mean) / std, folded into the product
         b_in = p.b_in - (self.feat_mean @ w_in).squeeze(1)

@@ -240,7 +240,7 @@ class MMDiT(nn.Module):
         if x.ndim != 4 or x.shape[1] != c.in_channels or h % p or w % p or max(h, w) > p * c.pos_grid:
             raise ValueError(f"MMDiT: x {tuple(x.shape)}; [b, {c.in_channels}, h, w] expected, h and w multiples of {p}, "
                              f"at most {p * c.pos_grid}")
-        if sigma.shape != (b,) or pooled.shape != (b, c.pooled_dim) or context.shape[::2] != (b, c.context_dim):
+        if sigma.shape != (b,) or pooled.shape != (b, c.pooled_dim) or context.ndim != 3 or context.shape[::2] != (b, c.context_dim):
             raise ValueError(f"MMDiT: sigma {tuple(sigma.shape)}, context {tuple(context.shape)}, pooled {tuple(pooled.shape)}; "
                              f"[{b}], [{b}, l, {c.context_dim}], [{b}, {c.pooled_dim}] expected")
         if any(not 0 <= i < c.depth for i in taps) or list(taps) != sorted(set(taps)):
@@ -277,7 +277,7 @@ def shrunk(teacher: MMDiT, depth: int) -> MMDiT:
     full = teacher.config.depth
     if not 1 <= depth <= full:
         raise ValueError(f"student depth {depth}; 1 to the teacher's {full} expected")
-    student = copy.deepcopy(teacher)
+    student = copy.deepcopy(teacher).requires_grad_(True)
     keep = [round(i * (full - 1) / (depth - 1)) for i in range(depth)] if depth > 1 else [full - 1]
     student.joint_blocks = nn.ModuleList(student.joint_blocks[i] for i in keep)
     dual = tuple(i for i, j in enumerate(keep) if j in teacher.config.dual_blocks)

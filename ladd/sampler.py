@@ -56,6 +56,8 @@ def renoise(v: Callable, noise: Tensor, text: Text, sigmas: Tensor, seeds: list[
 def sample(model: MMDiT, noise: Tensor, text: Text, sigmas: Tensor, sampler: str, seeds: list[int], null: Text | None = None,
            guidance: float = 1.0) -> Tensor:
     """Latents [b, c, h, w] from noise by the sampler named "euler" or "renoise"."""
+    if sampler not in ("euler", "renoise"):
+        raise ValueError(f"sample: found sampler {sampler!r}, accepted are euler and renoise")
     if guidance != 1 and null is None:
         raise ValueError("sample: guidance other than 1 needs the null text")
     v = guided(model, null, guidance)

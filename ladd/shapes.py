@@ -1,8 +1,8 @@
-"""The built-in world: captioned scenes of one or two coloured shapes, a latent codec, word embeddings, a grader.
+"""The built-in world: captioned scenes of one or two coloured shapes, latent codec, word embeddings, grader.
 
-No download, everything follows from a seed. A scene is a row of attributes (integers, -1 = open or unreadable) and a
-geometry (cx of W, cy of H, r of sqrt(H W)). Letters: n images, a attributes, o objects, h/w here pixels, p = h w.
-Images are in [-1, 1]. All constants are our choice, not in the paper.
+No download, everything follows from a seed. A scene is a row of attributes (integers, -1 = open, unreadable)
+and a geometry (cx of W, cy of H, r of sqrt(H W)). Images are in [-1, 1]. All constants are our choice.
+Letters: n images, a attributes, o objects, h/w here pixels, p = h w.
 """
 import difflib
 import math
@@ -27,12 +27,12 @@ CHOICES = {objects: tuple(map(len, phrases)) for objects, phrases in PHRASES.ite
 _words = lambda columns: list(dict.fromkeys(" ".join(sum(columns, (ANY_SHAPE,))).split()))
 VOCAB = _words(PHRASES[1] + PHRASES[2])
 
-INK = torch.tensor([[.8, -.8, -.8], [-.8, .55, -.75], [-.75, -.55, .8], [.8, .7, -.8]])  # COLOURS, in [-1, 1]
-PAPER = torch.tensor([[-.8] * 3, [0.] * 3, [.8] * 3])                                      # BACKGROUNDS
-# (least, most) r of sqrt(H W) for small and large; four large radii of two objects and a gap fit into 192 of 192x320
+INK = torch.tensor([[.8, -.8, -.8], [-.8, .55, -.75], [-.75, -.55, .8], [.8, .7, -.8]])   # of COLOURS
+PAPER = torch.tensor([[-.8] * 3, [0.] * 3, [.8] * 3])                                     # of BACKGROUNDS
+# (least, most) r of sqrt(H W) for small and large; four large radii of two objects and a gap fit into 192x320
 RADII = {1: ((.125, .155), (.22, .26)), 2: ((.09, .105), (.15, .175))}
-SQUARE, TALL, ARM = .88, 1.725, .36  # half side, height of the triangle, half arm of the cross; in r
-AREA = torch.tensor([math.pi, 4 * SQUARE**2, TALL**2 / math.sqrt(3), 8 * ARM - 4 * ARM**2])  # of SHAPES, in r^2
+SQUARE, TALL, ARM = .88, 1.725, .36                   # half a side, height, half thickness of an arm; in r
+AREA = torch.tensor([math.pi, 4 * SQUARE**2, TALL**2 / math.sqrt(3), 8 * ARM - 4 * ARM**2])   # in r^2
 SINK = torch.tensor([0., 0., TALL / 6, 0.])           # centroid below the centre of the bounding box, in r
 GAP = .04                                             # least gap between two objects, of sqrt(H W)
 
@@ -76,22 +76,22 @@ def _rows(objects: int, heldout: bool) -> Tensor:
 
 def sample_scenes(n: int, hw: tuple[int, int], objects: int, generator: torch.Generator,
                   heldout: bool = False) -> Scenes:
-    """n scenes, uniform over the rows of attributes that are not held out (with `heldout`: only those that are)."""
+    """n scenes, uniform over the attribute rows that are not held out (`heldout`: only those that are)."""
     _columns(objects), _check_size(hw)
     rand, rows = lambda *size: torch.rand(*size, generator=generator), _rows(objects, heldout)
     attributes = rows[torch.randint(len(rows), (n,), generator=generator)]
-    side, unit = torch.tensor([hw[1], hw[0]]).float(), math.sqrt(hw[0] * hw[1])            # (W, H)
+    side, unit = torch.tensor([hw[1], hw[0]]).float(), math.sqrt(hw[0] * hw[1])
     least, most = torch.tensor(RADII[objects])[attributes[:, [0, 4][:objects]]].unbind(-1)
-    r = (least + (most - least) * rand(n, objects)) * unit                                  # [n, o] pixels
+    r = (least + (most - least) * rand(n, objects)) * unit              # [n, o] pixels
     place = attributes[:, 3]
-    main = F.one_hot(place // 2, 2).bool()  # [n, 2] the axis of the word
+    main = F.one_hot(place // 2, 2).bool()                              # [n, 2] the axis of the word
     sign = torch.where(place % 2 == 0, -1., 1.)[:, None]
     if objects == 1:       # in units of the free way: .5 to 1 along the word's axis, at most .35 across
         way = torch.where(main, sign * (.5 + .5 * rand(n, 1)), .7 * rand(n, 1) - .35)
         centre = (side / 2 + way * (side / 2 - r))[:, None]
     else:                  # step from the first centre to the second, then the pair anywhere inside
         both = r.sum(1, keepdim=True)
-        along = both + GAP * unit + rand(n, 1) * (side - 2 * both - GAP * unit)             # [n, 2]
+        along = both + GAP * unit + rand(n, 1) * (side - 2 * both - GAP * unit)     # [n, 2]
         across = (2 * rand(n, 1) - 1) * torch.minimum(.4 * along.flip(1), side - both)
         step = torch.where(main, -sign * along, across)
         low = torch.maximum(r[:, :1], r[:, 1:] - step)
@@ -104,7 +104,7 @@ def sample_scenes(n: int, hw: tuple[int, int], objects: int, generator: torch.Ge
 # --- renderer ---
 
 def _distance(shape: int, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
-    """Signed distance [n, h, w] in pixels to a shape, its bounding box centred, y down; exact beside its sides."""
+    """Signed distance [n, h, w] in pixels to a shape, its bounding box at 0, y down; exact at its sides."""
     if shape == 0:
         return (x.square() + y.square()).sqrt() - r
     x = x.abs()
@@ -155,7 +155,7 @@ def caption(codes: Tensor | list[int], objects: int) -> str:
     words = []
     for column, phrases, code in zip(_columns(objects), PHRASES[objects], map(int, codes), strict=True):
         if code < 0 and column == "relation":
-            raise InputError(f"caption of two objects: found no relation, accepted are {', '.join(RELATIONS)}")
+            raise InputError(f"caption of two objects: found no relation, accepted are {RELATIONS}")
         words += [phrases[code]] if code >= 0 else [ANY_SHAPE] * column.startswith("shape")
     return " ".join(words)
 
@@ -169,7 +169,7 @@ def _check_words(words: list[str], known: list[str], text: str) -> None:
 
 
 def parse(text: str, objects: int) -> list[int]:
-    """The codes of a caption, case ignored: parse(caption(codes)) == codes. InputError for what is no caption."""
+    """The codes of a caption, case ignored: parse(caption(c)) == c. InputError for what is no caption."""
     columns, rest, codes = _columns(objects), text.lower().split(), []
     _check_words(rest, _words(PHRASES[objects]), text)
     for column, phrases in zip(columns, PHRASES[objects]):
@@ -179,8 +179,8 @@ def parse(text: str, objects: int) -> list[int]:
             break
         rest, codes = rest[len(words):], codes + [code]
     if rest or len(codes) < len(columns):
-        raise InputError(f"prompt {text!r}: found {rest[0] if rest else 'its end'!r} out of place, accepted is "
-                         f"{' '.join(columns)} in this order, all but a shape (or the word {ANY_SHAPE!r})"
+        raise InputError(f"prompt {text!r}: found {rest[0] if rest else 'its end'!r} out of place, accepted "
+                         f"is {' '.join(columns)} in this order, all but a shape (or the word {ANY_SHAPE!r})"
                          f"{' and the relation' * (objects == 2)} may be left out")
     if objects == 2 and codes[1] == codes[5] >= 0:
         raise InputError(f"prompt {text!r}: found two {COLOURS[codes[1]]} objects, accepted are two colours")
@@ -193,19 +193,19 @@ def max_words(objects: int) -> int:
 
 @lru_cache
 def _waves(dim: int) -> Tensor:
-    """[dim, dim], row k the k-th cosine of the DCT-II: orthogonal, unit mean square, the same on every machine."""
+    """[dim, dim], row k the k-th cosine of the DCT-II: orthogonal, unit mean square, the same everywhere."""
     k, j = torch.arange(dim, dtype=torch.float64)[:, None], torch.arange(dim, dtype=torch.float64) + .5
     return (torch.cos(math.pi / dim * k * j) * torch.where(k > 0, math.sqrt(2), 1.)).float()
 
 
 def embed(texts: list[str], length: int, dim: int) -> tuple[Tensor, Tensor]:
-    """(context [n, length, dim], pooled [n, dim]): frozen orthogonal word vectors, a position vector added in context.
+    """(context [n, length, dim] = word + .3 position, pooled [n, dim] = sum of the words / sqrt(count)).
 
-    Word 0 pads to `length`. pooled = sum of word vectors / sqrt(count), zero for "". Words are the first waves and
-    positions the last, .3 in size, so that all are orthogonal where dim allows.
+    Vectors are frozen waves, words the first ones and positions the last, so orthogonal where dim allows.
+    Word 0 pads to `length`; "" is all padding, its pooled vector zero.
     """
     if dim < len(VOCAB) + 1:
-        raise InputError(f"width of the text embedding: found {dim}, accepted is {len(VOCAB) + 1} (a word each) or more")
+        raise InputError(f"width of the text embedding: found {dim}, accepted is at least {len(VOCAB) + 1}")
     ids = torch.zeros(len(texts), length, dtype=torch.long)
     for row, text in zip(ids, texts):
         words = text.lower().split()
@@ -221,8 +221,8 @@ def embed(texts: list[str], length: int, dim: int) -> tuple[Tensor, Tensor]:
 # --- latent codec ---
 
 SCALE, SHIFT = 1.5305, .0609                          # SD3's affine: latent = (z - SHIFT) * SCALE
-# (colour axis, vertical, horizontal frequency, gain) a channel; axis 0 is luma, 1 red - blue, 2 red + blue - 2 green.
-# Deviations: 1.04 to 1.35 at 64 px with one object, .6 to 1.35 at 256 px with two, where blocks with edges are rarer
+# (colour axis, vertical, horizontal frequency, gain) a channel; axes: luma, red - blue, red + blue - 2 green.
+# Deviations: 1 to 1.4 at 64 px with one object, .6 to 1.35 at 256 px with two, where edges are rarer
 CHANNELS = ((0, 0, 0, .1), (0, 0, 1, .88), (0, 1, 0, .88), (0, 1, 1, 2.3), (0, 0, 2, 2.1), (0, 2, 0, 2.1),
             (1, 0, 0, .36), (1, 0, 1, 1.15), (1, 1, 0, 1.15), (1, 1, 1, 2.9), (1, 0, 2, 2.6),
             (2, 0, 0, .46), (2, 0, 1, 1.5), (2, 1, 0, 1.5), (2, 1, 1, 4.), (2, 2, 0, 3.3))
@@ -246,7 +246,7 @@ def encode(images: Tensor) -> Tensor:
 
 
 def decode(latents: Tensor) -> Tensor:
-    """Images [n, 3, H, W], clamped to [-1, 1], of latents: the sum of the filters, each times coefficient / gain."""
+    """Images [n, 3, H, W], clamped to [-1, 1]: the sum of the filters, each times its coefficient / gain."""
     filters, gain = _filters(latents.device)
     blocks = F.conv2d(latents.float() / SCALE + SHIFT, (filters / gain).flatten(1).t()[..., None, None])
     return F.pixel_shuffle(blocks, 8).clamp_(-1, 1)     # faster than conv_transpose2d on a CPU
@@ -254,7 +254,7 @@ def decode(latents: Tensor) -> Tensor:
 
 # --- grader ---
 
-# Readable is what real renders pass with a margin. In brackets: their extremes after the codec, 64 px, 6,144 images
+# Readable is what real renders pass with a margin; in brackets their extremes after the codec, 64 px, n 6,144
 NEAR, FAR = .5, .6          # colour distances: a pixel of that palette entry; a pixel that no object explains
 LEAST_PAPER = .5            # share of the canvas near the paper's colour [.76]
 LEAST_INK = .4              # share of the object near its ink's colour [.53]
@@ -266,7 +266,7 @@ LIMITS = {1: (.105, .185, .3), 2: (.07, .125, .205)}                # r: least, 
 
 
 def grade(images: Tensor, objects: int) -> Tensor:
-    """Codes [n, a] read back from images [n, 3, H, W] as the codec carries them, rows of -1 where they show no scene.
+    """Codes [n, a] read from images [n, 3, H, W] as the codec carries them; rows of -1 for what is no scene.
 
     Of two objects the one of the lower colour index comes first: see `align`.
     """
@@ -280,7 +280,7 @@ def _grade(images: Tensor, objects: int) -> Tensor:
     rows, pixels = torch.arange(n, device=images.device), images.flatten(2)     # pixels [n, 3, p]
     papers, inks = PAPER.to(images.device), INK.to(images.device)
     palette = torch.cat([papers, inks])
-    distance = palette.square().sum(1)[:, None] + pixels.square().sum(1, keepdim=True) - 2 * (palette @ pixels)
+    distance = palette.square().sum(1)[:, None] + pixels.square().sum(1)[:, None] - 2 * (palette @ pixels)
     count = (distance < NEAR**2).sum(-1)                                        # [n, 7]
     background = count[:, :3].argmax(1)
     colours = count[:, 3:].topk(objects).indices.sort(1).values                 # [n, o]
@@ -318,7 +318,7 @@ def _steep(cover: Tensor) -> Tensor:
 
 
 def _fit(mask: Tensor, area: Tensor, paper: Tensor, step: Tensor) -> tuple[Tensor, ...]:
-    """(shape, IoU, misfit over the second's, centre [n, 2], r), [n] each, of the shape that fits masks [n, h, w] best.
+    """(shape, IoU, misfit over the second's, centre [n, 2], r) of the shape that fits masks [n, h, w] best.
 
     Each is painted with the mask's area and centroid and seen through the codec, whose blur the mask has too.
     """
@@ -341,7 +341,7 @@ def _fit(mask: Tensor, area: Tensor, paper: Tensor, step: Tensor) -> tuple[Tenso
 
 
 def align(graded: Tensor, codes: Tensor) -> Tensor:
-    """Graded rows [n, a], told from the object that fits `codes` better: pixels do not say which a caption names first."""
+    """Graded rows [n, a] told from the object that fits `codes` better: pixels do not say which is first."""
     if graded.shape[-1] != 8:
         return graded
     misses = lambda rows: ((rows != codes) & (codes >= 0)).sum(-1, keepdim=True)
@@ -349,6 +349,6 @@ def align(graded: Tensor, codes: Tensor) -> Tensor:
 
 
 def contradicts(a: Tensor, b: Tensor) -> Tensor:
-    """Whether rows of codes [..., a] cannot describe one scene: an attribute that both state differs, told either way."""
+    """Whether rows of codes [..., a] cannot be one scene: told either way, something both state differs."""
     differ = lambda a, b: ((a != b) & (a >= 0) & (b >= 0)).any(-1)
     return differ(a, b) & differ(swap(a), b) if a.shape[-1] == 8 else differ(a, b)

@@ -1,4 +1,4 @@
-"""Shared by the tests: one thread, one seed, tiny networks with every weight drawn, one table of tolerances."""
+"""Shared by the tests: one thread, a seed, tiny networks with every weight drawn, one table of tolerances."""
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,12 @@ torch.set_num_threads(1)    # results and run time do not depend on the machine'
 
 TINY = dict(depth=3, width=128, context_dim=24, pooled_dim=20, in_channels=4, out_channels=4, pos_grid=12)
 VARIANTS = {"plain": {}, "qk_norm": dict(qk_norm=True), "dual": dict(qk_norm=True, dual_blocks=(0, 1))}
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}    # max |a - b| relative to max |b|
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}    # max |a - b| over max |b|
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than ten seconds; .ci/run runs it")
+    config.addinivalue_line("markers", "gpu: needs a GPU")
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +28,7 @@ def rng(seed: int = 0) -> torch.Generator:
 
 
 def assert_close(name: str, actual: Tensor, expected: Tensor, tol: float | None = None) -> None:
-    """Values agree within `tol` (default: the dtype's) of the largest expected one; the message says where they do not."""
+    """Values agree within `tol` (default: the dtype's) of the largest expected one; else says where not."""
     assert actual.shape == expected.shape and actual.dtype == expected.dtype, \
         f"{name}: {tuple(actual.shape)} {actual.dtype}, expected {tuple(expected.shape)} {expected.dtype}"
     if not expected.numel():
@@ -33,11 +38,12 @@ def assert_close(name: str, actual: Tensor, expected: Tensor, tol: float | None 
     worst = tuple(int(i) for i in torch.unravel_index(diff.argmax(), diff.shape))
     ratio = diff.square().mean().sqrt() / e.square().mean().sqrt().clamp_min(1e-300)
     limit = TOLERANCE[expected.dtype] if tol is None else tol
-    assert diff.max() <= limit * scale, f"{name}: max abs {diff.max():.3g}, RMSE ratio {ratio:.3g}, worst at {worst}"
+    assert diff.max() <= limit * scale, \
+        f"{name}: max abs {diff.max():.3g}, RMSE ratio {ratio:.3g}, worst at {worst}"
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Adds noise to every parameter and buffer, so that no zero, one or symmetry of the initialisation hides a swap."""
+    """Adds noise to every parameter and buffer: no zero or symmetry of the initialisation hides a swap."""
     g = rng(seed)
     with torch.no_grad():
         for t in [*module.parameters(), *module.buffers()]:
@@ -45,9 +51,9 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
-def tiny(variant: str = "plain", dtype: torch.dtype = torch.float64, seed: int = 0, ops: kernels.Kernels | None = None,
-         **changes) -> MMDiT:
-    """A randomised MMDiT of two heads that computes in `dtype`, on the reference operations unless `ops` are given."""
+def tiny(variant: str = "plain", dtype: torch.dtype = torch.float64, seed: int = 0,
+         ops: kernels.Kernels | None = None, **changes) -> MMDiT:
+    """A randomised MMDiT of two heads that computes in `dtype`, on the references unless `ops` are given."""
     torch.manual_seed(seed)
     config = MMDiTConfig(**{**TINY, **VARIANTS[variant], **changes})
     return randomise(MMDiT(config, ops or kernels.load("torch"), compute_dtype=dtype), seed).to(dtype)
@@ -55,7 +61,7 @@ def tiny(variant: str = "plain", dtype: torch.dtype = torch.float64, seed: int =
 
 def tiny_inputs(b: int = 2, h: int = 6, w: int = 10, l: int = 5, dtype: torch.dtype = torch.float64,
                 seed: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(x, sigma, context, pooled) for a `tiny` network; the latent is not square, the level no round number."""
+    """(x, sigma, context, pooled) for a `tiny` network; latents are not square, levels no round numbers."""
     g = rng(seed)
     x, context, pooled = (torch.randn(s, generator=g).to(dtype) for s in ((b, 4, h, w), (b, l, 24), (b, 20)))
     return x, (torch.rand(b, generator=g) * 0.9 + 0.05).to(dtype), context, pooled

@@ -1,4 +1,4 @@
-"""The heads against naive per-head convolutions, values and every gradient; independence, conditioning, calibration, learning."""
+"""The heads against naive convolutions with every gradient; independence, calibration, learning."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,10 +40,10 @@ def make(dtype=torch.float32, seed: int = 0) -> Discriminator:
 
 
 def inputs(b: int = 3, dtype=torch.float32) -> tuple[list[Tensor], Tensor, Tensor]:
-    """(feats, sigma_d, pooled); the features have the offsets and scales of real ones, different in every channel."""
+    """(feats, sigma_d, pooled); the features' offset and scale differ between channels, as real ones do."""
     g = rng(1)
-    feats = [(torch.randn(b, 15, 24, generator=g) * torch.rand(24, generator=g) * 5 + torch.randn(24, generator=g)).to(dtype)
-             for _ in CONFIG.taps]
+    scale, offset = 5 * torch.rand(3, 24, generator=g), torch.randn(3, 24, generator=g)
+    feats = [(torch.randn(b, 15, 24, generator=g) * s + o).to(dtype) for s, o in zip(scale, offset)]
     return feats, torch.rand(b, generator=g).to(dtype), torch.randn(b, 10, generator=g).to(dtype)
 
 
@@ -86,7 +86,7 @@ def test_discriminator_standardises_conditions_and_reads():
 
 def test_calibrate_standardises_every_channel():
     heads, (feats, _, _) = make(), inputs()
-    feats[1][..., 3] = 7.0                                           # a constant channel must not divide by zero
+    feats[1][..., 3] = 7.0                                           # a constant channel: no division by zero
     heads.calibrate(feats)
     for i, f in enumerate(feats):
         standard = (f - heads.feat_mean[i]) / heads.feat_std[i].T
@@ -103,14 +103,16 @@ def test_scaling_and_shifting_the_features_changes_nothing_after_calibration():
     moved = [f * torch.logspace(-1, 2, 24) + torch.linspace(-9, 9, 24) for f in feats]
     heads, other = make(), make()
     heads.calibrate(feats), other.calibrate(moved)
-    assert_close("logits", other(moved, sigma, pooled, GRID), heads(feats, sigma, pooled, GRID), 1e-3)    # fp32: mean / std reaches 90
+    # fp32 and |mean| / std up to 90: the folded mean costs two digits
+    assert_close("logits", other(moved, sigma, pooled, GRID), heads(feats, sigma, pooled, GRID), 1e-3)
 
 
 def test_a_logit_does_not_depend_on_batch_mates():
     feats, params, cond, grid = head_inputs(b=4)
     together = reference_discriminator_heads(feats, params, cond, grid)
-    alone = torch.cat([reference_discriminator_heads([f[i:i + 1] for f in feats], params, cond[i:i + 1], grid) for i in range(4)], 1)
-    assert_close("logits", together, alone)
+    rows = [slice(i, i + 1) for i in range(4)]
+    alone = [reference_discriminator_heads([f[r] for f in feats], params, cond[r], grid) for r in rows]
+    assert_close("logits", together, torch.cat(alone, 1))
 
 
 def test_heads_are_independent():
@@ -153,9 +155,10 @@ def test_bf16_features_are_read_in_fp32():
 
 
 def separation(seed: int, steps: int) -> tuple[float, float]:
-    """(share of active hinge margins, accuracy) of fresh heads after so many steps on two fixed sets of features."""
+    """(share of active hinge margins, accuracy) of new heads after so many steps on two fixed sets."""
     torch.manual_seed(seed)
-    heads, scale, gap = Discriminator(CONFIG, kernels.load("torch")), torch.rand(24) * 10, 0.2 * torch.randn(24)
+    heads = Discriminator(CONFIG, kernels.load("torch"))
+    scale, gap = torch.rand(24) * 10, 0.2 * torch.randn(24)
     real, fake = ([scale * (torch.randn(8, 15, 24) + offset) for _ in CONFIG.taps] for offset in (0, gap))
     sigma, pooled = torch.rand(8), torch.randn(8, 10)
     heads.calibrate(real)
@@ -170,8 +173,9 @@ def separation(seed: int, steps: int) -> tuple[float, float]:
 
 
 def test_heads_separate_two_fixed_sets_in_50_steps():
+    """10 seeds end at .06 at most and .998 at least; untrained heads lie within .82-.91 and .46-.56."""
     active, accuracy = separation(0, 50)
-    assert active < 0.15 and accuracy > 0.98                         # 10 seeds: at most .06, at least .998; untrained .82-.91, .46-.56
+    assert active < 0.15 and accuracy > 0.98
 
 
 def test_wrong_sizes_are_refused():

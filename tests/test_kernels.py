@@ -1,6 +1,6 @@
 """The reference operations against naive float64 formulas: values, strides, dtypes, untouched inputs.
 
-Shapes: one token; a prime number of tokens; text longer and shorter than the image; one batch entry and several.
+Shapes: one token; prime numbers of tokens; text longer and shorter than the image; one batch entry and more.
 """
 import math
 
@@ -22,7 +22,8 @@ def randn(*shape: int, dtype=torch.float64, seed: int = 0) -> Tensor:
 
 def unchanged(function, *args, **kwargs):
     """function(*args), after which every tensor argument must hold what it held."""
-    tensors = [t for a in [*args, *kwargs.values()] for t in (a if isinstance(a, (tuple, list)) else [a]) if isinstance(t, Tensor)]
+    flat = [t for a in [*args, *kwargs.values()] for t in (a if isinstance(a, (tuple, list)) else [a])]
+    tensors = [t for t in flat if isinstance(t, Tensor)]
     before = [t.clone() for t in tensors]
     out = function(*args, **kwargs)
     assert all(torch.equal(t, b) for t, b in zip(tensors, before)), "an input was written to"
@@ -33,7 +34,8 @@ def unchanged(function, *args, **kwargs):
 
 def test_load_names_the_references():
     k = kernels.load("torch")
-    assert k._fields == ("joint_attention", "modulate", "modulate2", "gate_modulate", "gate", "discriminator_heads")
+    assert k._fields == ("joint_attention", "modulate", "modulate2", "gate_modulate", "gate",
+                         "discriminator_heads")
     for field, function in k._asdict().items():
         home = next(m for m in (attention, modulation, heads) if hasattr(m, f"reference_{field}"))
         assert function is getattr(home, f"reference_{field}"), field
@@ -54,7 +56,8 @@ def naive_norm(x: Tensor, eps: float) -> Tensor:
 
 
 def naive_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    return torch.stack([naive_norm(r, eps) * (1 + s.double()) + t.double() for r, t, s in zip(x, shift, scale)])
+    rows = zip(x, shift.double(), scale.double())
+    return torch.stack([naive_norm(r, eps) * (1 + s) + t for r, t, s in rows])
 
 
 def naive_gate(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
@@ -83,7 +86,7 @@ def test_modulation(b, l, d, dtype, eps):
 
 def test_modulate_default_eps_and_extreme_rows():
     x = torch.zeros(1, 3, 64, dtype=torch.float64)
-    x[0, 1], x[0, 2] = 1e-3 * randn(64), 1e6 + randn(64)           # constant row, variance like eps, large offset
+    x[0, 1], x[0, 2] = 1e-3 * randn(64), 1e6 + randn(64)           # constant; variance like eps; large offset
     shift, scale = randn(1, 64, seed=1), randn(1, 64, seed=2)
     y = modulation.reference_modulate(x, shift, scale)
     assert_close("default eps", y, naive_modulate(x, shift, scale, 1e-6), 1e-9)
@@ -95,7 +98,8 @@ def test_modulation_computes_half_inputs_in_fp32():
     shift, scale, gate = randn(2, 192, dtype=torch.bfloat16, seed=2).chunk(3, -1)
     wide = [t.float() for t in (x, branch, gate, shift, scale)]
     expected = [t.bfloat16() for t in modulation.reference_gate_modulate(*wide)]
-    for name, a, e in zip(("residual", "modulated"), modulation.reference_gate_modulate(x, branch, gate, shift, scale), expected):
+    found = modulation.reference_gate_modulate(x, branch, gate, shift, scale)
+    for name, a, e in zip(("residual", "modulated"), found, expected):
         assert torch.equal(a, e), name
 
 
@@ -111,11 +115,13 @@ def naive_attention(streams: list[tuple[Tensor, tuple[Tensor, Tensor] | None]], 
             for qkv, norm in streams:
                 q, k, v = (qkv[i, :, m, j].double() for m in range(3))
                 if norm is not None:
-                    q, k = (x / torch.sqrt((x ** 2).sum(-1, keepdim=True) / dh + eps) * w.double() for x, w in zip((q, k), norm))
+                    q, k = (x / torch.sqrt((x ** 2).sum(-1, keepdim=True) / dh + eps) * w.double()
+                            for x, w in zip((q, k), norm))
                 rows.append((q, k, v))
             keys, values = torch.cat([r[1] for r in rows]), torch.cat([r[2] for r in rows])
             for out, (q, _, _) in zip(outs, rows):
-                e = torch.exp(q @ keys.T / math.sqrt(dh) - (q @ keys.T / math.sqrt(dh)).max(-1, keepdim=True).values)
+                scores = q @ keys.T / math.sqrt(dh)
+                e = torch.exp(scores - scores.max(-1, keepdim=True).values)
                 out[i, :, j] = e / e.sum(-1, keepdim=True) @ values
     return outs
 
@@ -140,7 +146,8 @@ def test_joint_attention(b, l_txt, l_img, n, dtype, norms):
         naive_txt, naive_img = naive_attention([(txt, norm_txt), (img, norm_img)], eps)
         assert_close("text", out_txt, naive_txt.to(dtype))
         assert_close("image", out_img, naive_img.to(dtype))
-    assert_close("default eps", attend(txt, img, norm_txt, norm_img)[1], naive_attention([(txt, norm_txt), (img, norm_img)], 1e-6)[1].to(dtype))
+    default = naive_attention([(txt, norm_txt), (img, norm_img)], 1e-6)[1]
+    assert_close("default eps", attend(txt, img, norm_txt, norm_img)[1], default.to(dtype))
 
     no_txt, only_img = unchanged(attend, txt, img, norm_txt, norm_img, 0.5, need_txt=False)
     assert no_txt is None
@@ -152,13 +159,15 @@ def test_joint_attention(b, l_txt, l_img, n, dtype, norms):
 
 def test_joint_attention_survives_huge_logits():
     img = qkv_view(1, 5, 1, 64, torch.float32, 1) * 100
-    assert_close("one winner a row", attention.reference_joint_attention(None, img)[1], naive_attention([(img, None)], 1e-6)[0].float())
+    out = attention.reference_joint_attention(None, img)[1]
+    assert_close("one winner a row", out, naive_attention([(img, None)], 1e-6)[0].float())
 
 
 def test_joint_attention_computes_half_inputs_in_fp32():
     txt, img = qkv_view(2, 5, 2, 64, torch.bfloat16, 1), qkv_view(2, 6, 2, 64, torch.bfloat16, 2)
     norm = (1 + 0.3 * randn(64, dtype=torch.bfloat16), 1 + 0.3 * randn(64, dtype=torch.bfloat16, seed=1))
-    wide = attention.reference_joint_attention(txt.float(), img.float(), *[tuple(w.float() for w in norm)] * 2)
+    wide_norm = tuple(w.float() for w in norm)
+    wide = attention.reference_joint_attention(txt.float(), img.float(), wide_norm, wide_norm)
     for name, a, e in zip(("text", "image"), attention.reference_joint_attention(txt, img, norm, norm), wide):
         assert torch.equal(a, e.bfloat16()), name
 
@@ -166,15 +175,18 @@ def test_joint_attention_computes_half_inputs_in_fp32():
 # --- heads: values and gradients are in test_discriminator.py ---
 
 def head_inputs(dtype=torch.float64, k=2, b=2, h=3, w=5, d=24, c=32, e=6):
-    shapes = heads.HeadParams((k, d, c), (k, c), (k, c), (k, c), (k, 3, 3, c, c), (k, c), (k, c), (k, c), (k, e, c), (k, c), (k,))
+    shapes = heads.HeadParams((k, d, c), (k, c), (k, c), (k, c), (k, 3, 3, c, c), (k, c), (k, c), (k, c),
+                              (k, e, c), (k, c), (k,))
     params = heads.HeadParams(*(randn(*s, dtype=dtype, seed=i) * 0.3 for i, s in enumerate(shapes)))
-    return [randn(b, h * w, d, dtype=dtype, seed=20 + i) for i in range(k)], params, randn(b, e, dtype=dtype, seed=30), (h, w)
+    feats = [randn(b, h * w, d, dtype=dtype, seed=20 + i) for i in range(k)]
+    return feats, params, randn(b, e, dtype=dtype, seed=30), (h, w)
 
 
 def test_heads_leave_their_inputs_and_compute_half_inputs_in_fp32():
     feats, params, cond, grid = head_inputs(torch.bfloat16)
     logits = unchanged(heads.reference_discriminator_heads, feats, params, cond, grid)
-    wide = heads.reference_discriminator_heads([f.float() for f in feats], heads.HeadParams(*(p.float() for p in params)), cond.float(), grid)
+    wide_params = heads.HeadParams(*(p.float() for p in params))
+    wide = heads.reference_discriminator_heads([f.float() for f in feats], wide_params, cond.float(), grid)
     assert logits.dtype == torch.float32 and torch.equal(logits, wide)
 
 

@@ -1,4 +1,4 @@
-"""MMDiT against a naive one written from the reference text, the published parameter table, taps, early stop, precision."""
+"""MMDiT against a naive one, the published table, taps, early stop, students, precision, bad input."""
 import math
 import re
 
@@ -13,7 +13,7 @@ from ladd.mmdit import MMDiT, MMDiTConfig, position_table, shrunk, sinusoid
 all_variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
-# --- a naive MMDiT: one sample at a time, per-head loops, nothing but matrix products and elementary functions ---
+# --- a naive MMDiT from the reference text: sample by sample, head by head, elementary functions only ---
 
 def silu(x: Tensor) -> Tensor:
     return x / (1 + torch.exp(-x))
@@ -29,11 +29,11 @@ def layer_norm(x: Tensor) -> Tensor:
 
 
 class Naive:
-    """SD3's transformer from a state dict with published names; `run` gives v and both streams after every block."""
+    """SD3's transformer from a state dict with published names; `one` gives v and each block's streams."""
 
     def __init__(self, state: dict[str, Tensor]):
         self.w = state
-        self.depth = 1 + max(int(m[1]) for m in (re.match(r"joint_blocks\.(\d+)\.", name) for name in state) if m)
+        self.depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("joint_blocks."))
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         return x @ self.w[f"{name}.weight"].T + self.w[f"{name}.bias"]
@@ -70,7 +70,7 @@ class Naive:
         attended = self.attend(joint)
         l = txt.shape[0]
         new = img + m[2] * self.linear(f"{xb}.attn.proj", attended[l:])
-        if f"{xb}.attn2.qkv.weight" in self.w:                      # reads the block's input, not the sum above
+        if f"{xb}.attn2.qkv.weight" in self.w:                      # reads the block's input, not `new`
             second = self.attend(self.heads_of(f"{xb}.attn2", layer_norm(img) * (1 + m[7]) + m[6]))
             new = new + m[8] * self.linear(f"{xb}.attn2.proj", second)
         new = new + m[5] * self.mlp(f"{xb}.mlp", layer_norm(new) * (1 + m[4]) + m[3])
@@ -85,7 +85,8 @@ class Naive:
     def one(self, x: Tensor, sigma: float, context: Tensor, pooled: Tensor) -> tuple[Tensor, list[tuple]]:
         w, h2, w2 = self.w, x.shape[1] // 2, x.shape[2] // 2
         angles = [1000 * sigma * math.exp(-math.log(10000) * i / 128) for i in range(128)]
-        wave = torch.tensor([math.cos(a) for a in angles] + [math.sin(a) for a in angles], dtype=torch.float64)
+        wave = [math.cos(a) for a in angles] + [math.sin(a) for a in angles]
+        wave = torch.tensor(wave, dtype=torch.float64)
         c = self.embed("t_embedder", wave) + self.embed("y_embedder", pooled)
         side = math.isqrt(w["pos_embed"].shape[1])
         tokens = []
@@ -130,8 +131,10 @@ def test_equals_the_naive_one(variant):
 
 # --- published layout ---
 
-def published(depth: int, d: int, qk_norm: bool, dual: tuple[int, ...], context: int, pooled: int, side: int) -> dict[str, tuple]:
-    table = {"pos_embed": (1, side * side, d), "x_embedder.proj.weight": (d, 4, 2, 2), "x_embedder.proj.bias": (d,)}
+def published(depth: int, d: int, qk_norm: bool, dual: tuple[int, ...], context: int, pooled: int,
+              side: int) -> dict[str, tuple[int, ...]]:
+    table = {"pos_embed": (1, side * side, d), "x_embedder.proj.weight": (d, 4, 2, 2),
+             "x_embedder.proj.bias": (d,)}
 
     def linear(name: str, out: int, inp: int) -> None:
         table.update({f"{name}.weight": (out, inp), f"{name}.bias": (out,)})
@@ -189,7 +192,8 @@ def test_position_table(grid, step):
         for index in (column, row):                                  # column first
             angles = [index / step * 10000 ** (-j / 16) for j in range(16)]
             expected += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
-        assert_close(f"row {row}, column {column}", table[0, row * grid + column], torch.tensor(expected), 2e-7)
+        found = table[0, row * grid + column]
+        assert_close(f"row {row}, column {column}", found, torch.tensor(expected), 2e-7)
 
 
 @pytest.mark.parametrize("h, w", [(1, 12), (3, 5), (4, 5), (12, 12)])
@@ -205,12 +209,13 @@ def test_sinusoid_is_cos_then_sin_of_1000_sigma():
     for b, s in enumerate(sigma.tolist()):
         for i in (0, 1, 64, 127):
             angle = 1000 * s * 10000 ** (-i / 128)
-            assert abs(wave[b, i] - math.cos(angle)) < 1e-10 and abs(wave[b, 128 + i] - math.sin(angle)) < 1e-10
-    assert sinusoid(sigma.bfloat16()).dtype == torch.float32         # a bf16 angle of 1000 would be off by radians
+            assert abs(wave[b, i] - math.cos(angle)) < 1e-10
+            assert abs(wave[b, 128 + i] - math.sin(angle)) < 1e-10
+    assert sinusoid(sigma.bfloat16()).dtype == torch.float32         # bf16 angles of 1000 are off by radians
 
 
 def test_initialisation():
-    """Blocks are the identity and v is 0 at the start; products are Xavier's, the patch convolution as a product."""
+    """Blocks are the identity and v is 0 at the start; products are Xavier's, the patches' too."""
     model = MMDiT(MMDiTConfig(**{**TINY, **VARIANTS["dual"]}), kernels.load("torch"))
     v, feats = model(*tiny_inputs(dtype=torch.float32), taps=(0, 1, 2))
     assert not v.any() and torch.equal(feats[0], feats[2]) and feats[0].std() > 0.1
@@ -265,7 +270,7 @@ def test_stopping_runs_no_later_block_and_no_text_branch_of_the_last_one(variant
     assert joint == [("joint_attention", text, True)] * 2 + [("joint_attention", text, False)]
     assert sum(c[0] == "joint_attention" and c[1] == image for c in calls) == len(model.config.dual_blocks)
     after = calls[calls.index(joint[-1]) + 1:]
-    assert after and all(c[1] == image for c in after)               # the last text queries, projection and MLP are not computed
+    assert after and all(c[1] == image for c in after)               # no text projection, residual or MLP
     calls.clear()
     model(*tiny_inputs())
     assert [c[2] for c in calls if c[0] == "joint_attention" and c[1] == text] == [True] * 4 + [False]
@@ -273,11 +278,13 @@ def test_stopping_runs_no_later_block_and_no_text_branch_of_the_last_one(variant
 
 # --- students ---
 
-@pytest.mark.parametrize("full, depth, keep", [(7, 4, (0, 2, 4, 6)), (5, 2, (0, 4)), (4, 1, (3,)), (3, 3, (0, 1, 2))])
+@pytest.mark.parametrize("full, depth, keep", [(7, 4, (0, 2, 4, 6)), (5, 2, (0, 4)), (4, 1, (3,)),
+                                               (3, 3, (0, 1, 2))])
 def test_shrunk_takes_the_right_blocks(full, depth, keep):
     teacher = tiny("dual", depth=full, dual_blocks=(0, 1, 2))
     student = shrunk(teacher, depth)
-    assert student.config.depth == depth and student.config.dual_blocks == tuple(i for i, j in enumerate(keep) if j < 3)
+    assert student.config.depth == depth
+    assert student.config.dual_blocks == tuple(i for i, j in enumerate(keep) if j < 3)
     theirs, ours = teacher.state_dict(), student.state_dict()
     for name, value in ours.items():
         m = re.match(r"joint_blocks\.(\d+)(.*)", name)
@@ -289,7 +296,8 @@ def test_shrunk_takes_the_right_blocks(full, depth, keep):
     with torch.no_grad():
         for p in student.parameters():
             p.zero_()
-    assert all(torch.equal(t, before[name]) for name, t in teacher.state_dict().items())    # a copy, no shared storage
+    # a copy, no shared storage
+    assert all(torch.equal(t, before[name]) for name, t in teacher.state_dict().items())
 
 
 def test_shrunk_refuses_a_depth_out_of_range():
@@ -352,14 +360,16 @@ def test_input_of_a_wrong_shape_is_refused(case):
         tiny()(*BAD_INPUT[case](*tiny_inputs()))
 
 
-@pytest.mark.parametrize("taps, stop, message", [((3,), False, "taps.*3"), ((-1,), False, "taps.*3"), ((1, 0), False, "ascending"),
-                                                 ((1, 1), False, "ascending"), ((), True, "stop_at_last_tap")])
+@pytest.mark.parametrize("taps, stop, message", [
+    ((3,), False, "taps.*3"), ((-1,), False, "taps.*3"), ((1, 0), False, "ascending"),
+    ((1, 1), False, "ascending"), ((), True, "stop_at_last_tap")])
 def test_wrong_taps_are_refused(taps, stop, message):
     with pytest.raises(ValueError, match=message):
         tiny()(*tiny_inputs(), taps=taps, stop_at_last_tap=stop)
 
 
-@pytest.mark.parametrize("changes", [dict(width=96), dict(depth=0), dict(dual_blocks=(3,)), dict(dual_blocks=(-1,))], ids=str)
+@pytest.mark.parametrize("changes", [dict(width=96), dict(depth=0), dict(dual_blocks=(3,)),
+                                     dict(dual_blocks=(-1,))], ids=str)
 def test_wrong_sizes_are_refused(changes):
     with pytest.raises(ValueError, match="MMDiT"):
         MMDiTConfig(**{**TINY, **changes})

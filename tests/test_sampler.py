@@ -1,4 +1,4 @@
-"""Samplers: guidance by its formula, Euler against closed forms, re-noising, seeds, network evaluations per image."""
+"""Samplers: guidance by its formula, Euler against closed forms, re-noising, seeds, evaluations per image."""
 import pytest
 import torch
 from conftest import assert_close, rng, tiny, tiny_inputs
@@ -59,14 +59,16 @@ def test_guidance_formula_at_two_evaluations(guidance):
     assert_close("v", v, without + guidance * (with_text - without), 1e-10)
 
 
-@pytest.mark.parametrize("levels", [flow.euler_levels(1), flow.euler_levels(4, 3.0), torch.tensor([1, 0.6, 0.599, 0])])
+@pytest.mark.parametrize("levels", [flow.euler_levels(1), flow.euler_levels(4, 3.0),
+                                    torch.tensor([1, 0.6, 0.599, 0])])
 def test_euler_is_exact_on_a_straight_field(levels):
     noise, text, _ = setting()
     x0 = torch.randn(noise.shape, generator=rng(4)).double()
     assert_close("x0", sampler.euler(lambda x, sigma, t: noise - x0, noise, text, levels.double()), x0)
 
 
-@pytest.mark.parametrize("run", [sampler.euler, lambda *a: sampler.renoise(*a, SEEDS)], ids=["euler", "renoise"])
+@pytest.mark.parametrize("run", [sampler.euler, lambda *a: sampler.renoise(*a, SEEDS)],
+                         ids=["euler", "renoise"])
 def test_levels_and_text_arrive_at_the_network(run):
     noise, text, _ = setting()
     levels, seen = flow.euler_levels(4, 3.0), []
@@ -84,15 +86,17 @@ def test_euler_by_hand_on_a_curved_field():
     x = noise
     for now, then in ((1.0, 0.75), (0.75, 0.5), (0.5, 0.0)):
         x = x - (now - then) * (x ** 2 + now)
-    found = sampler.euler(lambda x, sigma, t: x ** 2 + sigma.view(-1, 1, 1, 1), noise, text, torch.tensor([1, 0.75, 0.5, 0]).double())
+    levels = torch.tensor([1, 0.75, 0.5, 0]).double()
+    found = sampler.euler(lambda x, s, t: x ** 2 + s.view(-1, 1, 1, 1), noise, text, levels)
     assert_close("x", found, x)
 
 
 def test_renoise_predicts_then_noises_anew():
-    """Its inputs are (1 - s) x0_hat + s n with n standard normal, of the image's seed alone and fresh at each level."""
+    """Its inputs are (1 - s) x0_hat + s n, n standard normal, of the image's seed, new at each level."""
     text = setting()[1]
     shape, levels = (16, 24, 24), torch.tensor([1, 0.75, 0.5, 0]).double()
-    noise, centre = sampler.image_noise(SEEDS, shape).double(), torch.randn(3, *shape, generator=rng(6)).double()
+    noise = sampler.image_noise(SEEDS, shape).double()
+    centre = torch.randn(3, *shape, generator=rng(6)).double()
 
     def run(rows: slice) -> tuple[Tensor, list[Tensor]]:
         inputs = []
@@ -106,7 +110,8 @@ def test_renoise_predicts_then_noises_anew():
     out, inputs = run(slice(None))
     assert_close("x0", out, centre + 0.5)                            # the last prediction, nothing added
     assert torch.equal(inputs[0], noise)
-    fresh = [(x - (1 - then) * (centre + now)) / then for x, now, then in zip(inputs[1:], (1.0, 0.75), (0.75, 0.5))]
+    steps = zip(inputs[1:], (1.0, 0.75), (0.75, 0.5))
+    fresh = [(x - (1 - then) * (centre + now)) / then for x, now, then in steps]
     all_noise = torch.stack([n[i].flatten() for n in (noise, *fresh) for i in range(3)])
     assert all_noise.shape[0] == 9 and (torch.cov(all_noise) - torch.eye(9)).abs().max() < 0.06
     assert all_noise.mean(1).abs().max() < 0.05
@@ -124,13 +129,14 @@ def test_sample_costs_one_evaluation_a_step_and_two_if_guided(name, guidance):
         assert model.rows == steps * (1 if guidance == 1 else 2)
         assert x.shape == noise.shape and not x.requires_grad
         v = sampler.guided(model.model, null, guidance)
-        expected = sampler.euler(v, noise, text, levels) if name == "euler" else sampler.renoise(v, noise, text, levels, SEEDS)
-        assert torch.equal(x, expected)
+        args = (v, noise, text, levels)
+        assert torch.equal(x, sampler.euler(*args) if name == "euler" else sampler.renoise(*args, SEEDS))
 
 
 def test_one_step_of_either_sampler_is_the_prediction():
     model, (noise, text, _) = tiny(), setting()
-    x = [sampler.sample(model, noise, text, flow.euler_levels(1).double(), name, SEEDS) for name in ("euler", "renoise")]
+    levels = flow.euler_levels(1).double()
+    x = [sampler.sample(model, noise, text, levels, name, SEEDS) for name in ("euler", "renoise")]
     assert_close("euler", x[0], noise - model(noise, torch.ones(3).double(), *text))
     assert_close("renoise", x[1], x[0])
 
@@ -141,8 +147,10 @@ def test_an_image_does_not_depend_on_its_batch(name):
     levels = flow.euler_levels(3).double()
     together = sampler.sample(model, noise, text, levels, name, SEEDS, null, 2.0)
     for i in range(3):
-        own = Text(*(t[i:i + 1] for t in text))
-        assert_close(f"image {i}", sampler.sample(model, noise[i:i + 1], own, levels, name, SEEDS[i:i + 1], null, 2.0), together[i:i + 1], 1e-11)
+        row = slice(i, i + 1)
+        own = Text(*(t[row] for t in text))
+        alone = sampler.sample(model, noise[row], own, levels, name, SEEDS[row], null, 2.0)
+        assert_close(f"image {i}", alone, together[row], 1e-11)
 
 
 def test_guidance_without_the_null_text_is_refused():

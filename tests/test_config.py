@@ -1,0 +1,349 @@
+"""The command line: what it takes, what it refuses and how it says so, and that every field of Config does something."""
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from dataclasses import fields, replace
+from functools import cache
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import test_train
+import torch
+from test_train import ROOT, log_of, main, save_teacher
+
+import kernels
+import train
+from ladd import data, evaluate
+from ladd.config import PRESETS, PROCESS_FIELDS, Config, InputError, check_same, parse_config, to_json, validated
+
+FIELDS = {f.name: f for f in fields(Config)}
+flag_of = lambda name: "--" + name.replace("_", "-")
+
+
+# parsing
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_parse_and_a_flag_overrides_them(preset):
+    config = parse_config(["--preset", preset, "--seed", "7"], "tiny")
+    assert config == replace(Config(), **PRESETS[preset], preset=preset, seed=7)
+    assert parse_config([], preset) == replace(config, seed=0) and config.run_name == preset
+    assert parse_config(["--preset", preset, "--name", "mine"], "tiny").run_name == "mine"
+    changed = parse_config(["--preset", preset, "--width", "192"], "tiny")
+    assert changed.width == 192 and replace(changed, width=config.width, seed=7) == config
+
+
+def test_presets_differ_and_name_only_fields():
+    assert len({parse_config(["--preset", p], "tiny").width for p in PRESETS}) == len(PRESETS)
+    assert all(set(values) <= set(FIELDS) for values in PRESETS.values())
+
+
+def test_json_round_trip():
+    config = parse_config(["--lr", "1e-5", "--taps", "0,2", "--sizes", "32x64", "--shared-noise"], "tiny")
+    stored = json.loads(to_json(config))
+    back = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+    assert back == config and list(stored) == list(FIELDS) and stored["taps"] == [0, 2] and stored["shared_noise"] is True
+    check_same(config, stored)
+
+
+def test_check_same_names_the_first_flag_that_differs():
+    stored = json.loads(to_json(Config()))
+    with pytest.raises(InputError, match=r"runs/tiny: made with --teacher-lr 0.001, found 0.5; .*--name") as error:
+        check_same(replace(Config(), teacher_lr=0.5, lr=0.5, eval_n=7), stored)
+    assert "--eval-n" not in str(error.value)
+    with pytest.raises(InputError, match="--taps None, found"):
+        check_same(Config(), {k: v for k, v in stored.items() if k != "taps"})          # written by an older version
+    for name in PROCESS_FIELDS:
+        check_same(replace(Config(), **{name: "x"}), stored)                            # may differ when a run resumes
+    for name in set(FIELDS) - set(PROCESS_FIELDS):
+        with pytest.raises(InputError, match=f"{flag_of(name)} "):
+            check_same(replace(Config(), **{name: "x"}), stored)
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_config(["--help"], "tiny", "what it is 100%")
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and "what it is" in text and all(f"{flag_of(name)} " in text for name in FIELDS)
+
+
+def test_negative_values_are_values():
+    config = parse_config(["--d-mean", "-1.5", "--teacher-means", "-1,0.5"], "tiny")
+    assert config.d_mean == -1.5 and config.teacher_means == (-1, 0.5)
+
+
+# what is refused: the line names the flag, what was found, and what is accepted
+
+BAD = {
+    "--stepz 5": ("'--stepz'", "--steps"),
+    "--heads-learning-rate 1": ("--heads-learning-rate", "--heads"),
+    "--lr=1 --taps=0 --quality=9": ("--quality", "nearest flag is --"),
+    "steps": ("'steps'", "--steps"),
+    "--preset huge": ("--preset", "'huge'", "tiny, shapes"),
+    "--steps many": ("--steps", "'many'", "whole number"),
+    "--steps 1.5": ("--steps", "'1.5'", "whole number"),
+    "--lr fast": ("--lr", "'fast'", "a number"),
+    "--lr nan": ("--lr", "nan", "0 to"),
+    "--lr inf": ("--lr", "inf", "0 to"),
+    "--d-mean nan": ("--d-mean", "nan"),
+    "--d-mean inf": ("--d-mean", "inf"),
+    "--teacher-means 0,nan": ("--teacher-means", "nan"),
+    "--teacher-means ,": ("--teacher-means", "nothing", "at least one"),
+    "--taps a,b": ("--taps", "'a,b'", "comma-separated int"),
+    "--taps": ("--taps", "expected"),
+    "--qk-norm maybe": ("--qk-norm", "'maybe'", "on or off"),
+    "--sizes 64": ("--sizes|size", "'64'", "HxW"),
+    "--sizes 60x64": ("--sizes|size", "60x64", "multiples of 16", "64x64"),
+    "--sizes 0x64": ("--sizes|size", "0x64", "16x64"),
+    "--sizes 32x32,64x64": ("--sizes", r"\[1024, 4096\]", "about one area"),
+    "--sizes 64x64,64x64": ("--sizes", "64x64", "once|twice|distinct|different"),
+    "--width 100": ("--width", "100", "multiple of 64"),
+    "--head-width 24": ("--head-width", "24", "multiple of 16"),
+    "--accumulate 3": ("--accumulate", "3", "--batch 64"),
+    "--batch 2 --accumulate 2": ("--batch", "1 a micro-batch", "at least 2"),
+    "--taps 1,9": ("--taps", "9", "0 to 5"),
+    "--taps 3,1": ("--taps", r"\(3, 1\)", "ascending"),
+    "--taps=-1,2": ("--taps", r"\(-1, 2\)", "ascending"),
+    "--probs .5,.5": ("--probs", "2 values", "4 --levels"),
+    "--probs .7,.1,.1,.2": ("--probs", "1.1", "add up to 1"),
+    "--probs 1.1,-.1,0,0": ("--probs", "probabilities"),
+    "--levels .9,.75,.5,.25": ("--levels", r"0\.9", "falling from 1"),
+    "--levels 1,.5,.75,.25": ("--levels", r"0\.75", "falling"),
+    "--levels 1,.75,.5,0": ("--levels", "above 0"),
+    "--student-depth 7": ("--student-depth", "7", "at most the teacher's 6"),
+    "--batch 64 --data-size 32": ("--data-size", "32", "at least"),
+    "--data-size 128": ("--data-size", "128", "at least"),                              # cannot fill a batch of each size
+    "--teacher-images 100": ("--teacher-images", "100", "at least"),
+    "--n 5": (r"--n\b", "5", r"6|\d+ to"),
+    "--eval-n 3": ("--eval-n", "3", r"6|\d+ to"),
+    "--eval-batch 1": ("--eval-batch", "1", "2"),
+    "--text-dim 16": ("--text-dim", "16", r"\d\d"),
+    "--stated 1": ("--stated", "1", "0 to"),
+    "--beta1 1": ("--beta1", "1", "0 to"),
+    "--beta2 1": ("--beta2", "1", "0 to"),
+    "--seed 99999999999999": ("--seed", "99999999999999", "0 to"),
+    "--seed -1": ("--seed", "-1", "0 to"),
+    "--objects 3": ("--objects", "3", "1, 2"),
+    "--sampler ddim": ("--sampler", "'ddim'", "euler, renoise"),
+    "--misaligned-at student": ("--misaligned-at", "'student'", "teacher, heads"),
+    "--device tpu": ("--device", "'tpu'", "auto, cpu, cuda"),
+    "--precision fp8": ("--precision", "'fp8'", "auto, fp32, bf16"),
+    "--name a/b": ("--name", "'a/b'", "folder name"),
+    "--name ..": ("--name", r"'\.\.'", "folder name"),
+    "--guidance .5": ("--guidance", "0.5", "1 to"),
+    "--profile nowhere/trace.json": ("--profile", "nowhere"),
+    "--teacher no.safetensors": ("--teacher", "no.safetensors", "not exist"),
+    "--data nowhere": ("--data", "nowhere", "not exist"),
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_input_is_refused_in_one_line_and_nothing_is_made(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "open_run", lambda config: pytest.fail(f"{line} is accepted"))
+    with pytest.raises(InputError) as error:
+        train.main(["--preset", "tiny", *line.split()] if "--preset" not in line else line.split())
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 400, text
+    assert all(re.search(part, text) for part in BAD[line]), text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [name for name, f in FIELDS.items() if f.type in (int, float)])
+def test_bounds(name):
+    """Beyond each bound: refused, with the flag, the value and the range. Infinity and NaN are no numbers here."""
+    f, step = FIELDS[name], 1 if FIELDS[name].type is int else 1e-3
+    beyond = [f.metadata["low"] - step, f.metadata["high"] + step] + [float("nan"), float("inf"), float("-inf")] * (f.type is float)
+    for value in beyond:
+        if f.metadata["choices"] or f.type is int and value in (float("inf"), float("-inf")):
+            continue
+        with pytest.raises(InputError) as error:
+            validated(replace(Config(), **{name: value}))
+        assert flag_of(name) in str(error.value) and str(value) in str(error.value) and " to " in str(error.value)
+
+
+@pytest.mark.parametrize("line", ["--stepz 5", "--batch 63 --accumulate 2"])
+def test_the_script_prints_one_line_and_ends_with_code_2(line, tmp_path):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *line.split()], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 2 and not done.stdout and not list(tmp_path.iterdir())
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("train.py: ") and line.split()[0 if "z" in line else 2] in done.stderr
+    # of the processor, not of the clock: other processes must not fail this
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
+
+
+# liveness: for each field, one more value than the tiny run of this file has must change what a run computes, writes or prints
+
+STAGES = {   # the least that shows a field: two steps of a teacher; shards of a random teacher; three steps of a student from these
+    "teacher": "--stop-after 2 --teacher-steps 4 --taps 0",
+    "data": "--teacher t.safetensors --stop-after 1",
+    "student": "--teacher t.safetensors --data latents --steps 3 --heads-first 1 --log-every 1"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder with two teachers in which no weight is zero, and with latents of each."""
+    folder = tmp_path_factory.mktemp("liveness")
+    for i, latents in enumerate(("latents2", "latents")):
+        teacher = save_teacher(folder, seed=i)
+        main(folder, "--name", latents, "--teacher", teacher, "--stop-after", "1", "--eval-every", "0", "--grid-every", "0")
+        (folder / "runs" / latents / "data").rename(folder / latents)
+    save_teacher(folder, seed=0).rename(folder / "other.safetensors")
+    save_teacher(folder, seed=1)
+    return folder
+
+
+@cache
+def observed(home: Path, stage: str, flags: str) -> dict[str, object]:
+    """What a run leaves, but for config.json and the clock: log lines, files, and the sum of squares of every tensor."""
+    run = home / "runs" / f"run{len(list((home / 'runs').iterdir()))}"
+    printed = main(home, "--name", run.name, "--eval-every", "0", "--grid-every", "0", *STAGES[stage].split(), *flags.split())
+    files = {str(path.relative_to(run)): path for path in sorted(run.rglob("*")) if path.is_file()}
+    tensors = {name: {k: t.double().square().sum().item() for k, t in data.read_tensors(path)[0].items()}
+               for name, path in files.items() if path.suffix == ".safetensors"}
+    return {"log": log_of(run) if "log.jsonl" in files else [], "files": list(files), "said": printed.replace(run.name, ""),
+            "weights": {name: sums for name, sums in tensors.items() if name.startswith("checkpoints")},
+            "shards": {name: sums for name, sums in tensors.items() if name.startswith("data/0")}}
+
+
+CASES = {    # field: (what changes, in which stage, with which value, beside which other flags), ...
+    "seed":           [("log", "teacher", "1"), ("shards", "data", "1"), ("log", "student", "1")],
+    "precision":      [("log", "teacher", "bf16"), ("shards", "data", "bf16"), ("log", "student", "bf16")],
+    "objects":        [("log", "teacher", "2"), ("shards", "data", "2")],
+    "sizes":          [("log", "teacher", "48x48"), ("files", "data", "48x48")],
+    "stated":         [("weights", "teacher", "0.2"), ("shards", "data", "0.2")],
+    "text_dim":       [("weights", "teacher", "32")],
+    "teacher":        [("shards", "data", "other.safetensors"), ("log", "student", "other.safetensors"), ("files", "data", "")],
+    "depth":          [("weights", "teacher", "1")],
+    "width":          [("weights", "teacher", "128")],
+    "qk_norm":        [("weights", "teacher", "off")],
+    "teacher_images": [("log", "teacher", "64")],
+    "teacher_steps":  [("weights", "teacher", "8")],
+    "teacher_batch":  [("log", "teacher", "6")],
+    "teacher_lr":     [("weights", "teacher", "1e-3")],
+    "teacher_means":  [("log", "teacher", "0,2")],
+    "text_dropout":   [("weights", "teacher", "0.9")],
+    "data":           [("log", "student", "latents2"), ("files", "student", "")],
+    "data_size":      [("shards", "data", "144")],
+    "data_batch":     [("shards", "data", "48")],
+    "guidance":       [("shards", "data", "1")],
+    "sample_steps":   [("shards", "data", "4")],
+    "student_depth":  [("weights", "student", "1")],
+    "steps":          [("log", "student", "4")],
+    "batch":          [("log", "student", "6")],
+    "accumulate":     [("log", "student", "2")],
+    "lr":             [("weights", "student", "1e-4")],
+    "heads_lr":       [("log", "student", "1e-1")],
+    "beta1":          [("weights", "student", "0.9")],
+    "beta2":          [("weights", "student", "0.5")],
+    "warmup":         [("weights", "teacher", "9"), ("weights", "student", "9")],
+    "decay":          [("weights", "student", "1")],
+    "clip":           [("weights", "teacher", "1e-7"), ("weights", "student", "1e-7")],
+    "ema":            [("weights", "student", "0.5")],
+    "sampler":        [("log", "student", "renoise", "--eval-every 3"), ("files", "student", "renoise", "--grid-every 3 --eval-every 3")],
+    "levels":         [("log", "student", "1,.9,.8,.7"), ("log", "student", "1,.5,.4,.3", "--eval-every 3 --probs 1,0,0,0")],
+    "probs":          [("log", "student", "0,0,0,1")],
+    "easy_steps":     [("log", "student", "9")],
+    "shift":          [("log", "student", "3"), ("shards", "data", "3")],
+    "d_mean":         [("log", "student", "1")],
+    "d_std":          [("log", "student", "0.1")],
+    "taps":           [("weights", "student", "1")],
+    "head_width":     [("weights", "student", "32")],
+    "heads_steps":    [("log", "student", "2")],
+    "heads_first":    [("log", "student", "2")],
+    "misaligned":     [("log", "student", "0")],
+    "misaligned_at":  [("log", "student", "heads")],
+    "shared_noise":   [("log", "student", "on")],
+    "r1_weight":      [("log", "student", "1"), ("weights", "student", "2", "--r1-weight 1")],
+    "r1_sigma":       [("log", "student", "0.5", "--r1-weight 1")],
+    "distill_weight": [("log", "student", "1"), ("weights", "student", "2", "--distill-weight 1")],
+    "eval_n":         [("log", "student", "16", "--eval-every 3")],
+    "eval_every":     [("log", "student", "3")],
+    "grid_every":     [("files", "student", "3")],
+    "log_every":      [("log", "student", "2")],
+    "save_every":     [("files", "teacher", "1"), ("files", "student", "1")],
+    "stop_after":     [("said", "teacher", "1"), ("files", "student", "2")],
+    "overfit_one_batch": [("log", "teacher", "on"), ("log", "student", "on")],
+}
+
+
+@pytest.mark.parametrize("name, case", [(name, case) for name, cases in CASES.items() for case in cases],
+                         ids=[f"{name}-{case[1]}" for name, cases in CASES.items() for case in cases])
+def test_liveness(home, name, case):
+    what, stage, value, extra = *case, *[""] * (4 - len(case))
+    one, two = (observed(home, stage, flags.strip())[what] for flags in (extra, f"{extra} {flag_of(name)}={value}"))
+    assert one and two and one != two, f"{flag_of(name)} {value}: {what} of the {stage} stay as they are"
+
+
+def test_preset_decides_the_sizes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    counts = []
+    for preset in PRESETS:
+        train.main(["--dry-run", "--preset", preset])
+        counts.append(int(re.search(r"teacher ([\d,]+)", capsys.readouterr().out)[1].replace(",", "")))
+    assert 1e6 < counts[0] < 1e7 < 5e7 < counts[1] < 2e8 and not list(tmp_path.iterdir())
+
+
+def test_name_decides_the_folder(home):
+    main(home, *STAGES["teacher"].split(), "--name", "mine")
+    main(home, *STAGES["teacher"].split(), "--name", "")
+    assert (home / "runs/mine/config.json").exists() and (home / "runs/tiny/config.json").exists()
+
+
+def test_device_cuda_is_refused_where_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="--device: found cuda .* accepted is cpu or auto"):
+        train.main(["--device", "cuda"])
+    assert not list(tmp_path.iterdir())
+    train.main(["--device", "cpu", "--dry-run"])
+
+
+def test_kernels_are_those_asked_for(home):
+    for name in ("auto", "torch"):
+        with mock.patch.object(kernels, "load", wraps=kernels.load) as load:
+            main(home, *STAGES["student"].split(), "--name", f"kernels-{name}", "--kernels", name)
+        assert load.call_count >= 2 and {call.args for call in load.call_args_list} == {(name,)}
+
+
+def test_compile_compiles_each_block_of_each_network(home):
+    """On the CPU, where auto is off: teacher, student and the one that draws; two blocks each."""
+    for value, calls in (("on", 3 * 2), ("off", 0), ("auto", 0)):
+        with mock.patch.object(torch.nn.Module, "compile") as compiled:
+            main(home, *STAGES["student"].split(), "--name", f"compile-{value}", "--compile", value, "--device", "cpu")
+        assert compiled.call_count == calls and all(call.kwargs == {"fullgraph": True} for call in compiled.call_args_list)
+
+
+def test_n_is_the_number_of_images_of_a_row(home, monkeypatch):
+    """And prompts of the report are not those that chose the student: 12 of eval_n, 12 of n give other distances."""
+    reports = []
+    monkeypatch.setattr(train.report, "write_report", lambda run, sheet, report: reports.append(report))
+    for n in ("12", "14"):
+        main(home, *STAGES["student"].split(), "--eval-every", "3", "--grid-every", "0", "--name", f"n{n}", "--n", n, report=True)
+    assert [r["n"] for r in reports] == [12, 14] and reports[0]["floor"]["fd"] != reports[1]["floor"]["fd"]
+    assert reports[0]["floor"]["fd"] != reports[0]["floor"]["fd_curves"]
+
+
+def test_eval_batch_bounds_what_is_sampled_at_once(home):
+    for size in (2, 5):
+        with mock.patch.object(evaluate, "sample", wraps=evaluate.sample) as sample:
+            main(home, *STAGES["student"].split(), "--eval-every", "3", "--grid-every", "0", "--name", f"eb{size}", "--eval-batch", str(size))
+        assert max(len(call.args[1]) for call in sample.call_args_list) == size
+
+
+ELSEWHERE = {"preset": test_preset_decides_the_sizes, "name": test_name_decides_the_folder,
+             "device": test_device_cuda_is_refused_where_there_is_none, "kernels": test_kernels_are_those_asked_for,
+             "compile": test_compile_compiles_each_block_of_each_network, "n": test_n_is_the_number_of_images_of_a_row,
+             "eval_batch": test_eval_batch_bounds_what_is_sampled_at_once,
+             "dry_run": test_train.test_dry_run_prints_what_a_run_takes_and_writes_nothing,
+             "profile": test_train.test_profile_writes_a_trace_of_the_last_steps}
+
+
+def test_every_field_is_shown_to_be_live():
+    """A field without a live effect has no place in Config; a new one needs a case above."""
+    assert CASES.keys() | ELSEWHERE.keys() == FIELDS.keys() and not CASES.keys() & ELSEWHERE.keys()

@@ -1,0 +1,428 @@
+"""sample.py end to end on a run folder of random networks: pictures, seeds, PNG text, bad input."""
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomise
+from PIL import Image
+from safetensors.torch import save_file
+
+import kernels
+import sample
+from ladd import report, shapes
+from ladd.checkpoint import load_metadata, load_mmdit, save_mmdit
+from ladd.config import Config, InputError, to_json
+from ladd.mmdit import MMDiT, MMDiTConfig
+from train import describe
+
+ROOT = Path(__file__).parents[1]
+RED, BLUE = "large red circle left on black", "small blue square"
+CONFIG = Config(name="demo", depth=2, width=64, taps=(0, 1), shift=3.0, guidance=2.0, sample_steps=6)
+LEVELS = {1: [1, 0], 2: [1, .75, 0], 4: [1, .9, .75, .5, 0]}        # {1, .5}, {1, .75, .5, .25} shifted by 3
+
+
+def network(seed: int, **changes) -> MMDiT:
+    torch.manual_seed(seed)
+    sizes = dict(depth=2, width=64, context_dim=64, pooled_dim=64, qk_norm=True, pos_grid=8)
+    return randomise(MMDiT(MMDiTConfig(**{**sizes, **changes}), kernels.load("torch")), seed)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    for seed, role in enumerate(("student", "teacher")):
+        save_mmdit(network(seed), folder / "checkpoints" / f"{role}.safetensors", describe(CONFIG, role))
+    (folder / "config.json").write_text(to_json(CONFIG))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fp32(monkeypatch):
+    monkeypatch.setattr(sample, "compute_dtype", lambda precision, device: torch.float32)
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)                  # [H, W, 3]
+
+
+def text(path: Path) -> tuple[str, dict]:
+    chunks = Image.open(path).text
+    assert set(chunks) == {"parameters", "ladd"}
+    return chunks["parameters"], json.loads(chunks["ladd"])
+
+
+def shoot(run: Path, out: Path, *flags: str, prompt: str = RED) -> np.ndarray:
+    sample.main(["--run", str(run), "--prompt", prompt, "--out", str(out), *flags])
+    return pixels(out)
+
+
+def naive(path: Path, prompt: str, seed: int, sigmas: list[float], guidance: float = 1.0,
+          size: tuple[int, int] = (64, 64)) -> np.ndarray:
+    """The picture by Euler steps written out, one image at a time."""
+    model = load_mmdit(path)
+    x = torch.randn(1, 16, size[0] // 8, size[1] // 8, generator=torch.Generator().manual_seed(seed))
+    words, null = (shapes.embed([p], shapes.max_words(1), 64) for p in (prompt, ""))
+    with torch.no_grad():
+        for now, then in zip(sigmas, sigmas[1:]):
+            v = model(x, torch.tensor([now]), *words)
+            if guidance != 1:
+                v_null = model(x, torch.tensor([now]), *null)
+                v = v_null + guidance * (v - v_null)
+            x = x + (then - now) * v
+    return ((shapes.decode(x)[0] + 1) * 127.5).round().int().permute(1, 2, 0).numpy()
+
+
+def assert_same(a: np.ndarray, b: np.ndarray, levels: int = 1) -> None:
+    assert a.shape == b.shape and np.abs(a - b).max() <= levels, np.abs(a - b).max()
+
+
+def differ(a: np.ndarray, b: np.ndarray) -> bool:
+    return np.abs(a - b).mean() > 2
+
+
+# pictures
+
+
+@pytest.mark.parametrize("steps", LEVELS)
+def test_a_students_picture_is_euler_over_its_shifted_levels(run, tmp_path, steps):
+    image = shoot(run, tmp_path / "a.png", "--steps", str(steps), "--seed", "7")
+    assert_same(image, naive(run / "checkpoints/student.safetensors", RED, 7, LEVELS[steps]))
+    parameters, record = text(tmp_path / "a.png")
+    assert record["columns"][0]["sigmas"] == pytest.approx(LEVELS[steps], abs=1e-6)
+    assert f"Steps: {steps}," in parameters
+
+
+def test_steps_are_all_levels_by_default(run, tmp_path):
+    assert (shoot(run, tmp_path / "a.png") == shoot(run, tmp_path / "b.png", "--steps", "4")).all()
+
+
+def test_a_teachers_picture_is_guided_as_in_its_run(run, tmp_path):
+    teacher = run / "checkpoints/teacher.safetensors"
+    image = shoot(run, tmp_path / "a.png", "--model", "teacher")
+    even = [1 - i / 6 for i in range(7)]
+    assert_same(image, naive(teacher, RED, 0, [3 * s / (1 + 2 * s) for s in even], guidance=2.0))
+    assert "Steps: 6, Sampler: Euler, CFG scale: 2," in text(tmp_path / "a.png")[0]
+    flags = "--model", "teacher", "--steps", "3", "--guidance"
+    plain = shoot(run, tmp_path / "b.png", *flags, "1")
+    assert_same(plain, naive(teacher, RED, 0, [1, 6 / 7, .6, 0]))
+    assert differ(plain, shoot(run, tmp_path / "c.png", *flags, "4"))
+
+
+def test_sigmas_are_final_and_untrained_ones_are_announced(run, tmp_path, capsys):
+    two = shoot(run, tmp_path / "a.png", "--steps", "2")
+    assert (shoot(run, tmp_path / "b.png", "--sigmas", "1,0.75") == two).all()
+    assert (shoot(run, tmp_path / "c.png", "--sigmas", "1,.75,0") == two).all()
+    assert "note" not in capsys.readouterr().out
+    image = shoot(run, tmp_path / "d.png", "--sigmas", "1,0.75,0.3,0.2")
+    assert_same(image, naive(run / "checkpoints/student.safetensors", RED, 0, [1, .75, .3, .2, 0]))
+    assert "not trained at levels 0.3, 0.2" in capsys.readouterr().out
+    assert text(tmp_path / "d.png")[1]["columns"][0]["steps"] == 4
+    shoot(run, tmp_path / "e.png", "--sigmas", "1,.3", "--model", "teacher")
+    assert "note" not in capsys.readouterr().out                     # a teacher knows all levels
+
+
+def test_image_i_has_seed_plus_i_whatever_the_batch(run, tmp_path):
+    flags = "--run", str(run), "--seed", "40", "--num", "2", "--prompt", RED, "--prompt", BLUE
+    for batch in "1", "4":
+        sample.main([*flags, "--out", str(tmp_path / batch), "--batch", batch])
+    names = [f"{i:06d}_seed{40 + i}.png" for i in range(4)]
+    assert sorted(path.name for path in (tmp_path / "1").iterdir()) == names
+    assert sorted(path.name for path in (tmp_path / "4").iterdir()) == names
+    images = []
+    for i, name in enumerate(names):
+        prompt = (RED, RED, BLUE, BLUE)[i]
+        images.append(pixels(tmp_path / "1" / name))
+        assert_same(images[i], pixels(tmp_path / "4" / name))
+        assert_same(images[i], naive(run / "checkpoints/student.safetensors", prompt, 40 + i, LEVELS[4]))
+        parameters, record = text(tmp_path / "4" / name)
+        assert parameters.splitlines()[0] == prompt and f"Seed: {40 + i}," in parameters
+        assert record["prompts"] == [prompt] and record["seeds"] == [40 + i]
+    assert differ(images[0], images[1])
+    assert differ(images[2], shoot(run, tmp_path / "x.png", "--seed", "42"))      # the words matter, too
+
+
+def test_size_is_height_by_width(run, tmp_path):
+    image = shoot(run, tmp_path / "a.png", "--size", "48x80")
+    assert_same(image, naive(run / "checkpoints/student.safetensors", RED, 0, LEVELS[4], size=(48, 80)))
+    assert image.shape == (48, 80, 3)
+    parameters, record = text(tmp_path / "a.png")
+    assert "Size: 80x48," in parameters and (record["height"], record["width"]) == (48, 80)
+
+
+def test_the_empty_prompt_is_the_null_prompt(run, tmp_path):
+    image = shoot(run, tmp_path / "a.png", prompt=" ")
+    assert_same(image, naive(run / "checkpoints/student.safetensors", "", 0, LEVELS[4]))
+    assert text(tmp_path / "a.png")[0].startswith("\nSteps: 4,")
+
+
+def test_prompts_from_a_file(run, tmp_path):
+    (tmp_path / "p.txt").write_text(f"# shapes\n\n  Large RED circle  left on black\n   \n#{RED}\n{BLUE}\n")
+    flags = ["--run", str(run), "--prompt-file", str(tmp_path / "p.txt"), "--out", str(tmp_path / "o")]
+    sample.main(flags)
+    first, second = sorted((tmp_path / "o").iterdir())
+    assert text(first)[1]["prompts"] == [RED] and text(second)[1]["prompts"] == [BLUE]
+    assert_same(pixels(first), shoot(run, tmp_path / "a.png"))
+
+
+def test_a_checkpoint_says_all_that_its_run_says(run, tmp_path):
+    for role in sample.ROLES:
+        path = run / "checkpoints" / f"{role}.safetensors"
+        a = shoot(run, tmp_path / f"{role}1.png", "--model", role)
+        sample.main(["--checkpoint", str(path), "--prompt", RED, "--out", str(tmp_path / f"{role}2.png")])
+        assert (pixels(tmp_path / f"{role}2.png") == a).all()
+        parameters = text(tmp_path / f"{role}2.png")[0]
+        assert parameters.endswith(f"{hashlib.sha256(path.read_bytes()).hexdigest()[:10]}, Model: {role}")
+        assert text(tmp_path / f"{role}1.png")[0] == parameters.replace("Model: ", "Model: demo-")
+
+
+def test_the_sampler_is_the_students_own(run, tmp_path):
+    for sampler in "euler", "renoise":
+        config = replace(CONFIG, sampler=sampler, levels=(1.0, 0.5), probs=(0.5, 0.5), shift=1.0)
+        path = tmp_path / f"{sampler}.safetensors"
+        save_mmdit(network(0), path, describe(config, "student"))
+        sample.main(["--checkpoint", str(path), "--prompt", RED, "--out", str(tmp_path / f"{sampler}.png")])
+        parameters, record = text(tmp_path / f"{sampler}.png")
+        assert f"Steps: 2, Sampler: {sampler.capitalize()}," in parameters
+        assert record["columns"][0]["sigmas"] == [1, .5, 0]
+    assert differ(pixels(tmp_path / "euler.png"), pixels(tmp_path / "renoise.png"))
+
+
+def test_a_run_whose_teacher_lies_elsewhere(run, tmp_path):
+    shutil.copytree(run, tmp_path / "other")
+    moved = (tmp_path / "other/checkpoints/teacher.safetensors").rename(tmp_path / "t.safetensors")
+    (tmp_path / "other/config.json").write_text(to_json(replace(CONFIG, teacher=str(moved), guidance=5.0)))
+    image = shoot(tmp_path / "other", tmp_path / "a.png", "--model", "teacher")
+    assert (image == shoot(run, tmp_path / "b.png", "--model", "teacher", "--guidance", "5")).all()
+
+
+# sheets
+
+
+@pytest.fixture
+def sheets(monkeypatch) -> list:
+    """What contact_sheet is called with."""
+    seen, original = [], report.contact_sheet
+    array = lambda image: np.asarray(report.to_pil(image)).astype(int)
+
+    def spy(columns, rows, cell):
+        seen.append(({title: [*map(array, images)] for title, images in columns.items()}, rows))
+        return original(columns, rows, cell)
+    monkeypatch.setattr(report, "contact_sheet", spy)
+    return seen
+
+
+def test_compare_shows_both_networks_from_the_same_seeds(run, tmp_path, sheets):
+    sheet = shoot(run, tmp_path / "a.png", "--compare", "--prompt", BLUE, "--seed", "3", "--batch", "1")
+    (columns, rows), = sheets
+    assert rows == [f"{RED}, seed=3", f"{BLUE}, seed=4"]
+    wanted = {"teacher 6 x 2": ("--model", "teacher"),
+              "teacher 4": ("--model", "teacher", "--steps", "4", "--guidance", "1"),
+              "student 4": (), "student 2": ("--steps", "2"), "student 1": ("--steps", "1")}
+    assert list(columns) == list(wanted)
+    for title, flags in wanted.items():
+        for i, prompt in enumerate((RED, BLUE)):
+            alone = shoot(run, tmp_path / f"{title}{i}.png", *flags, "--seed", str(3 + i), prompt=prompt)
+            assert_same(columns[title][i], alone)
+    assert sheet.shape[1] > 5 * 128 and sheet.shape[0] > 2 * 128
+    parameters, record = text(tmp_path / "a.png")
+    assert parameters.startswith(f"{RED}\n{BLUE}\nSteps: 6, Sampler: Euler, CFG scale: 2, Seed: 3,")
+    assert [(c["role"], c["steps"], c["guidance"]) for c in record["columns"]] == [
+        ("teacher", 6, 2), ("teacher", 4, 1), ("student", 4, 1), ("student", 2, 1), ("student", 1, 1)]
+    shoot(run, tmp_path / "b.png", "--compare", "--guidance", "1")
+    assert list(sheets[-1][0])[0] == "teacher 6"
+
+
+def test_grid_shows_every_image_once(run, tmp_path, sheets):
+    shoot(run, tmp_path / "a.png", "--grid", "--prompt", BLUE, "--num", "3", "--seed", "5", "--batch", "4")
+    (columns, rows), = sheets
+    assert rows == [f"{RED}, seed=5", f"{BLUE}, seed=8"] and list(columns) == ["student 4", "+1", "+2"]
+    for j, images in enumerate(columns.values()):
+        for p, prompt in enumerate((RED, BLUE)):
+            seed = 5 + 3 * p + j
+            assert_same(images[p], naive(run / "checkpoints/student.safetensors", prompt, seed, LEVELS[4]))
+    record = text(tmp_path / "a.png")[1]
+    assert record["seeds"] == [5, 6, 7, 8, 9, 10] and record["prompts"] == [RED] * 3 + [BLUE] * 3
+
+
+# text
+
+
+def test_what_a_png_says(run, tmp_path, capsys):
+    shoot(run, tmp_path / "a.png", "--seed", "42", "--kernels", "torch")
+    digest = hashlib.sha256((run / "checkpoints/student.safetensors").read_bytes()).hexdigest()[:10]
+    parameters, record = text(tmp_path / "a.png")
+    assert parameters == (f"{RED}\nSteps: 4, Sampler: Euler, CFG scale: 1, Seed: 42, Size: 64x64, "
+                          f"Model hash: {digest}, Model: demo-student")
+    sigmas = record["columns"][0].pop("sigmas")
+    assert sigmas == pytest.approx(LEVELS[4], abs=1e-6)
+    assert record["versions"]["torch"] == torch.__version__ and record["commit"] and record["device"]
+    assert {k: record[k] for k in ("prompts", "seeds", "height", "width", "shift", "columns")} == {
+        "prompts": [RED], "seeds": [42], "height": 64, "width": 64, "shift": 3.0, "columns": [
+            {"role": "student", "sampler": "euler", "steps": 4, "guidance": 1.0, "model": "demo-student",
+             "model_hash": digest}]}
+    line = capsys.readouterr().out.splitlines()[-1]
+    line = re.sub(r"[\d.]+ (?=images/s|ms|GB)", "", line)
+    assert line == f"{tmp_path / 'a.png'}: 1 images, images/s, ms a step of 1, GB at peak"
+
+
+def test_a_png_can_be_silent(run, tmp_path):
+    plain = shoot(run, tmp_path / "a.png", "--no-metadata")
+    assert Image.open(tmp_path / "a.png").text == {} and (plain == shoot(run, tmp_path / "b.png")).all()
+
+
+# bad input
+
+
+def metadata_without(*names: str, **changes: str) -> dict[str, str]:
+    return {k: v for k, v in {**describe(CONFIG, "student"), **changes}.items() if k not in names}
+
+
+def checkpoint_of(folder: Path, *without: str, model: MMDiT | None = None, **changes: str) -> list[str]:
+    save_mmdit(model or network(0), folder / "m.safetensors", metadata_without(*without, **changes))
+    return ["--checkpoint", str(folder / "m.safetensors"), "--prompt", RED]
+
+
+def truncated(folder: Path) -> list[str]:
+    flags = checkpoint_of(folder)
+    Path(flags[1]).write_bytes(Path(flags[1]).read_bytes()[:5000])
+    return flags
+
+
+def something_else(folder: Path) -> list[str]:
+    save_file({"weight": torch.zeros(3)}, folder / "m.safetensors", describe(CONFIG, "student"))
+    return ["--checkpoint", str(folder / "m.safetensors"), "--prompt", RED]
+
+
+def run_with(folder: Path, content: str) -> list[str]:
+    (folder / "config.json").write_text(content)
+    return ["--run", str(folder), "--prompt", RED]
+
+
+def file_with(folder: Path, content: bytes) -> list[str]:
+    (folder / "p.txt").write_bytes(content)
+    return ["--prompt-file", str(folder / "p.txt")]
+
+
+def taken(folder: Path) -> list[str]:
+    (folder / "taken.png").write_bytes(b"mine")
+    return ["--out", str(folder / "taken.png")]
+
+
+def taken_in_folder(folder: Path) -> list[str]:
+    (folder / "o").mkdir()
+    (folder / "o" / "000001_seed1.png").write_bytes(b"mine")
+    return ["--num", "2", "--out", str(folder / "o")]
+
+
+def under_a_file(folder: Path) -> list[str]:
+    (folder / "file").write_bytes(b"mine")
+    return ["--out", str(folder / "file" / "a.png")]
+
+
+RUN, PROMPT = ["--run", "RUN"], ["--prompt", RED]
+GOOD = RUN + PROMPT                  # RUN stands for the run folder; --out is added where a case has none
+BAD = {  # name: (flags or a function of a folder that gives them, what the message says)
+    "near miss": (GOOD + ["--sed", "1"], "--sed.*--seed"),
+    "abbreviation": (GOOD + ["--guid", "1"], "unknown argument '--guid'"),
+    "no run": (["--run", "runs/nowhere"] + PROMPT, "runs/nowhere: found no config.json"),
+    "no checkpoint": (["--checkpoint", "nowhere"] + PROMPT, "nowhere: found no whole safetensors file"),
+    "neither": (PROMPT, "--run, --checkpoint: found neither"),
+    "both": (GOOD + ["--checkpoint", "x"], "--run, --checkpoint: found both"),
+    "broken config": (lambda f: run_with(f, "{"), "config.json: found no whole JSON"),
+    "config of something else": (lambda f: run_with(f, "[1]"), "config.json: found no objects.*train.py"),
+    "unfinished run": (lambda f: run_with(f, to_json(CONFIG)), "student.safetensors: found no such file"),
+    "truncated": (truncated, "m.safetensors: found no whole safetensors"),
+    "something else": (something_else, "m.safetensors: found no x_embedder.proj.weight"),
+    "no metadata": (lambda f: checkpoint_of(f, "levels", "shift"), "m.safetensors: found no shift, levels;"),
+    "role": (lambda f: checkpoint_of(f, role="vae"), "found role 'vae', student or teacher expected"),
+    "bad number": (lambda f: checkpoint_of(f, shift="fast"), "m.safetensors: .*'fast'"),
+    "bad levels": (lambda f: checkpoint_of(f, levels="0.5,1.0"), "m.safetensors: --levels: found .0.5, 1.0."),
+    "no levels": (lambda f: checkpoint_of(f, levels=""), "m.safetensors: --levels: found nothing"),
+    "other text": (lambda f: checkpoint_of(f, model=network(0, context_dim=32)),
+                   "found .16, 16, 32, 64. channels.*16, 16, 64, 64"),
+    "other role": (lambda f: checkpoint_of(f) + ["--model", "teacher"], "--model: found teacher, .* student"),
+    "no prompt": (RUN, "--prompt, --prompt-file: found neither"),
+    "two prompts": (lambda f: GOOD + file_with(f, b"circle"), "--prompt, --prompt-file: found both"),
+    "empty file": (lambda f: RUN + file_with(f, b"\n# none\n"), "p.txt: found no prompt in 2 lines"),
+    "no file": (RUN + ["--prompt-file", "nowhere.txt"], "nowhere.txt: found no text file"),
+    "no text": (lambda f: RUN + file_with(f, b"\xff\xfe\x00"), "p.txt: found no text file"),
+    "unknown word": (RUN + ["--prompt", "large red circl"], "'circl', nearest known word is 'circle'"),
+    "unknown word in a file": (lambda f: RUN + file_with(f, b"gren circle"), "'gren', nearest .* 'green'"),
+    "word order": (RUN + ["--prompt", "circle red"], "found 'red' out of place"),
+    "two objects": (RUN + ["--prompt", "red circle above blue square"], "unknown word 'above'"),
+    "size": (GOOD + ["--size", "60x64"], "60x64.*64x64"),
+    "size form": (GOOD + ["--size", "64"], "'64': HxW"),
+    "empty size": (GOOD + ["--size", ""], "'': HxW"),
+    "large": (GOOD + ["--size", "64x144"], "--size: found 64x144, .*at most 128x128"),
+    "steps": (GOOD + ["--steps", "3"], r"steps: found 3, .*\[1, 2, 4\].*--sigmas"),
+    "no steps": (GOOD + ["--steps", "0"], "--steps: found 0, 1 to"),
+    "steps and sigmas": (GOOD + ["--steps", "2", "--sigmas", "1"], "--steps, --sigmas: found both"),
+    "rising": (GOOD + ["--sigmas", "1,0.5,0.6"], "--sigmas: found '1,0.5,0.6', numbers falling from 1"),
+    "from elsewhere": (GOOD + ["--sigmas", "0.9,0.5"], "--sigmas: found '0.9,0.5'"),
+    "nan": (GOOD + ["--sigmas", "1,nan"], "--sigmas: found '1,nan'"),
+    "negative sigma": (GOOD + ["--sigmas", "1,-0.5"], "--sigmas: found '1,-0.5'"),
+    "no sigmas": (GOOD + ["--sigmas", ""], "--sigmas: found ''"),
+    "words for sigmas": (GOOD + ["--sigmas", "1,half"], "--sigmas: found '1,half'"),
+    "guided student": (GOOD + ["--guidance", "2"], "--guidance: found 2.0, 1 .none. expected: a student"),
+    "guidance nan": (GOOD + ["--model", "teacher", "--guidance", "nan"], "--guidance: found nan, 0 to 100"),
+    "negative seed": (GOOD + ["--seed", "-1"], "--seed: found -1, 0 to"),
+    "seed": (GOOD + ["--seed", "x"], "--seed: .*'x'"),
+    "batch": (GOOD + ["--batch", "0"], "--batch: found 0, 1 to"),
+    "num": (GOOD + ["--num", "0"], "--num: found 0, 1 to"),
+    "device": (GOOD + ["--device", "tpu"], "--device: .*'tpu'.*auto.*cpu.*cuda"),
+    "kernels": (GOOD + ["--kernels", "fast"], "--kernels: .*'fast'.*auto"),
+    "compare one": (lambda f: checkpoint_of(f) + ["--compare"], "--compare: found --checkpoint, only --run"),
+    "compare steps": (GOOD + ["--compare", "--steps", "2", "--grid"], "--compare: found --steps --grid,"),
+    "no out": (GOOD + ["--out", ""], "--out: found nothing"),
+    "out type": (GOOD + ["--out", "a.jpg"], "--out: found a.jpg, a name ending in .png expected"),
+    "one file for many": (GOOD + ["--num", "2", "--out", "a.png"], "--out: found a.png, a folder's name"),
+    "out exists": (lambda f: GOOD + taken(f), "taken.png there already"),
+    "out exists in folder": (lambda f: GOOD + taken_in_folder(f), "000001_seed1.png there already"),
+    "out under a file": (lambda f: GOOD + under_a_file(f), "--out: found .*file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named_and_nothing_is_written(run, tmp_path, monkeypatch, case):
+    flags, message = BAD[case]
+    monkeypatch.chdir(tmp_path)
+    flags = flags(tmp_path) if callable(flags) else flags
+    flags = [str(run) if flag == "RUN" else flag for flag in flags]
+    flags += [] if "--out" in flags else ["--out", "o.png"]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(InputError) as error:
+        sample.main(flags)
+    assert re.search(message, str(error.value)) and "\n" not in str(error.value), error.value
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_cuda_where_there_is_none(run, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(InputError, match="--device: found cuda"):
+        shoot(run, tmp_path / "a.png", "--device", "cuda")
+
+
+def test_train_writes_what_a_checkpoint_must_say(run):
+    assert set(sample.RECIPE) | {"role"} == set(load_metadata(run))
+
+
+def test_the_script_itself(run, tmp_path):
+    def script(*flags: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(ROOT / "sample.py"), "--run", str(run), "--prompt", RED, *flags]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+    done = script("--out", "new/a.png")
+    assert done.returncode == 0 and done.stdout.startswith("new/a.png: 1 images"), done.stderr
+    assert pixels(tmp_path / "new/a.png").shape == (64, 64, 3)
+    done = script("--out", "new/a.png")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "sample.py: --out: found new/a.png there already, a new name expected\n"

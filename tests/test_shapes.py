@@ -1,0 +1,338 @@
+"""The built-in world: scenes inside the canvas, captions both ways, codec and embedding by value, the grader."""
+import math
+import time
+from functools import lru_cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_close, rng
+
+from ladd import shapes
+from ladd.config import InputError
+
+ASPECTS = {1: [(64, 64), (48, 80), (80, 48)], 2: [(256, 256), (192, 320), (320, 192)]}
+WORLDS = [(objects, hw) for objects, all_hw in ASPECTS.items() for hw in all_hw]
+
+
+def draw(n, hw, objects, seed=0, heldout=False):
+    scenes = shapes.sample_scenes(n, hw, objects, rng(seed), heldout)
+    return scenes, shapes.render(scenes, hw)
+
+
+def codec(images):
+    return shapes.decode(shapes.encode(images))
+
+
+def right(images, codes):
+    """Share of images that the grader reads as stated, every attribute."""
+    graded = shapes.align(shapes.grade(images, 1 if codes.shape[1] == 5 else 2), codes)
+    return ((graded == codes) | (codes < 0)).all(1).float().mean().item()
+
+
+# --- scenes and renderer ---
+
+@pytest.mark.parametrize("objects, hw", WORLDS)
+def test_scenes_follow_their_words_and_stay_inside(objects, hw):
+    scenes, images = draw(64, hw, objects)
+    h, w = hw
+    r = scenes.geometry[..., 2] * math.sqrt(h * w)
+    x, y = scenes.geometry[..., 0] * w, scenes.geometry[..., 1] * h
+    assert (torch.minimum(x, w - x) >= r - 1e-3).all() and (torch.minimum(y, h - y) >= r - 1e-3).all()
+    sizes = scenes.attributes[:, [0, 4][:objects]]
+    assert torch.equal(sizes == 1, scenes.geometry[..., 2] > {1: .19, 2: .13}[objects])
+    place = scenes.attributes[:, 3]
+    if objects == 1:
+        u, v = (x - w / 2) / (w / 2 - r), (y - h / 2) / (h / 2 - r)
+        offset = torch.cat([-u, u, -v, v], 1)
+        assert (offset.gather(1, place[:, None]) > .499).all() and (offset.argmax(1) == place).all()
+    else:
+        dx, dy = x[:, 0] - x[:, 1], y[:, 0] - y[:, 1]
+        assert (torch.stack([-dx, dx, -dy, dy], 1).argmax(1) == place).all()
+        assert (torch.maximum(dx.abs(), dy.abs()) >= r.sum(1) + .039 * math.sqrt(h * w)).all()
+        assert (scenes.attributes[:, 1] != scenes.attributes[:, 5]).all()
+    assert images.shape == (64, 3, h, w) and images.abs().max() <= .8
+    corners = images[:, :, [0, 0, -1, -1], [0, -1, 0, -1]].median(2).values
+    assert_close("paper", corners, shapes.PAPER[scenes.attributes[:, -1]])
+    ix, iy = (x[:, 0]).long(), (y[:, 0]).long()                     # every shape covers the centre of its box
+    assert_close("ink", images[torch.arange(64), :, iy, ix], shapes.INK[scenes.attributes[:, 1]])
+
+
+@pytest.mark.parametrize("shape", range(4))
+def test_renderer_covers_the_area_of_each_shape(shape):
+    attributes = torch.tensor([[1, 0, shape, 0, 0]])
+    image = shapes.render(shapes.Scenes(attributes, torch.tensor([[[.45, .55, .25]]])), (64, 64))[0]
+    cover = (image[0] + .8) / 1.6
+    assert cover.sum().item() == pytest.approx(shapes.AREA[shape].item() * 16**2, rel=.01)
+    y = (cover.sum(1) * (torch.arange(64) + .5)).sum() / cover.sum()
+    assert y.item() == pytest.approx(.55 * 64 + shapes.SINK[shape].item() * 16, abs=.1)
+    assert torch.unique((cover * 100).round()).numel() > 5 or shape in (1, 3)      # soft edges
+
+
+def test_render_is_fast():
+    scenes = shapes.sample_scenes(2000, (64, 64), 1, rng())
+    start = time.process_time()
+    shapes.render(scenes, (64, 64))
+    assert 5 * (time.process_time() - start) < 10       # 10,000 images; measured .8 to 1 s on one core
+
+
+@pytest.mark.parametrize("objects", (1, 2))
+def test_heldout_combinations_never_appear(objects):
+    triples = lambda rows: {tuple(row) for row in rows[:, 1:4].tolist()}
+    seen = shapes.sample_scenes(6000, (64, 64), objects, rng()).attributes
+    held = shapes.sample_scenes(500, (64, 64), objects, rng(), heldout=True).attributes
+    assert not shapes.is_heldout(seen).any() and shapes.is_heldout(held).all()
+    one = triples(shapes.sample_scenes(500, (64, 64), 1, rng(), heldout=True).attributes)
+    assert len(one) == 6 and len(triples(seen)) == 58       # 9.4 % of 64
+    assert not one & triples(seen)
+    if objects == 2:                                        # nor told from the second object
+        assert not one & triples(shapes.swap(seen))
+    for column, choices in enumerate(shapes.CHOICES[objects]):
+        assert set(seen[:, column].tolist()) == set(range(choices))
+
+
+def test_scenes_follow_the_seed():
+    a, b, c = (draw(8, (64, 64), 1, seed) for seed in (1, 1, 2))
+    assert torch.equal(a[1], b[1]) and not torch.equal(a[1], c[1])
+
+
+# --- captions and embedding ---
+
+@pytest.mark.parametrize("objects", (1, 2))
+def test_captions_go_both_ways(objects):
+    attributes = shapes.sample_scenes(4000, (64, 64), objects, rng()).attributes
+    codes = shapes.draw_captions(attributes, rng(1))
+    texts = [shapes.caption(row, objects) for row in codes]
+    assert [shapes.parse(text, objects) for text in texts] == codes.tolist()
+    full = attributes[:99]
+    assert [shapes.parse(shapes.caption(row, objects).upper(), objects) for row in full] == full.tolist()
+    assert max(len(text.split()) for text in texts) <= shapes.max_words(objects) == {1: 6, 2: 10}[objects]
+    stated = codes >= 0
+    assert torch.equal(codes[stated], attributes[stated]) and stated.any(1).all()
+    share = stated.float().mean(0)
+    expected = torch.full_like(share, .6)
+    if objects == 2:
+        expected[3] = 1
+    assert (share - expected).abs().max() < .03
+    assert torch.equal(shapes.draw_captions(attributes, rng(), 1.), attributes)
+    assert (shapes.draw_captions(attributes, rng(), 0.) >= 0).sum(1).tolist() == [1] * 4000
+
+
+def test_captions_read_as_written():
+    assert shapes.caption([1, 0, 0, 0, 0], 1) == "large red circle left on black"
+    assert shapes.caption([-1, -1, -1, 3, -1], 1) == "shape bottom"
+    both = "large red circle left of small blue square on black"
+    assert shapes.parse(both, 2) == [1, 0, 0, 0, 0, 2, 1, 0]
+    assert shapes.caption([1, 0, 0, 0, 0, 2, 1, 0], 2) == both
+    assert shapes.parse("shape above yellow shape", 2) == [-1, -1, -1, 2, -1, 3, -1, -1]
+
+
+@pytest.mark.parametrize("text, objects, message", [
+    ("large rod circle", 1, "'rod'.*'red'"), ("circle on grey", 1, "'grey'.*'gray'"), ("", 1, "its end"),
+    ("red large circle", 1, "'large' out of place"), ("large red", 1, "its end"),
+    ("circle left of square", 1, "'of'"), ("red circle left of", 2, "its end"), ("red circle", 2, "its end"),
+    ("circle circle above square", 2, "'circle'"), ("red circle above red square", 2, "two red")])
+def test_prompts_outside_the_grammar_are_refused(text, objects, message):
+    with pytest.raises(InputError, match=message) as error:
+        shapes.parse(text, objects)
+    assert "\n" not in str(error.value) and "accepted" in str(error.value)
+
+
+def test_embedding_values():
+    texts = ["large red circle left on black", "red circle", "", "red circle"]
+    context, pooled = shapes.embed(texts, 8, 64)
+    assert context.shape == (4, 8, 64) and pooled.shape == (4, 64) and context.dtype == torch.float32
+    assert torch.equal(context[1], context[3]) and torch.equal(pooled[1], pooled[3])
+    words = torch.cat([shapes.embed([word], 1, 64)[1] for word in shapes.VOCAB])
+    red, circle = (words[shapes.VOCAB.index(word)] for word in ("red", "circle"))
+    assert_close("orthonormal", words @ words.t() / 64, torch.eye(len(shapes.VOCAB)), 1e-5)
+    assert_close("pooled", pooled[1], (red + circle) / math.sqrt(2))
+    assert not pooled[2].any()
+    assert_close("padding", context[1, 2:], context[2, 2:])             # the null prompt is all padding
+    assert (context[1, 0] - red).square().mean().sqrt().item() == pytest.approx(.3, abs=1e-5)
+    order, _ = shapes.embed(["circle red"], 8, 64)
+    assert (order - context[1]).abs().max() > 1                     # context hears the order, pooled does not
+    assert_close("bag of words", shapes.embed(["circle red"], 8, 64)[1][0], pooled[1])
+    weights = torch.arange(context.numel()).view(context.shape).cos()   # the same vectors on every machine
+    assert (context * weights).sum().item() == pytest.approx(-3.14523, abs=1e-4)
+    assert (pooled * weights[:, 0]).sum().item() == pytest.approx(-1.26930, abs=1e-4)
+
+
+def test_attributes_are_linear_in_pooled():
+    codes = shapes.draw_captions(shapes.sample_scenes(400, (64, 64), 1, rng()).attributes, rng())
+    _, pooled = shapes.embed([shapes.caption(row, 1) for row in codes], 6, 32)
+    target = F.one_hot(codes[:, 1] + 1, 5).float()
+    inputs = torch.cat([pooled, torch.ones(400, 1)], 1)
+    found = inputs @ torch.linalg.lstsq(inputs, target, driver="gelsd").solution
+    assert (found.argmax(1) == target.argmax(1)).float().mean() > .98
+
+
+@pytest.mark.parametrize("texts, length, dim, message", [
+    (["red circle"], 6, 16, "found 16.*at least 23"),
+    (["red circle left"], 2, 64, "found 3 words.*at most 2"), (["red cirle"], 6, 64, "'cirle'.*'circle'")])
+def test_embedding_refuses(texts, length, dim, message):
+    with pytest.raises(InputError, match=message):
+        shapes.embed(texts, length, dim)
+
+
+# --- codec ---
+
+def test_codec_is_a_linear_projection():
+    x, y = torch.rand(2, 4, 3, 32, 48, generator=rng()) * .4 - .2       # far from the clamp
+    assert shapes.encode(x).shape == (4, 16, 4, 6)
+    z = shapes.encode(x)
+    assert_close("idempotent", codec(codec(x)), codec(x), 1e-5)
+    assert_close("latents come back", shapes.encode(shapes.decode(z)), z, 1e-4)
+    zero = shapes.encode(torch.zeros_like(x))
+    assert_close("shift and scale", zero, torch.full_like(zero, -.0609 * 1.5305))
+    assert_close("linear", shapes.encode(x + 2 * y) - zero, (z - zero) + 2 * (shapes.encode(y) - zero), 1e-5)
+    assert (x - codec(x)).square().sum().item() == pytest.approx(
+        x.square().sum().item() - codec(x).square().sum().item(), rel=1e-4)         # orthogonal
+    assert shapes.decode(100 * z).abs().max() == 1
+    flat = torch.tensor([.3, -.2, .7])[:, None, None].expand(1, 3, 16, 16)
+    assert_close("plain colours are exact", codec(flat), flat.contiguous(), 1e-5)
+
+
+@pytest.mark.parametrize("objects, hw", WORLDS)
+def test_latent_channels_have_comparable_deviation(objects, hw):
+    deviation = shapes.encode(draw(1024 if objects == 1 else 100, hw, objects)[1]).std((0, 2, 3))
+    assert deviation.min() > .58 and deviation.max() < 1.6, deviation
+
+
+# --- grader ---
+
+@pytest.mark.parametrize("hw", ASPECTS[1])
+def test_grader_reads_real_renders(hw):
+    scenes, images = draw(2048, hw, 1, seed=1)
+    images = codec(images)
+    assert right(images, scenes.attributes) >= .99                                      # measured .9995 to 1
+    noisy = images + .06 * torch.randn(images.shape, generator=rng())
+    assert right(noisy[:1024], scenes.attributes[:1024]) >= .97                         # measured 1
+    latents = shapes.encode(images[:256])
+    rough = shapes.decode(latents + .1 * torch.randn(latents.shape, generator=rng()))
+    assert right(rough, scenes.attributes[:256]) >= .97
+    soft = F.avg_pool2d(F.pad(images[:256], (1, 1, 1, 1), mode="replicate"), 3, 1)
+    assert right(soft, scenes.attributes[:256]) >= .97
+
+
+@pytest.mark.parametrize("objects, hw", [(1, (256, 256)), *WORLDS[3:]])
+def test_grader_reads_large_images(objects, hw):
+    scenes, images = draw(64, hw, objects, seed=2)
+    images = codec(images)
+    assert right(images, scenes.attributes) == 1
+    noisy = images[:32] + .06 * torch.randn(32, 3, *hw, generator=rng())
+    assert right(noisy, scenes.attributes[:32]) == 1
+
+
+def test_grader_reads_heldout_combinations():
+    scenes, images = draw(512, (64, 64), 1, heldout=True)
+    assert right(codec(images), scenes.attributes) >= .99
+
+
+@pytest.mark.parametrize("objects, n, hw", [(1, 1024, (64, 64)), (2, 48, (256, 256))])
+def test_shuffled_prompts_score_chance(objects, n, hw):
+    scenes, images = draw(n, hw, objects, seed=3)
+    prompts = scenes.attributes.roll(1, 0)
+    match = shapes.align(shapes.grade(codec(images), objects), prompts) == prompts
+    assert match.all(1).float().mean() < .02
+    if objects == 1:
+        assert (match.float().mean(0) - 1 / torch.tensor(shapes.CHOICES[1])).abs().max() < .05
+
+
+@lru_cache
+def spoiled(hw=(64, 64), n=192):
+    """Images like those of the one-object world that show no scene of it."""
+    scenes, images = draw(n, hw, 1, seed=4)
+    paper = shapes.PAPER[scenes.attributes[:, -1], :, None, None].expand_as(images)
+    inside = ((images - paper).abs().amax(1, keepdim=True) > .1).float()
+    other = scenes.attributes.clone()
+    other[:, 1] = (other[:, 1] + 1) % 4
+    repainted = shapes.render(shapes.Scenes(other, scenes.geometry), hw)
+    left = (torch.arange(hw[1]) + .5 < scenes.geometry[:, 0, :1] * hw[1])[:, None, None]
+    two = shapes.sample_scenes(n, hw, 2, rng(5))
+    twins = two.attributes.clone()
+    twins[:, 5] = twins[:, 1]
+    apart = scenes.attributes.roll(1, 0)
+    apart = ((apart[:, 3] != scenes.attributes[:, 3]) & (apart[:, 1] != scenes.attributes[:, 1])
+             & (apart[:, 4] == scenes.attributes[:, 4]))
+    middle = scenes.geometry.clone()
+    middle[..., :2] = .5
+    tiny = scenes.geometry.clone()
+    tiny[..., 2] *= .6
+    grey = shapes.PAPER[(scenes.attributes[:, -1] + 1) % 3, :, None, None]
+    paint = lambda attributes, geometry: shapes.render(shapes.Scenes(attributes, geometry), hw)
+    return {
+        "black": torch.full_like(images, -1.), "empty": paper, "nan": torch.full_like(images, math.nan),
+        "noise": 2 * torch.rand(images.shape, generator=rng()) - 1,
+        "gaussian": .5 * torch.randn(images.shape, generator=rng()),
+        "grey blob": torch.lerp(paper, grey, inside),
+        "average": ((images + images.roll(1, 0)) / 2)[apart],
+        "mean": images.mean(0, keepdim=True),
+        "half faded": (images + paper) / 2,
+        "two halves of colour": torch.where(left, images, repainted),
+        "mixed colour": (images + repainted) / 2,
+        "two objects": shapes.render(two, hw),
+        "two of a colour": paint(twins, two.geometry),
+        "half an object": torch.where(left, images, paper),
+        "in the middle": paint(scenes.attributes, middle),
+        "too small": paint(scenes.attributes, tiny)[scenes.attributes[:, 0] == 0],
+        "blur": F.avg_pool2d(F.pad(images, (8, 8, 8, 8), mode="replicate"), 17, 1)}
+
+
+@pytest.mark.parametrize("kind", [
+    "black", "empty", "nan", "noise", "gaussian", "grey blob", "average", "mean", "half faded", "two halves of colour",
+    "mixed colour", "two objects", "two of a colour", "half an object", "in the middle", "too small", "blur"])
+def test_no_scene_is_unreadable(kind):
+    images = spoiled()[kind]
+    for seen in (images, codec(images)):
+        graded = shapes.grade(seen, 1)
+        assert (graded[:, 0] < 0).float().mean() >= .99, f"{(graded[:, 0] >= 0).sum()} of {len(graded)} read"
+        assert ((graded < 0).all(1) == (graded < 0).any(1)).all()
+
+
+def test_one_object_is_no_scene_of_two():
+    assert (shapes.grade(draw(16, (256, 256), 1)[1], 2) == -1).all()
+
+
+def test_blends_of_two_shapes_are_mostly_unreadable():
+    """The mean of what an open shape allows: a grader that names a shape there would call a blur a hit."""
+    scenes, images = draw(512, (64, 64), 1, seed=6)
+    other = scenes.attributes.clone()
+    other[:, 2] = (other[:, 2] + torch.randint(1, 4, (512,), generator=rng())) % 4
+    blend = codec((images + shapes.render(shapes.Scenes(other, scenes.geometry), (64, 64))) / 2)
+    assert (shapes.grade(blend, 1)[:, 0] < 0).float().mean() > .6                       # measured .72
+
+
+def test_grade_of_nothing_and_speed():
+    assert shapes.grade(torch.zeros(0, 3, 64, 64), 1).shape == (0, 5)
+    images = codec(draw(256, (64, 64), 1)[1])
+    start = time.process_time()
+    shapes.grade(images, 1)
+    assert time.process_time() - start < 1.5            # 2,048 images: measured 1.3 s on one core
+
+
+def test_contradiction_and_order():
+    a, b = torch.tensor([1, 0, -1, -1, 2]), torch.tensor([[-1, 0, 3, 1, -1], [0, 0, 3, 1, -1], [-1] * 5])
+    assert shapes.contradicts(a, b).tolist() == [False, True, False]
+    left, right_of = (torch.tensor([shapes.parse(text, 2)]) for text in (
+        "red circle left of blue square on black", "blue square right of red circle on black"))
+    assert torch.equal(shapes.swap(left), right_of)
+    assert not shapes.contradicts(left, right_of).any()                 # one scene, told two ways
+    assert shapes.contradicts(left, torch.tensor([shapes.parse("red shape right of shape", 2)])).all()
+    assert not shapes.contradicts(left, torch.tensor([shapes.parse("square right of shape", 2)])).any()
+    assert torch.equal(shapes.align(right_of, left), left) and torch.equal(shapes.align(left, left), left)
+    assert torch.equal(shapes.align(torch.full((1, 8), -1), left), torch.full((1, 8), -1))
+    scenes, images = draw(24, (256, 256), 2, seed=7)
+    graded = shapes.grade(images, 2)
+    assert (graded[:, 1] < graded[:, 5]).all() and not shapes.contradicts(graded, scenes.attributes).any()
+    prompts = torch.tensor([[3], [4]])                                  # other data: codes are prompt numbers
+    assert shapes.contradicts(prompts, torch.tensor([[3], [5]])).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("call", [
+    lambda: shapes.sample_scenes(1, (60, 64), 1, rng()), lambda: shapes.sample_scenes(1, (64, 64), 3, rng()),
+    lambda: shapes.encode(torch.zeros(1, 3, 8, 8)), lambda: shapes.grade(torch.zeros(1, 3, 64, 40), 1),
+    lambda: shapes.caption([-1] * 8, 2)])
+def test_wrong_sizes_are_refused(call):
+    with pytest.raises(InputError, match="found .*accepted"):
+        call()
