@@ -256,9 +256,8 @@ def decode(latents: Tensor) -> Tensor:
 
 # Readable is what real renders pass with a margin; in brackets their extremes after the codec, 64 px, n 6,144
 NEAR, FAR = .5, .6          # colour distances: a pixel of that palette entry; a pixel that no object explains
-LEAST_PAPER = .5            # share of the canvas near the paper's colour [.76]
 LEAST_INK = .4              # share of the object near its ink's colour [.53]
-LEAST_IOU = .8              # overlap with the best shape [.89]
+LEAST_IOU = .84             # overlap with the best shape [.89]
 MOST_TIE = .7               # misfit of the best shape over that of the second [.63]
 MOST_STRAY = .1             # unexplained pixels, of the object's area [0]
 LEAST_WAY = .42             # offset of a single object along its word's axis, of the free way [.48]
@@ -305,8 +304,7 @@ def _grade(images: Tensor, objects: int) -> Tensor:
     r, (lower, middle, upper) = r / math.sqrt(h * w), LIMITS[objects]
     ok = ((iou > LEAST_IOU) & (tie < MOST_TIE) & (lower < r) & (r < upper)).all(1)
     ok &= (count[rows[:, None], 3 + colours] > LEAST_INK * area).all(1)
-    ok &= (count[rows, background] > LEAST_PAPER * h * w) & (way[rows, main].abs() > LEAST_WAY)
-    ok &= (least[:, 0] > FAR**2).sum(1) < MOST_STRAY * area.sum(1)
+    ok &= ((least[:, 0] > FAR**2).sum(1) < MOST_STRAY * area.sum(1)) & (way[rows, main].abs() > LEAST_WAY)
     seen = torch.stack([(r > middle).long(), colours, shape], -1)               # [n, o, 3]
     place = 2 * main + (way[rows, main] > 0)
     codes = torch.cat([seen[:, 0], place[:, None], seen[:, 1:].flatten(1), background[:, None]], 1)

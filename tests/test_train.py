@@ -25,7 +25,7 @@ from ladd.config import InputError
 from ladd.mmdit import MMDiT, MMDiTConfig
 
 SIZES = "--sizes 32x64,64x32"
-TINY = (f"{SIZES} --depth 2 --width 64 --taps 0,1 --head-width 16 --precision fp32 --teacher-steps 6 --teacher-images 96 "
+TINY = (f"{SIZES} --depth 2 --width 64 --taps 0,1 --head-width 16 --device cpu --precision fp32 --teacher-steps 6 --teacher-images 96 "
         "--teacher-batch 8 --teacher-lr 1e-2 --warmup 2 --data-size 96 --data-batch 24 --sample-steps 3 --steps 4 --heads-first 2 "
         "--batch 8 --lr 1e-3 --n 20 --eval-n 12 --eval-every 2 --grid-every 2 --log-every 1 --save-every 2").split()
 REUSE = "--teacher runs/base/checkpoints/teacher.safetensors --data runs/base/data".split()
@@ -140,7 +140,7 @@ def test_a_run_ends_with_a_valid_report_that_has_every_baseline(base):
 
 
 def test_what_a_run_leaves(base):
-    files = {str(path.relative_to(base)) for path in base.rglob("*") if path.is_file()}
+    files = {str(path.relative_to(base)) for path in base.rglob("*") if path.is_file()} - {"seconds.json"}
     state = {f"checkpoints/{stage}/step_{step:06d}/{name}" for stage, step, name in
              product(("teacher", "distill"), (4, 6), ("state.safetensors", "meta.json"))}     # the last two, not step 2
     shards = {f"data/0000{i}-{size}.safetensors" for i, size in enumerate(("4x8", "8x4", "4x8", "8x4"))}
@@ -226,6 +226,16 @@ def test_a_smaller_student_goes_through_to_the_report(home):
     rows = json.loads((run / "report.json").read_text())["rows"]
     fd = {(r["model"], r["steps"], r["guidance"]): r["fd"] for r in rows}
     assert fd["untrained", 1, 1.0] != fd["teacher", 1, 1.0]                          # half of the teacher is another network
+
+
+def test_other_numbers_of_levels_go_through_to_the_report(home):
+    """Steps are the divisors of their number; the best student is that of 1 and of all steps."""
+    main(home, "--name", "three", *REUSE, *"--levels 1,.6,.3 --probs .4,.3,.3 --steps 2 --n 12".split(), report=True)
+    run = home / "runs" / "three"
+    rows = json.loads((run / "report.json").read_text())["rows"]
+    assert [(r["steps"], r["nfe"]) for r in rows if r["model"] == "student"] == [(3, 3), (1, 1)]
+    scores = [line["fd_1"] + line["fd_3"] for line in log_of(run) if "fd_1" in line]
+    assert len(scores) == 2 and checkpoint.load_state(run / "checkpoints/distill")[2]["best"] == scores[0]
 
 
 def save_teacher(folder: Path, seed: int = 0, **changes) -> Path:
@@ -395,7 +405,7 @@ def test_kill_at_a_random_moment_leaves_a_run_that_resumes(home, base):
 # what stops a run
 
 def test_a_damaged_state_is_named(home, again):
-    run = again("damaged", "checkpoints/student.safetensors")
+    run = again("damaged", "checkpoints/student.safetensors", "report.json")
     state = run / "checkpoints/distill/step_000006/state.safetensors"
     state.write_bytes(state.read_bytes()[:-1000])
     with pytest.raises(InputError) as error:
@@ -404,7 +414,7 @@ def test_a_damaged_state_is_named(home, again):
 
 
 def test_a_damaged_shard_is_named(home, again):
-    run = again("shard", "checkpoints/student.safetensors")
+    run = again("shard", "checkpoints/student.safetensors", "report.json")
     shard = run / "data/00001-8x4.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1000])
     for flags in ([], [*REUSE[:2], "--data", "runs/shard/data", "--name", "other"]):
@@ -491,7 +501,7 @@ class Poison:
 
 @pytest.mark.parametrize("log_every", ["1", "100"])
 @pytest.mark.parametrize("name, stage, term, call, step", [("flow_loss", "teacher", "loss", 3, 3), ("heads_loss", "distill", "loss_d", 3, 3),
-                                                           ("student_loss", "distill", "norm_g|loss_g", 1, 3)])
+                                                           ("student_loss", "distill", "norm_g|loss_[gd]", 1, 3)])
 def test_nan_stops_the_run_and_is_never_saved(home, monkeypatch, name, stage, term, call, step, log_every):
     """Also where no line is logged: what is saved has been looked at."""
     monkeypatch.setattr(train, name, Poison(getattr(train, name), call))
