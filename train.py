@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from ladd import checkpoint, cost, data, evaluate, flow, metrics, report, shapes
 from ladd.config import Config, InputError, parse_config
 from ladd.discriminator import Discriminator, DiscriminatorConfig
 from ladd.distill import DistillConfig, Text, draw, fake_pass, flow_loss, grid_of, heads_loss, student_loss, taps_of
-from ladd.evaluate import Prompts, Reference, draw_prompts, embed, generate, make_reference, measure, world_latents
+from ladd.evaluate import Prompts, draw_prompts, embed, generate, make_reference, measure, world_latents
 from ladd.mmdit import MMDiT, MMDiTConfig, shrunk
 from ladd.run import (Log, Stopped, Stopper, check_finite, command, compute_dtype, curves, device_name, frozen, levels_of, memory_gb,
                       open_run, pick_device)
@@ -188,6 +189,55 @@ def learning_rate(config: Config, step: int) -> float:
     return min(1, (step + 1) / max(1, config.warmup), left)
 
 
+class Players(NamedTuple):
+    """Who takes part in a step."""
+    student: MMDiT
+    ema: MMDiT
+    teacher: MMDiT
+    heads: Discriminator
+    opt_g: torch.optim.Optimizer
+    opt_d: torch.optim.Optimizer
+
+
+def heads_step(config: Config, dc: DistillConfig, p: Players, latents: data.Latents, it: int, j: int, share: bool, device: torch.device):
+    """(loss_d, gradient norm, stats, micro-batches) of the j-th step of the heads in iteration `it`, on a batch of its own.
+
+    With `share` the student's step follows on the same fakes, so their graphs stay alive: one teacher forward serves both losses.
+    With accumulation a graph a micro-batch would cost the memory that accumulation saves: the student's step then makes its own.
+    """
+    index, micro = 0 if config.overfit_one_batch else it * config.heads_steps + j, config.batch // config.accumulate
+    x0, text, codes = to_device(latents.batch(index, config.batch, config.seed, holdout(config)), device)
+    g = step_generator(config.seed, 2, it, j)
+    draws = draw(x0, max(it - config.heads_first, 0), dc, g)
+    p.opt_d.zero_grad()
+    parts = []
+    for i in range(0, config.batch, micro):
+        cut = lambda tensors: type(tensors)(*(t[i:i + micro] for t in tensors))
+        part = x0[i:i + micro], cut(text), cut(draws)
+        with torch.set_grad_enabled(share and config.accumulate == 1):
+            fake = fake_pass(p.student, p.teacher, p.heads, *part, dc)
+        loss_d, stats = heads_loss(p.teacher, p.heads, part[0], part[1], codes[i:i + micro], fake.feats, part[2], dc, g)
+        (loss_d / config.accumulate).backward()
+        parts.append((part, fake if config.accumulate == 1 else None))
+    norm = torch.nn.utils.clip_grad_norm_(list(p.heads.parameters()), config.clip)
+    p.opt_d.step()
+    return loss_d, norm, stats, parts
+
+
+def student_step(config: Config, dc: DistillConfig, p: Players, parts: list):
+    """(stats, gradient norm) of the student's step on the micro-batches of the last heads' step; moves the average too."""
+    params = list(p.student.parameters())
+    p.opt_g.zero_grad()
+    for (x0, text, draws), fake in parts:
+        fake = fake or fake_pass(p.student, p.teacher, p.heads, x0, text, draws, dc)
+        loss_g, stats = student_loss(p.heads, text, fake, draws, dc, grid_of(p.teacher, x0))
+        (loss_g / config.accumulate).backward(inputs=params)                   # the heads get nothing from the student's loss
+    norm = torch.nn.utils.clip_grad_norm_(params, config.clip)
+    p.opt_g.step()
+    torch._foreach_lerp_(list(p.ema.parameters()), params, 1 - config.ema)
+    return stats, norm
+
+
 def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, device: torch.device, stopper: Stopper) -> None:
     """LADD: heads' steps and student steps in turn; writes checkpoints/student.safetensors, the best by the metric while training."""
     out = run / "checkpoints" / "student.safetensors"
@@ -200,9 +250,10 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, devic
     student.compute_dtype = dtype
     heads = make_heads(config, base).to(device)
     ema = copy.deepcopy(student).requires_grad_(False)
-    params, head_params, ema_params = list(student.parameters()), list(heads.parameters()), list(ema.parameters())
     adam = dict(betas=(config.beta1, config.beta2), weight_decay=0.0, foreach=True)
-    opt_g, opt_d = torch.optim.AdamW(params, config.lr, **adam), torch.optim.AdamW(head_params, config.heads_lr, **adam)
+    opt_g = torch.optim.AdamW(student.parameters(), config.lr, **adam)
+    opt_d = torch.optim.AdamW(heads.parameters(), config.heads_lr, **adam)
+    p = Players(student, ema, teacher, heads, opt_g, opt_d)
 
     # resume: every random draw is a function of the step, so weights, optimizers and the best value are all there is
     networks = {"student": student, "ema": ema, "heads": heads}
@@ -234,9 +285,9 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, devic
         if every(config.grid_every) or every(config.eval_every):
             viewer.load_state_dict(ema.state_dict())
         if every(config.grid_every):
-            save_grid(config, viewer, shown, run / "samples" / f"{step:06d}.png")
+            evaluate.save_grid(config, viewer, shown, run / "samples" / f"{step:06d}.png")
         if every(config.eval_every):
-            values = quality(config, viewer, prompts, reference)
+            values = evaluate.quality(config, viewer, prompts, reference)
             values |= evaluate.duel(viewer, teacher, heads, latents, dc, config.eval_batch, holdout(config))
             evals.write(it, **values)
             bar.write(f"step {step:5d}  " + "  ".join(f"{k} {v:.3f}" for k, v in values.items() if k.startswith(("fd_", "prompt", "auc"))))
@@ -249,42 +300,18 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, devic
             profiler = torch.profiler.profile()
             profiler.start()
 
-        # --- the step: heads, then the student on the same fake features ---
-        stats, fakes, micro = {}, [], config.batch // config.accumulate
-        for group, lr in ((opt_g.param_groups[0], config.lr), (opt_d.param_groups[0], config.heads_lr)):
-            group["lr"] = lr * learning_rate(config, step)
+        for optimizer, lr in ((p.opt_g, config.lr), (p.opt_d, config.heads_lr)):
+            optimizer.param_groups[0]["lr"] = lr * learning_rate(config, step)
         for j in range(config.heads_steps):
-            moves_student = step >= 0 and j == config.heads_steps - 1
-            index = 0 if config.overfit_one_batch else it * config.heads_steps + j
-            x0, text, codes = to_device(latents.batch(index, config.batch, config.seed, holdout(config)), device)
-            g = step_generator(config.seed, 2, it, j)
-            draws = draw(x0, max(step, 0), dc, g)
-            parts = [(x0[i:i + micro], Text(*(t[i:i + micro] for t in text)), codes[i:i + micro],
-                      type(draws)(*(t[i:i + micro] for t in draws))) for i in range(0, config.batch, micro)]
-            opt_d.zero_grad()
-            for x0, text, codes, drawn in parts:
-                with torch.set_grad_enabled(moves_student and config.accumulate == 1):
-                    fake = fake_pass(student, teacher, heads, x0, text, drawn, dc)
-                loss_d, stats = heads_loss(teacher, heads, x0, text, codes, fake.feats, drawn, dc, g)
-                (loss_d / config.accumulate).backward()
-                fakes.append(fake)
-            norm_d = torch.nn.utils.clip_grad_norm_(head_params, config.clip)
-            opt_d.step()
-        if moves_student:
-            opt_g.zero_grad()
-            for fake, (x0, text, codes, drawn) in zip(fakes[-config.accumulate:], parts):
-                if config.accumulate > 1:                      # a graph a micro-batch would cost the memory that accumulation saves
-                    fake = fake_pass(student, teacher, heads, x0, text, drawn, dc)
-                loss_g, stats_g = student_loss(heads, text, fake, drawn, dc, grid_of(teacher, x0))
-                (loss_g / config.accumulate).backward(inputs=params)      # the heads get nothing from the student's loss
-            norm_g = torch.nn.utils.clip_grad_norm_(params, config.clip)
-            opt_g.step()
-            torch._foreach_lerp_(ema_params, params, 1 - config.ema)
+            share = step >= 0 and j == config.heads_steps - 1
+            loss_d, norm_d, stats, parts = heads_step(config, dc, p, latents, it, j, share, device)
+        if step >= 0:
+            stats_g, norm_g = student_step(config, dc, p, parts)
 
         bar.update()
         if (it + 1) % config.log_every == 0:
             line = {"loss_d": loss_d.item(), "norm_d": norm_d.item(), **duel_line(stats)}
-            if moves_student:
+            if step >= 0:
                 line |= {"loss_g": stats_g["loss_g"].item(), "loss_distill": stats_g["loss_distill"].item(), "norm_g": norm_g.item()}
             check_finite(it + 1, **line)
             log.write(it + 1, **line, seconds=time.perf_counter() - since, gb=memory_gb(device))
@@ -324,32 +351,6 @@ def calibrate(config: Config, dc: DistillConfig, teacher: MMDiT, heads: Discrimi
         heads.calibrate(taps_of(teacher, heads, flow.noised(x0, drawn.eps_r, drawn.sigma_r), drawn.sigma_r, text))
 
 
-def quality(config: Config, student: MMDiT, prompts: list[Prompts], reference: Reference) -> dict[str, float]:
-    """Frechet distance and prompt accuracy at 1 step and at all levels."""
-    out = {"floor_fd": reference.floor["fd"]}
-    for steps in (1, len(config.levels)):
-        row = measure(student, config, prompts, reference, steps, config.sampler, levels=levels_of(config.levels, steps))
-        out |= {f"fd_{steps}": row["fd"], f"prompt_accuracy_{steps}": row["prompt_accuracy"], f"entropy_{steps}": row["entropy"]}
-    return out
-
-
-def pictures(config: Config, model: MMDiT, prompts: list[Prompts], sigmas: Tensor, sampler: str, guidance: float = 1.0) -> list[Tensor]:
-    latents, _ = generate(model, config, prompts, sigmas, sampler, guidance, seed=0)
-    return [image for x in latents for image in shapes.decode(x)]
-
-
-def student_pictures(config: Config, model: MMDiT, prompts: list[Prompts]) -> dict[str, list[Tensor]]:
-    counts = [n for n in (4, 2, 1) if n <= len(config.levels)]
-    sigmas = lambda n: flow.shift(torch.tensor((*levels_of(config.levels, n), 0.0)), config.shift)
-    return {f"student {n}": pictures(config, model, prompts, sigmas(n), config.sampler) for n in counts}
-
-
-def save_grid(config: Config, student: MMDiT, prompts: list[Prompts], path: Path) -> None:
-    """The student's samples for fixed prompts and seeds."""
-    sheet = report.contact_sheet(student_pictures(config, student, prompts), [c for p in prompts for c in p.captions], cell=64)
-    report.save_png(sheet, path, {"parameters": f"sampler: {config.sampler}, seeds from 0"})
-
-
 def describe(config: Config, role: str) -> dict[str, str]:
     """What sampling needs beside the weights; levels are unshifted."""
     listed = lambda values: ",".join(map(str, values))
@@ -368,7 +369,7 @@ def write_report(config: Config, run: Path, base: MMDiT, device: torch.device, s
     teacher = inference(base, config, device)
     student = inference(checkpoint.load_mmdit(run / "checkpoints" / "student.safetensors", kernels.load(config.kernels)), config, device)
     untrained = inference(shrunk(base, student.config.depth), config, device)
-    counts = [n for n in (4, 2, 1) if n <= len(config.levels)]
+    counts = [n for n in (4, 2, 1) if len(config.levels) % n == 0]
     plan = [("teacher", teacher, "euler", config.sample_steps, config.guidance, None)]
     plan += [("teacher", teacher, "euler", n, g, None) for n in (4, 2, 1) for g in dict.fromkeys((config.guidance, 1.0))]
     plan += [(name, model, config.sampler, n, 1.0, levels_of(config.levels, n))
@@ -386,9 +387,9 @@ def write_report(config: Config, run: Path, base: MMDiT, device: torch.device, s
 
     shown = [p._replace(captions=p.captions[:2], latents=p.latents[:2]) for p in prompts]
     many = flow.euler_levels(config.sample_steps, config.shift)
-    columns = {f"teacher {config.sample_steps} x 2": pictures(config, teacher, shown, many, "euler", config.guidance),
-               "teacher 4": pictures(config, teacher, shown, flow.euler_levels(4, config.shift), "euler"),
-               **student_pictures(config, student, shown)}
+    columns = {f"teacher {config.sample_steps} x 2": evaluate.pictures(config, teacher, shown, many, "euler", config.guidance),
+               "teacher 4": evaluate.pictures(config, teacher, shown, flow.euler_levels(4, config.shift), "euler"),
+               **evaluate.student_pictures(config, student, shown)}
     sheet = report.contact_sheet(columns, [c for p in shown for c in p.captions])
     log = curves(run, "distill") | curves(run, "eval")
     floor = {**reference.floor, "fd_curves": log.get("floor_fd", [(0, reference.floor["fd"])])[-1][1]}

@@ -30,8 +30,8 @@ class Config:
     compile:         str = option("auto", "torch.compile of each block; auto: on CUDA", ("auto", "on", "off"))
     # world
     objects:         int = option(1, "objects in a scene", (1, 2))
-    sizes:           tuple[str, ...] = option(("64x64", "48x80", "80x48"), "image sizes HxW in pixels, multiples of 16, of about one area")
-    stated:          float = option(0.6, "probability that a caption states an attribute", low=0, high=1)
+    sizes:           tuple[str, ...] = option(("48x48", "48x64", "64x48"), "image sizes HxW in pixels, multiples of 16, of about one area")
+    stated:          float = option(0.5, "probability that a caption states an attribute", low=0, high=1)
     text_dim:        int = option(64, "width of the frozen word embeddings", low=1)
     # teacher
     teacher:         str = option("", "checkpoint of a teacher; empty: train one")
@@ -39,36 +39,36 @@ class Config:
     width:           int = option(128, "width of the teacher, a multiple of 64", low=64)
     qk_norm:         bool = option(True, "RMS norm of queries and keys")
     teacher_images:  int = option(16384, "rendered images the teacher learns from", low=1)
-    teacher_steps:   int = option(1000, "training steps of the teacher", low=1)
+    teacher_steps:   int = option(1400, "training steps of the teacher", low=1)
     teacher_batch:   int = option(64, "batch of the teacher's training", low=1)
-    teacher_lr:      float = option(1e-3, "its peak learning rate, decayed by a cosine", low=0)
+    teacher_lr:      float = option(3e-3, "its peak learning rate, decayed by a cosine", low=0)
     teacher_means:   tuple[float, ...] = option((0.0, 1.3), "its levels: equal parts of LogitNormal(mean, 1)")
     text_dropout:    float = option(0.1, "share of captions replaced by the empty one", low=0, high=1)
     # synthetic data
     data:            str = option("", "folder of latents; empty: let the teacher generate them")
     data_size:       int = option(4096, "latents to generate", low=1)
     data_batch:      int = option(128, "latents a shard and a generating batch", low=1)
-    guidance:        float = option(2.5, "teacher's guidance in data and samples", low=1)
+    guidance:        float = option(2.0, "teacher's guidance in data and samples", low=1)
     sample_steps:    int = option(8, "teacher's steps: data and the report's many-step row", low=1)
     # student
     student_depth:   int = option(0, "blocks of the student, taken evenly from the teacher's; 0: all", low=0)
-    steps:           int = option(700, "training steps of the student", low=1)
+    steps:           int = option(320, "training steps of the student", low=1)
     batch:           int = option(64, "pairs a step", low=1)
     accumulate:      int = option(1, "micro-batches a step", low=1)
     lr:              float = option(2e-4, "student's learning rate", low=0)
-    heads_lr:        float = option(1e-3, "heads' learning rate", low=0)
+    heads_lr:        float = option(3e-3, "heads' learning rate", low=0)
     beta1:           float = option(0.0, "Adam's beta1 of student and heads", low=0, high=1)
     beta2:           float = option(0.95, "Adam's beta2 of student and heads", low=0, high=1)
     warmup:          int = option(20, "steps of linear learning-rate warm-up, teacher and student", low=0)
     decay:           float = option(0.4, "last share of the student's steps in which its learning rate falls to 0", low=0, high=1)
     clip:            float = option(1.0, "bound of the gradient norm of each network", low=0)
     ema:             float = option(0.99, "decay of the student's moving average, which is what is kept", low=0, high=1)
-    sampler:         str = option("euler", "the student's sampler", SAMPLERS)
+    sampler:         str = option("renoise", "the student's sampler", SAMPLERS)
     levels:          tuple[float, ...] = option((1.0, 0.75, 0.5, 0.25), "student's levels, noisiest first, the first 1")
     probs:           tuple[float, ...] = option((0.7, 0.1, 0.1, 0.1), "their probabilities")
     easy_steps:      int = option(0, "first steps, on the easier half of the levels only", low=0)
     shift:           float = option(1.0, "resolution shift of all sampling levels", low=1)
-    d_mean:          float = option(-0.5, "sigma_d ~ LogitNormal(d_mean, d_std)")
+    d_mean:          float = option(-1.0, "sigma_d ~ LogitNormal(d_mean, d_std)")
     d_std:           float = option(1.0, "its standard deviation", low=0)
     taps:            tuple[int, ...] = option((1, 3, 5), "teacher blocks that the heads read")
     head_width:      int = option(64, "channels inside a head, a multiple of 16", low=16)
@@ -83,10 +83,10 @@ class Config:
     # evaluation
     n:               int = option(2048, "images of each row of the report", low=2)
     eval_n:          int = option(512, "images of an evaluation while training", low=2)
-    eval_every:      int = option(200, "steps between evaluations; 0: none", low=0)
-    grid_every:      int = option(200, "steps between sample grids; 0: none", low=0)
+    eval_every:      int = option(80, "steps between evaluations; 0: none", low=0)
+    grid_every:      int = option(80, "steps between sample grids; 0: none", low=0)
     log_every:       int = option(10, "steps between log lines", low=1)
-    save_every:      int = option(200, "steps between checkpoints", low=1)
+    save_every:      int = option(100, "steps between checkpoints", low=1)
     eval_batch:      int = option(256, "batch of sampling for evaluation", low=1)
     # this process alone
     stop_after:      int = option(0, "save and end after so many steps of this process; 0: never", low=0)
@@ -121,7 +121,7 @@ PRESETS = {
 def parse_size(text: str) -> tuple[int, int]:
     """(H, W) of "HxW"; both multiples of 16 (codec 8, patch 2)."""
     parts = text.lower().split("x")
-    if len(parts) != 2 or not all(p.isdigit() for p in parts):
+    if len(parts) != 2 or not all(p.isdecimal() for p in parts):
         raise InputError(f"size {text!r}: HxW in pixels expected, e.g. 64x64")
     h, w = map(int, parts)
     if min(h, w) < 16 or h % 16 or w % 16:
@@ -194,7 +194,7 @@ def validated(c: Config) -> Config:
         meta = f.metadata
         if meta["choices"] and value not in meta["choices"]:
             raise InputError(f"{flag}: found {value!r}, accepted are {', '.join(map(str, meta['choices']))}")
-        if f.type in (int, float) and not meta["low"] <= value <= meta["high"]:
+        if f.type in (int, float) and not (meta["low"] <= value <= meta["high"] and math.isfinite(value)):
             raise InputError(f"{flag}: found {value}, {meta['low']:g} to {meta['high']:g} accepted")
         if isinstance(value, tuple) and not value:
             raise InputError(f"{flag}: found nothing, at least one value expected")
@@ -204,7 +204,7 @@ def validated(c: Config) -> Config:
             raise InputError(message)
 
     areas = [h * w for h, w in c.hw]
-    must(max(areas) <= 1.25 * min(areas), f"--sizes: found areas {areas}, sizes of about one area (within 25 %) expected")
+    must(max(areas) <= 4 / 3 * min(areas), f"--sizes: found areas {areas}, sizes of about one area (the largest at most 4/3 of the smallest) expected")
     must(c.run_name == Path(c.run_name).name and c.run_name not in (".", ".."), f"--name: found {c.run_name!r}, a folder name expected")
     must(c.width % 64 == 0, f"--width: found {c.width}, a multiple of 64 expected")
     must(c.head_width % 16 == 0, f"--head-width: found {c.head_width}, a multiple of 16 expected")

@@ -2,6 +2,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from ladd.data import Latents
 from ladd.discriminator import Discriminator
 from ladd.distill import DistillConfig, Text, draw, fake_pass, grid_of, hinge_d, taps_of
 from ladd.mmdit import MMDiT
+from ladd.report import contact_sheet, save_png
+from ladd.run import levels_of
 from ladd.sampler import image_noise, sample
 
 
@@ -82,18 +85,20 @@ def score(latents: list[Tensor], prompts: list[Prompts], objects: int, reference
     (feats, feats2), grades = look(latents, objects)
     codes = torch.cat([p.codes for p in prompts])
     density, coverage = metrics.density_coverage(reference.features[0], feats)
-    accuracy = metrics.prompt_accuracy(shapes.align(grades, codes), codes)
+    grades = shapes.align(grades, codes)
+    accuracy = metrics.prompt_accuracy(grades, codes)
     return {"fd": metrics.frechet(reference.features[0], feats), "fd2": metrics.frechet(reference.features[1], feats2),
             "prompt_accuracy": accuracy["all"], "coverage": coverage, "density": density,
             "entropy": metrics.attribute_entropy(grades, codes, reference.grades),
-            "readable": float((grades[:, 0] >= 0).float().mean()), "accuracy": accuracy}
+            "readable": float((grades[:, -1] >= 0).float().mean()), "accuracy": accuracy}
 
 
 def make_reference(config: Config, prompts: list[Prompts], n: int, seed: int) -> Reference:
     """n renders drawn like those of `prompts` from another seed, and the floor between the two sets."""
     other, _ = look([p.latents for p in draw_prompts(config, n, seed)], config.objects)
     own = [p.latents for p in prompts]
-    reference = Reference(other, look(own, config.objects)[1], {})
+    codes = torch.cat([p.codes for p in prompts])
+    reference = Reference(other, shapes.align(look(own, config.objects)[1], codes), {})
     return reference._replace(floor=score(own, prompts, config.objects, reference))
 
 
@@ -107,6 +112,32 @@ def measure(model: MMDiT, config: Config, prompts: list[Prompts], reference: Ref
     n = sum(len(p.captions) for p in prompts)
     return {"sampler": sampler, "steps": steps, "guidance": guidance, "nfe": steps * (1 if guidance == 1 else 2), **row,
             "ms_per_image": 1000 * seconds / n}
+
+
+def quality(config: Config, student: MMDiT, prompts: list[Prompts], reference: Reference) -> dict[str, float]:
+    """Frechet distance and prompt accuracy at 1 step and at all levels."""
+    out = {"floor_fd": reference.floor["fd"]}
+    for steps in (1, len(config.levels)):
+        row = measure(student, config, prompts, reference, steps, config.sampler, levels=levels_of(config.levels, steps))
+        out |= {f"fd_{steps}": row["fd"], f"prompt_accuracy_{steps}": row["prompt_accuracy"], f"entropy_{steps}": row["entropy"]}
+    return out
+
+
+def pictures(config: Config, model: MMDiT, prompts: list[Prompts], sigmas: Tensor, sampler: str, guidance: float = 1.0) -> list[Tensor]:
+    latents, _ = generate(model, config, prompts, sigmas, sampler, guidance, seed=0)
+    return [image for x in latents for image in shapes.decode(x)]
+
+
+def student_pictures(config: Config, model: MMDiT, prompts: list[Prompts]) -> dict[str, list[Tensor]]:
+    counts = [n for n in (4, 2, 1) if len(config.levels) % n == 0]
+    sigmas = lambda n: flow.shift(torch.tensor((*levels_of(config.levels, n), 0.0)), config.shift)
+    return {f"student {n}": pictures(config, model, prompts, sigmas(n), config.sampler) for n in counts}
+
+
+def save_grid(config: Config, student: MMDiT, prompts: list[Prompts], path: Path) -> None:
+    """The student's samples for fixed prompts and seeds."""
+    sheet = contact_sheet(student_pictures(config, student, prompts), [c for p in prompts for c in p.captions], cell=64)
+    save_png(sheet, path, {"parameters": f"sampler: {config.sampler}, seeds from 0"})
 
 
 @torch.no_grad()

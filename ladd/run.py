@@ -2,6 +2,7 @@
 import copy
 import json
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -63,7 +64,7 @@ def open_run(config: Config) -> Path:
 
 
 def command() -> str:
-    return " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 class Log:
