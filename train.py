@@ -183,10 +183,11 @@ def make_heads(config: Config, teacher: MMDiT) -> Discriminator:
     return Discriminator(sizes, kernels.load(config.kernels))
 
 
-def learning_rate(config: Config, step: int) -> float:
-    """Factor of both learning rates: linear warm-up, constant, linear to 0 over the last `decay` of the steps."""
-    left = (config.steps - step) / max(1, config.decay * config.steps)
-    return min(1, (step + 1) / max(1, config.warmup), left)
+def learning_rate(config: Config, step: int, steps_taken: int) -> float:
+    """Factor of a learning rate: linear warm-up over the steps that this network has taken, constant, linear to 0 over the last
+    `decay` of the student's steps. `step` is the student's count, negative while the heads train alone."""
+    left = (config.steps - max(step, 0)) / max(1, config.decay * config.steps)
+    return min(1, (steps_taken + 1) / max(1, config.warmup), left)
 
 
 class Players(NamedTuple):
@@ -300,8 +301,8 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, devic
             profiler = torch.profiler.profile()
             profiler.start()
 
-        for optimizer, lr in ((p.opt_g, config.lr), (p.opt_d, config.heads_lr)):
-            optimizer.param_groups[0]["lr"] = lr * learning_rate(config, step)
+        opt_g.param_groups[0]["lr"] = config.lr * learning_rate(config, step, max(step, 0))
+        opt_d.param_groups[0]["lr"] = config.heads_lr * learning_rate(config, step, it)
         for j in range(config.heads_steps):
             share = step >= 0 and j == config.heads_steps - 1
             loss_d, norm_d, stats, parts = heads_step(config, dc, p, latents, it, j, share, device)

@@ -20,7 +20,7 @@ from PIL import Image
 
 import kernels
 import train
-from ladd import checkpoint, data, report
+from ladd import checkpoint, data, evaluate, report
 from ladd.config import InputError
 from ladd.mmdit import MMDiT, MMDiTConfig
 
@@ -239,6 +239,26 @@ def test_another_seed_gives_another_run(home, base, flags):
     mine, loss = log_of(home / "runs" / name)[0], "loss_d" if flags else "loss"
     same = next(line for line in log_of(base) if loss in line)
     assert mine["step"] == same["step"] == 1 and mine[loss] != same[loss]
+
+
+def test_prompts_of_training_of_choosing_and_of_the_report_are_never_the_same(home, monkeypatch):
+    """Whatever --seed is: one of these near the numbers that train.py reserves for evaluation."""
+    seeds, purpose = {}, {"world_latents": "training", "synthesize": "training", "distill": "choosing"}
+
+    def spy(config, n, seed, heldout=False):
+        frame = sys._getframe(1)
+        caller = (frame.f_back if frame.f_code.co_name == "make_reference" else frame).f_code.co_name
+        seeds.setdefault(purpose.get(caller, caller), set()).add(seed)
+        return drawn(config, n, seed, heldout)
+
+    drawn = evaluate.draw_prompts
+    monkeypatch.setattr(evaluate, "draw_prompts", spy), monkeypatch.setattr(train, "draw_prompts", spy)
+    monkeypatch.setattr(train.report, "write_report", lambda *args: None)
+    for seed in (train.VALIDATION, train.BEST, train.REPORT - 1, train.REAL - 1):
+        flags = f"--seed {min(seed, 10 ** 9)} --teacher-steps 1 --steps 1 --heads-first 1 --n 12 {QUIET}"
+        main(home, f"--name prompts{seed} {flags}", report=seed == train.BEST)
+    assert seeds.keys() == {"training", "choosing", "write_report"}
+    assert sum(map(len, seeds.values())) == len(set.union(*seeds.values())), seeds
 
 
 def test_a_smaller_student_goes_through_to_the_report(home):
