@@ -29,7 +29,7 @@ from ladd.distill import DistillConfig, Text, draw, fake_pass, flow_loss, grid_o
 from ladd.evaluate import Prompts, draw_prompts, embed, generate, make_reference, measure, world_latents
 from ladd.mmdit import MMDiT, MMDiTConfig, shrunk
 from ladd.run import (Log, Stopped, Stopper, check_finite, command, compute_dtype, curves, device_name, frozen, levels_of, memory_gb,
-                      open_run, pick_device)
+                      open_run, pick_device, step_counts)
 
 VALIDATION, BEST, REPORT, REAL = 11, 12, 13, 14       # seeds of prompts, apart from each other and from training
 
@@ -73,10 +73,12 @@ def progress(name: str, total: int, start: int = 0) -> tqdm:
     return tqdm(total=total, initial=start, desc=f"{name:8}", dynamic_ncols=True, smoothing=0.1, mininterval=0.5)
 
 
-def save_every(config: Config, folder: Path, step: int, done: int, stopper: Stopper, state) -> None:
-    """Saves at the interval, and on a signal or --stop-after before it raises Stopped. `done`: steps of this process."""
+def save_every(config: Config, folder: Path, step: int, done: int, stopper: Stopper, state, **terms: Tensor) -> None:
+    """Saves at the interval, and on a signal or --stop-after before it raises Stopped. `done`: steps of this process. What is
+    saved has been looked at: a loss or gradient norm among `terms` that is no number stops the run instead."""
     stop = bool(stopper) or config.stop_after and done >= config.stop_after
     if stop or step % config.save_every == 0:
+        check_finite(step, **{name: term.item() for name, term in terms.items()})
         checkpoint.save_state(folder, step, *state())
     if stop:
         raise Stopped(f"{stopper.signal or '--stop-after'}: saved step {step} in {folder}; the same command resumes")
@@ -84,17 +86,40 @@ def save_every(config: Config, folder: Path, step: int, done: int, stopper: Stop
 
 # --- stage 1: teacher ---
 
+def load_teacher(config: Config, path: Path) -> MMDiT:
+    """The teacher in `path`, checked against the run: text width, channels, patch, positions, taps, student's depth."""
+    teacher, want = checkpoint.load_mmdit(path, kernels.load(config.kernels)), teacher_config(config)
+    for name in ("context_dim", "pooled_dim", "in_channels", "out_channels", "patch"):
+        found, expected = getattr(teacher.config, name), getattr(want, name)
+        if found != expected:
+            raise InputError(f"{path}: found {name} {found}, the run takes {expected} (text widths: --text-dim)")
+    if teacher.config.pos_grid < want.pos_grid:
+        raise InputError(f"{path}: found positions for {teacher.config.pos_grid} patches a side, --sizes takes {want.pos_grid}")
+    if config.taps[-1] >= teacher.config.depth or config.student_depth > teacher.config.depth:
+        raise InputError(f"{path}: --taps {','.join(map(str, config.taps))} and --student-depth {config.student_depth}: "
+                         f"the teacher has {teacher.config.depth} block{'s' * (teacher.config.depth > 1)}")
+    return teacher
+
+
+def load_data(config: Config, path: Path, text_dim: int) -> data.Latents:
+    """The latents in `path`, checked against the run: channels, text width, a batch of every size."""
+    latents = data.read_folder(path)
+    if latents.context.shape[-1] != text_dim or latents.pooled.shape[-1] != text_dim:
+        raise InputError(f"{path}: found text of width {latents.context.shape[-1]}, the teacher reads {text_dim}")
+    for hw, (x0, _) in latents.buckets.items():
+        if x0.shape[1] != 16 or len(x0) - holdout(latents) < config.batch:
+            raise InputError(f"{path}: found {len(x0)} latents of {x0.shape[1]} channels and size {hw[0]}x{hw[1]}, 16 channels and at "
+                             f"least --batch {config.batch} beside {holdout(latents)} held out expected")
+    return latents
+
+
 def train_teacher(config: Config, run: Path, device: torch.device, stopper: Stopper) -> MMDiT:
     """Flow matching on renders; AdamW with a cosine schedule. Skipped where the run has its teacher or --teacher names one."""
-    ops = kernels.load(config.kernels)
-    done = Path(config.teacher) if config.teacher else run / "checkpoints" / "teacher.safetensors"
+    done = run / "checkpoints" / "teacher.safetensors"
     if config.teacher or done.exists():
-        teacher = checkpoint.load_mmdit(done, ops)
-        if teacher.config.context_dim != config.text_dim or teacher.config.pooled_dim != config.text_dim:
-            raise InputError(f"{done}: reads text of width {teacher.config.context_dim}, found --text-dim {config.text_dim}")
-        return teacher
+        return load_teacher(config, Path(config.teacher or done))
     torch.manual_seed(config.seed)
-    model = MMDiT(teacher_config(config), ops, compute_dtype(config.precision, device)).to(device)
+    model = MMDiT(teacher_config(config), kernels.load(config.kernels), compute_dtype(config.precision, device)).to(device)
     params = list(model.parameters())
     optimizer = torch.optim.AdamW(params, config.teacher_lr, betas=(0.9, 0.99), weight_decay=0.01, foreach=True)
     folder, start = run / "checkpoints" / "teacher", 0
@@ -127,7 +152,7 @@ def train_teacher(config: Config, run: Path, device: torch.device, stopper: Stop
             log.write(step + 1, **line, seconds=time.perf_counter() - since)
             bar.set_postfix(loss=f"{line['loss']:.3f}", gb=f"{memory_gb(device):.1f}")
         save_every(config, folder, step + 1, step + 1 - start, stopper, lambda: (
-            {**{"model." + k: v for k, v in model.state_dict().items()}, **checkpoint.optimizer_tensors(optimizer, "opt.")}, {}))
+            {**{"model." + k: v for k, v in model.state_dict().items()}, **checkpoint.optimizer_tensors(optimizer, "opt.")}, {}), loss=loss, norm=norm)
     bar.close()
     checkpoint.save_mmdit(model, done, describe(config, "teacher"))
     return model
@@ -146,7 +171,7 @@ def weights_sha(model: MMDiT) -> str:
 def synthesize(config: Config, run: Path, teacher: MMDiT, device: torch.device, stopper: Stopper) -> data.Latents:
     """Latents that the teacher generates with guidance from captions of the world; shard by shard, so it resumes anywhere."""
     if config.data:
-        return data.read_folder(config.data)
+        return load_data(config, Path(config.data), teacher.config.context_dim)
     folder = run / "data"
     plan = [(h // 8, w // 8) for h, w in (config.hw[i % len(config.hw)] for i in range(-(-config.data_size // config.data_batch)))]
     per_size = config.data_batch * -(-len(plan) // len(config.hw))
@@ -207,7 +232,7 @@ def heads_step(config: Config, dc: DistillConfig, p: Players, latents: data.Late
     With accumulation a graph a micro-batch would cost the memory that accumulation saves: the student's step then makes its own.
     """
     index, micro = 0 if config.overfit_one_batch else it * config.heads_steps + j, config.batch // config.accumulate
-    x0, text, codes = to_device(latents.batch(index, config.batch, config.seed, holdout(config)), device)
+    x0, text, codes = to_device(latents.batch(index, config.batch, config.seed, holdout(latents)), device)
     g = step_generator(config.seed, 2, it, j)
     draws = draw(x0, max(it - config.heads_first, 0), dc, g)
     p.opt_d.zero_grad()
@@ -289,7 +314,7 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, devic
             evaluate.save_grid(config, viewer, shown, run / "samples" / f"{step:06d}.png")
         if every(config.eval_every):
             values = evaluate.quality(config, viewer, prompts, reference)
-            values |= evaluate.duel(viewer, teacher, heads, latents, dc, config.eval_batch, holdout(config))
+            values |= evaluate.duel(viewer, teacher, heads, latents, dc, config.eval_batch, holdout(latents))
             evals.write(it, **values)
             bar.write(f"step {step:5d}  " + "  ".join(f"{k} {v:.3f}" for k, v in values.items() if k.startswith(("fd_", "prompt", "auc"))))
             if values["fd_1"] + values[f"fd_{len(config.levels)}"] < best:
@@ -317,7 +342,8 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, devic
             check_finite(it + 1, **line)
             log.write(it + 1, **line, seconds=time.perf_counter() - since, gb=memory_gb(device))
             bar.set_postfix({k: f"{line[k]:.2f}" for k in ("loss_d", "loss_g") if k in line}, gb=f"{memory_gb(device):.1f}")
-        save_every(config, folder, it + 1, it + 1 - start, stopper, state)
+        terms = {"loss_d": loss_d, "norm_d": norm_d} | ({"loss_g": stats_g["loss_g"], "norm_g": norm_g} if step >= 0 else {})
+        save_every(config, folder, it + 1, it + 1 - start, stopper, state, **terms)
     bar.close()
     if config.profile and start < total:
         profiler.stop()
@@ -339,14 +365,14 @@ def duel_line(stats: dict[str, Tensor]) -> dict[str, float]:
     return {k: v.item() for k, v in line.items()}
 
 
-def holdout(config: Config) -> int:
+def holdout(latents: data.Latents) -> int:
     """Latents of each size that never train: what the heads are tested on."""
-    return config.data_size // len(config.hw) // 16
+    return min(len(ids) for _, ids in latents.buckets.values()) // 16
 
 
 def calibrate(config: Config, dc: DistillConfig, teacher: MMDiT, heads: Discriminator, latents: data.Latents, device) -> None:
     """Sets the heads' standardisation from one batch of renoised reals."""
-    x0, text, _ = to_device(latents.batch(0, config.batch, config.seed, holdout(config)), device)
+    x0, text, _ = to_device(latents.batch(0, config.batch, config.seed, holdout(latents)), device)
     drawn = draw(x0, dc.easy_steps, dc, step_generator(config.seed, 3))
     with torch.no_grad():
         heads.calibrate(taps_of(teacher, heads, flow.noised(x0, drawn.eps_r, drawn.sigma_r), drawn.sigma_r, text))
@@ -370,7 +396,7 @@ def write_report(config: Config, run: Path, base: MMDiT, device: torch.device, s
     teacher = inference(base, config, device)
     student = inference(checkpoint.load_mmdit(run / "checkpoints" / "student.safetensors", kernels.load(config.kernels)), config, device)
     untrained = inference(shrunk(base, student.config.depth), config, device)
-    counts = [n for n in (4, 2, 1) if len(config.levels) % n == 0]
+    counts = step_counts(config.levels)
     plan = [("teacher", teacher, "euler", config.sample_steps, config.guidance, None)]
     plan += [("teacher", teacher, "euler", n, g, None) for n in (4, 2, 1) for g in dict.fromkeys((config.guidance, 1.0))]
     plan += [(name, model, config.sampler, n, 1.0, levels_of(config.levels, n))
@@ -435,21 +461,30 @@ def main(argv: list[str]) -> None:
     for path, what in ((config.teacher, "--teacher"), (config.data, "--data")):
         if path and not Path(path).exists():
             raise InputError(f"{what}: {path} does not exist")
-    run, stopper, seconds = open_run(config), Stopper(), {}
+    # both are looked at before the run folder is made: a failed attempt does not take the name from the next
+    if config.teacher:
+        load_teacher(config, Path(config.teacher))
+    if config.data:
+        load_data(config, Path(config.data), config.text_dim)
+    run, stopper = open_run(config), Stopper()
     print(f"{run}: {device_name(device)}, {compute_dtype(config.precision, device)}")
+    clock = run / "seconds.json"
+    seconds = data.read_json(clock) if clock.exists() else {}
 
     def timed(name: str, stage, *args):
+        """Runs a stage; its seconds add up over all processes of the run."""
         start = time.perf_counter()
-        result = stage(config, run, *args)
-        seconds[name] = time.perf_counter() - start
-        return result
+        try:
+            return stage(config, run, *args)
+        finally:
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+            data.publish(clock, lambda path: data.write_json(path, seconds))
 
     teacher = timed("teacher", train_teacher, device, stopper)
-    if config.taps[-1] >= teacher.config.depth or config.student_depth > teacher.config.depth:
-        raise InputError(f"--taps {config.taps}, --student-depth {config.student_depth}: the teacher has {teacher.config.depth} blocks")
     latents = timed("data", synthesize, teacher, device, stopper)
     timed("distill", distill, teacher, latents, device, stopper)
-    write_report(config, run, teacher, device, seconds)
+    if not (run / "report.json").exists():
+        write_report(config, run, teacher, device, seconds)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ class Config:
     """Everything that decides a run. Levels are unshifted; `shift` is applied by flow.shift alone."""
     preset:          str = option("tiny", "name of the preset", ("tiny", "shapes"))
     name:            str = option("", "run folder runs/NAME; empty: the preset's name")
-    seed:            int = option(0, "seed of everything", low=0)
+    seed:            int = option(0, "seed of everything", low=0, high=2 ** 31)
     device:          str = option("auto", "auto takes CUDA where there is one", ("auto", "cpu", "cuda"))
     kernels:         str = option("auto", "implementation of the fused operations", ("auto", "torch"))
     precision:       str = option("auto", "compute dtype; weights that train stay fp32. auto: bf16 where the device has it", ("auto", "fp32", "bf16"))
@@ -31,8 +31,8 @@ class Config:
     # world
     objects:         int = option(1, "objects in a scene", (1, 2))
     sizes:           tuple[str, ...] = option(("48x48", "48x64", "64x48"), "image sizes HxW in pixels, multiples of 16, of about one area")
-    stated:          float = option(0.5, "probability that a caption states an attribute", low=0, high=1)
-    text_dim:        int = option(64, "width of the frozen word embeddings", low=1)
+    stated:          float = option(0.5, "probability that a caption states an attribute", low=0, high=0.95)
+    text_dim:        int = option(64, "width of the frozen word embeddings, one a word at least", low=23)
     # teacher
     teacher:         str = option("", "checkpoint of a teacher; empty: train one")
     depth:           int = option(6, "blocks of the teacher", low=1)
@@ -57,8 +57,8 @@ class Config:
     accumulate:      int = option(1, "micro-batches a step", low=1)
     lr:              float = option(2e-4, "student's learning rate", low=0)
     heads_lr:        float = option(3e-3, "heads' learning rate", low=0)
-    beta1:           float = option(0.0, "Adam's beta1 of student and heads", low=0, high=1)
-    beta2:           float = option(0.95, "Adam's beta2 of student and heads", low=0, high=1)
+    beta1:           float = option(0.0, "Adam's beta1 of student and heads", low=0, high=0.9999)
+    beta2:           float = option(0.95, "Adam's beta2 of student and heads", low=0, high=0.9999)
     warmup:          int = option(20, "steps of linear learning-rate warm-up, teacher and student", low=0)
     decay:           float = option(0.4, "last share of the student's steps in which its learning rate falls to 0", low=0, high=1)
     clip:            float = option(1.0, "bound of the gradient norm of each network", low=0)
@@ -81,13 +81,13 @@ class Config:
     r1_sigma:        float = option(0.05, "its perturbation", low=0)
     distill_weight:  float = option(0.0, "the paper's distillation loss, for its ablation", low=0)
     # evaluation
-    n:               int = option(2048, "images of each row of the report", low=2)
-    eval_n:          int = option(512, "images of an evaluation while training", low=2)
+    n:               int = option(2048, "images of each row of the report", low=6)
+    eval_n:          int = option(512, "images of an evaluation while training", low=6)
     eval_every:      int = option(80, "steps between evaluations; 0: none", low=0)
     grid_every:      int = option(80, "steps between sample grids; 0: none", low=0)
     log_every:       int = option(10, "steps between log lines", low=1)
     save_every:      int = option(100, "steps between checkpoints", low=1)
-    eval_batch:      int = option(256, "batch of sampling for evaluation", low=1)
+    eval_batch:      int = option(256, "batch of sampling for evaluation", low=2)
     # this process alone
     stop_after:      int = option(0, "save and end after so many steps of this process; 0: never", low=0)
     dry_run:         bool = option(False, "print the resolved configuration, sizes and costs, then exit")
@@ -168,8 +168,15 @@ def parse_config(argv: list[str], preset: str, description: str = "") -> Config:
         optional = dict(nargs="?", const="true") if f.type is bool else {}
         parser.add_argument(flag, metavar=f.type.__name__.upper(), help=(choices + " " + meaning).strip(),
                             default=argparse.SUPPRESS, **optional)
+    # a value that starts with a minus is a value, although argparse takes "-1,2" for a flag
+    joined = []
+    for word in argv:
+        if joined and joined[-1].startswith("--") and "=" not in joined[-1] and word[:1] == "-" and word[1:2] in "0123456789." and word[1:]:
+            joined[-1] += "=" + word
+        else:
+            joined.append(word)
     given = {}
-    for name, text in vars(parser.parse(argv)).items():
+    for name, text in vars(parser.parse(joined)).items():
         kind = next(f.type for f in fields(Config) if f.name == name)
         try:
             given[name] = parse_value(text, kind)
@@ -198,6 +205,8 @@ def validated(c: Config) -> Config:
             raise InputError(f"{flag}: found {value}, {meta['low']:g} to {meta['high']:g} accepted")
         if isinstance(value, tuple) and not value:
             raise InputError(f"{flag}: found nothing, at least one value expected")
+        if isinstance(value, tuple) and not all(math.isfinite(v) for v in value if not isinstance(v, str)):
+            raise InputError(f"{flag}: found {value}, finite numbers expected")
 
     def must(ok: bool, message: str) -> None:
         if not ok:
@@ -205,6 +214,7 @@ def validated(c: Config) -> Config:
 
     areas = [h * w for h, w in c.hw]
     must(max(areas) <= 4 / 3 * min(areas), f"--sizes: found areas {areas}, sizes of about one area (the largest at most 4/3 of the smallest) expected")
+    must(len(set(c.hw)) == len(c.hw), f"--sizes: found {','.join(c.sizes)}, different sizes expected, each once")
     must(c.run_name == Path(c.run_name).name and c.run_name not in (".", ".."), f"--name: found {c.run_name!r}, a folder name expected")
     must(c.width % 64 == 0, f"--width: found {c.width}, a multiple of 64 expected")
     must(c.head_width % 16 == 0, f"--head-width: found {c.head_width}, a multiple of 16 expected")
@@ -218,7 +228,11 @@ def validated(c: Config) -> Config:
     if not c.teacher:
         must(c.taps[-1] < c.depth, f"--taps: found {c.taps[-1]}, the teacher has blocks 0 to {c.depth - 1}")
         must(c.student_depth <= c.depth, f"--student-depth: found {c.student_depth}, at most the teacher's {c.depth} expected")
-    must(c.batch <= c.data_size, f"--data-size: found {c.data_size}, at least --batch {c.batch} expected")
+    least = len(c.hw) * c.data_batch * math.ceil(c.batch * 16 / 15 / c.data_batch)      # a batch of each size beside the held-out part
+    must(c.data_size >= least, f"--data-size: found {c.data_size}, at least {least} expected: a --batch of each of {len(c.hw)} sizes")
+    least = c.teacher_batch * len(c.hw)
+    must(c.teacher_images >= least, f"--teacher-images: found {c.teacher_images}, at least {least} expected: a --teacher-batch of each size")
+    must(not c.profile or Path(c.profile).parent.is_dir(), f"--profile: found {c.profile}, a file in a folder that exists expected")
     return c
 
 

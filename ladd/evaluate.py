@@ -15,7 +15,7 @@ from ladd.discriminator import Discriminator
 from ladd.distill import DistillConfig, Text, draw, fake_pass, grid_of, hinge_d, taps_of
 from ladd.mmdit import MMDiT
 from ladd.report import contact_sheet, save_png
-from ladd.run import levels_of
+from ladd.run import levels_of, step_counts
 from ladd.sampler import image_noise, sample
 
 
@@ -129,9 +129,8 @@ def pictures(config: Config, model: MMDiT, prompts: list[Prompts], sigmas: Tenso
 
 
 def student_pictures(config: Config, model: MMDiT, prompts: list[Prompts]) -> dict[str, list[Tensor]]:
-    counts = [n for n in (4, 2, 1) if len(config.levels) % n == 0]
     sigmas = lambda n: flow.shift(torch.tensor((*levels_of(config.levels, n), 0.0)), config.shift)
-    return {f"student {n}": pictures(config, model, prompts, sigmas(n), config.sampler) for n in counts}
+    return {f"student {n}": pictures(config, model, prompts, sigmas(n), config.sampler) for n in step_counts(config.levels)}
 
 
 def save_grid(config: Config, student: MMDiT, prompts: list[Prompts], path: Path) -> None:

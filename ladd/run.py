@@ -38,11 +38,15 @@ def frozen(model: MMDiT, dtype: torch.dtype, device: torch.device) -> MMDiT:
     return out
 
 
+def step_counts(levels: tuple[float, ...]) -> list[int]:
+    """The numbers of steps that a student of these levels can take: 4, 2, 1 for four levels."""
+    return [n for n in range(len(levels), 0, -1) if len(levels) % n == 0]
+
+
 def levels_of(levels: tuple[float, ...], steps: int) -> tuple[float, ...]:
     """The student's levels for fewer steps: every second for half of them, the first for 1 (Sauer et al. 2024, Sec. 4)."""
-    if steps < 1 or len(levels) % steps:
-        counts = [n for n in range(1, len(levels) + 1) if len(levels) % n == 0]
-        raise InputError(f"steps: found {steps}, the student was trained for {counts}; --sigmas takes other levels")
+    if steps not in step_counts(levels):
+        raise InputError(f"steps: found {steps}, the student was trained for {step_counts(levels)[::-1]}; --sigmas takes other levels")
     return levels[::len(levels) // steps]
 
 

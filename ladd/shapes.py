@@ -256,13 +256,13 @@ def decode(latents: Tensor) -> Tensor:
 
 # A scene is what has one body of ink per object on one paper; its shape and place may still be unreadable by themselves
 NEAR, FAR = .5, .6          # colour distances: a pixel of that palette entry; a pixel that no object explains
-LEAST_BODY = .45            # overlap with the best shape, below which there is no object
-LEAST_IOU = .65             # ... below which its shape is unreadable
-MOST_TIE = .9               # misfit of the best shape over that of the second, above which it is unreadable
+LEAST_BODY = .5             # overlap with the best shape, below which there is no object
+LEAST_IOU = .7              # ... below which its shape is unreadable
+MOST_TIE = .8               # misfit of the best shape over that of the second, above which it is unreadable
 LEAST_INK = .25             # share of the object near its ink's colour
-MOST_STRAY = .5             # unexplained pixels, of the object's area
+MOST_STRAY = .2             # unexplained pixels, of the object's area
 LEAST_WAY = .25             # offset of a single object along its word's axis, of the free way; less has no place
-LIMITS = {1: (.12, .24, .4), 2: (.06, .125, .25)}                   # r: least, small | large, most
+LIMITS = {1: (.13, .24, .4), 2: (.06, .125, .25)}                   # r: least, small | large, most
 
 
 def grade(images: Tensor, objects: int) -> Tensor:

@@ -54,7 +54,7 @@ def test_json_round_trip():
 
 def test_check_same_names_the_first_flag_that_differs():
     stored = json.loads(to_json(Config()))
-    with refused("^runs/[^;]* --teacher-lr 0.001, found 0.5; [^;]*another --name$"):
+    with refused("^runs/[^;]* --teacher-lr 0.003, found 0.5; [^;]*another --name$"):
         check_same(replace(Config(), teacher_lr=0.5, lr=0.5, eval_n=7), stored)
     with refused("--taps None, found"):                                   # written by an older version
         check_same(Config(), {k: v for k, v in stored.items() if k != "taps"})
@@ -245,7 +245,7 @@ CASES = {    # field: (what changes, in which stage, with which value, beside wh
     "decay":          [("weights", "student", "1")],
     "clip":           [("weights", "teacher", "1e-7"), ("weights", "student", "1e-7")],
     "ema":            [("weights", "student", "0.5")],
-    "sampler":        [("log", "student", "renoise", "--eval-every 3")],
+    "sampler":        [("log", "student", "euler", "--eval-every 3")],
     "levels":         [("log", "student", "1,.9,.8,.7"),
                        ("log", "student", "1,.5,.4,.3", "--eval-every 3 --probs 1,0,0,0")],
     "probs":          [("log", "student", "0,0,0,1")],

@@ -25,7 +25,8 @@ from train import describe
 
 ROOT = Path(__file__).parents[1]
 RED, BLUE = "large red circle left on black", "small blue square"
-CONFIG = Config(name="demo", depth=2, width=64, taps=(0, 1), shift=3.0, guidance=2.0, sample_steps=6)
+CONFIG = Config(name="demo", depth=2, width=64, taps=(0, 1), shift=3.0, guidance=2.0, sample_steps=6, sampler="euler",
+                sizes=("64x64", "48x80", "80x48"))
 LEVELS = {1: [1, 0], 2: [1, .75, 0], 4: [1, .9, .75, .5, 0]}        # {1, .5}, {1, .75, .5, .25} shifted by 3
 
 

@@ -27,7 +27,7 @@ from ladd.mmdit import MMDiT, MMDiTConfig
 TINY = ("--device cpu --precision fp32 --sizes 32x64,64x32 --depth 2 --width 64 --taps 0,1 --head-width 16 "
         "--teacher-steps 6 --teacher-images 96 --teacher-batch 8 --teacher-lr 1e-2 --warmup 2 "
         "--data-size 96 --data-batch 24 --sample-steps 3 --steps 4 --heads-first 2 --batch 8 --lr 1e-3 "
-        "--n 20 --eval-n 12 --eval-every 2 --grid-every 2 --log-every 1 --save-every 2")
+        "--guidance 2.5 --sampler euler --n 20 --eval-n 12 --eval-every 2 --grid-every 2 --log-every 1 --save-every 2")
 REUSE = "--teacher runs/base/checkpoints/teacher.safetensors --data runs/base/data"
 QUIET = "--eval-every 0 --grid-every 0"
 CLOCK = ("seconds", "gb", "ms_per_image")        # what depends on the machine
@@ -171,7 +171,7 @@ def test_what_a_run_leaves(base):
 def test_the_student_kept_is_the_moving_average_at_its_best_evaluation(home, base, monkeypatch):
     """Best by the sum of the distances at 1 step and at all, also where a stop lies between best and end."""
     scores = iter([(3.0, 3.0), (1.0, 2.0), (2.0, 1.5)])                      # at steps 2, 4, 6 of the heads
-    monkeypatch.setattr(train, "quality", lambda *args: dict(zip(("fd_1", "fd_4"), next(scores))))
+    monkeypatch.setattr(train.evaluate, "quality", lambda *args: dict(zip(("fd_1", "fd_4"), next(scores))))
     run = home / "runs" / "best"
     main(home, f"--name best {REUSE} --stop-after 5")
     best = weights(run / "checkpoints/distill/step_000004/state.safetensors")
