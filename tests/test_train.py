@@ -193,7 +193,7 @@ def test_the_same_command_again_does_no_work(home, base):
     main(home, "--name base", report=True)
     after = stamps(base)
     assert before.keys() == after.keys()
-    assert {k for k in before if before[k] != after[k]} <= {"config.json", "env.txt", "log.jsonl"}
+    assert {k for k in before if before[k] != after[k]} <= {"config.json", "env.txt", "log.jsonl", "seconds.json"}
     assert all(before[name][1] == after[name][1] for name in ("log.jsonl", "config.json"))
 
 
@@ -316,6 +316,16 @@ def test_profile_writes_a_trace_of_the_last_steps(home, base):
     main(home, f"--name profile {REUSE} --profile trace.json {QUIET}")
     events = json.loads((home / "trace.json").read_text())["traceEvents"]
     assert sum(e.get("name", "").startswith("Optimizer.step") for e in events) == 2 * 3    # two optimizers
+
+
+def test_learning_rates_rise_stay_and_fall_and_are_never_negative():
+    """The heads warm up in their own first steps: counted by the student's, these steps were negative, and so was the rate."""
+    config = train.parse_config(["--heads-first", "40", "--warmup", "20", "--steps", "100", "--decay", "0.4"], "tiny")
+    heads = [train.learning_rate(config, it - 40, it) for it in range(140)]
+    student = [train.learning_rate(config, step, step) for step in range(100)]
+    assert heads[:20] == pytest.approx([(i + 1) / 20 for i in range(20)]) and set(heads[20:100]) == {1}
+    assert student[:20] == pytest.approx([(i + 1) / 20 for i in range(20)]) and set(student[20:60]) == {1}
+    assert heads[100:] == student[60:] == pytest.approx([(100 - s) / 40 for s in range(60, 100)]) and min(heads + student) > 0
 
 
 # resume
