@@ -366,8 +366,8 @@ def duel_line(stats: dict[str, Tensor]) -> dict[str, float]:
 
 
 def holdout(latents: data.Latents) -> int:
-    """Latents of each size that never train: what the heads are tested on."""
-    return min(len(ids) for _, ids in latents.buckets.values()) // 16
+    """Latents of each size that never train, a sixteenth and at least two: what the heads are tested on."""
+    return max(2, min(len(ids) for _, ids in latents.buckets.values()) // 16)
 
 
 def calibrate(config: Config, dc: DistillConfig, teacher: MMDiT, heads: Discriminator, latents: data.Latents, device) -> None:

@@ -110,7 +110,7 @@ PROCESS_FIELDS = ("stop_after", "dry_run", "profile")    # may differ when a run
 PRESETS = {
     #           depth width text teacher                                       data                  student                              report
     "tiny":   {},
-    "shapes": dict(objects=2, sizes=("256x256", "192x320", "320x192"), depth=12, width=768, text_dim=256,
+    "shapes": dict(objects=2, sizes=("256x256", "192x320", "320x192"), depth=12, width=512, text_dim=256,
                    teacher_images=65536, teacher_steps=3000, teacher_batch=128, teacher_lr=5e-4, teacher_means=(0.7, 2.0),
                    data_size=16384, data_batch=512, sample_steps=16, steps=2000, batch=64, lr=5e-5, heads_lr=5e-4, ema=0.995,
                    shift=2.0, d_mean=0.7, taps=(2, 5, 8, 11), head_width=256, eval_every=500, grid_every=500, save_every=500, eval_batch=128),
@@ -228,7 +228,7 @@ def validated(c: Config) -> Config:
     if not c.teacher:
         must(c.taps[-1] < c.depth, f"--taps: found {c.taps[-1]}, the teacher has blocks 0 to {c.depth - 1}")
         must(c.student_depth <= c.depth, f"--student-depth: found {c.student_depth}, at most the teacher's {c.depth} expected")
-    least = len(c.hw) * c.data_batch * math.ceil(c.batch * 16 / 15 / c.data_batch)      # a batch of each size beside the held-out part
+    least = len(c.hw) * c.data_batch * math.ceil(max(c.batch + 2, c.batch * 16 / 15) / c.data_batch)   # a batch of each size beside the held-out part
     must(c.data_size >= least, f"--data-size: found {c.data_size}, at least {least} expected: a --batch of each of {len(c.hw)} sizes")
     least = c.teacher_batch * len(c.hw)
     must(c.teacher_images >= least, f"--teacher-images: found {c.teacher_images}, at least {least} expected: a --teacher-batch of each size")
