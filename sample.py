@@ -2,7 +2,7 @@
 
     python sample.py --run runs/tiny --prompt "large red circle left on black" --out red.png
     python sample.py --run runs/tiny --prompt-file prompts.txt --num 4 --steps 2 --out folder
-    python sample.py --run runs/tiny --prompt "small blue square" --num 3 --compare --out compare.png
+    python sample.py --run runs/tiny --prompt "small blue cross" --num 3 --compare --out compare.png
     python sample.py --checkpoint student.safetensors --prompt "" --out any.png
 
 Image i starts from the noise of seed + i, made on the CPU in fp32: its picture is the same, to rounding,

@@ -4,7 +4,8 @@
     python train.py --preset tiny --seed 1 --name tiny-1
     python train.py --dry-run                    sizes and costs, nothing written
 
-Everything lies in runs/<name>/. Stages that are done are skipped; the same command again resumes; Ctrl-C saves first.
+Everything lies in runs/<name>/. Stages that are done are skipped;
+the same command again resumes; Ctrl-C saves first.
 The file reads top to bottom: device, networks, teacher, synthetic data, distillation, report.
 """
 import copy
@@ -25,30 +26,34 @@ import kernels
 from ladd import checkpoint, cost, data, evaluate, flow, metrics, report, shapes
 from ladd.config import Config, InputError, parse_config
 from ladd.discriminator import Discriminator, DiscriminatorConfig
-from ladd.distill import DistillConfig, Text, draw, fake_pass, flow_loss, grid_of, heads_loss, student_loss, taps_of
+from ladd.distill import (DistillConfig, Text, draw, fake_pass, flow_loss, grid_of, heads_loss, student_loss,
+                          taps_of)
 from ladd.evaluate import Prompts, draw_prompts, embed, generate, make_reference, measure, world_latents
 from ladd.mmdit import MMDiT, MMDiTConfig, shrunk
-from ladd.run import (Log, Stopped, Stopper, check_finite, command, compute_dtype, curves, device_name, frozen, levels_of, memory_gb,
-                      open_run, pick_device, step_counts)
+from ladd.run import (Log, Stopped, Stopper, check_finite, command, compute_dtype, curves, device_name,
+                      frozen, levels_of, memory_gb, open_run, pick_device, step_counts)
 
-VALIDATION, BEST, REPORT, REAL = range(2 ** 40, 2 ** 40 + 4)      # seeds of prompts: beyond any --seed, so never those of training
+# seeds of prompts: beyond any --seed, so never those of training
+VALIDATION, BEST, REPORT, REAL = range(2 ** 40, 2 ** 40 + 4)
 
 
 # --- networks ---
 
 def teacher_config(config: Config) -> MMDiTConfig:
     patches = max(max(hw) for hw in config.hw) // 16                          # codec 8, patch 2
-    return MMDiTConfig(config.depth, config.width, config.text_dim, config.text_dim, qk_norm=config.qk_norm, pos_grid=patches)
+    return MMDiTConfig(config.depth, config.width, config.text_dim, config.text_dim, qk_norm=config.qk_norm,
+                       pos_grid=patches, predicts=config.predicts)
 
 
 def distill_config(config: Config) -> DistillConfig:
-    return DistillConfig(config.levels, config.probs, config.easy_steps, config.shift, config.d_mean, config.d_std,
-                         config.shared_noise, config.misaligned, config.misaligned_at, config.r1_weight, config.r1_sigma,
-                         config.distill_weight)
+    return DistillConfig(config.levels, config.probs, config.easy_steps, config.shift,
+                         config.d_mean, config.d_std, config.shared_noise, config.misaligned,
+                         config.misaligned_at, config.r1_weight, config.r1_sigma, config.distill_weight)
 
 
 def compiled(model: MMDiT, config: Config, device: torch.device) -> MMDiT:
-    """Each block compiled by itself, in place: one small graph serves all blocks, and every image size gets its own."""
+    """Each block compiled by itself, in place:
+    one small graph serves all blocks, and every image size gets its own."""
     if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
         for block in model.joint_blocks:
             block.compile(fullgraph=True)
@@ -70,33 +75,41 @@ def step_generator(seed: int, *key: int) -> torch.Generator:
 
 
 def progress(name: str, total: int, start: int = 0) -> tqdm:
-    return tqdm(total=total, initial=start, desc=f"{name:8}", dynamic_ncols=True, smoothing=0.1, mininterval=0.5)
+    return tqdm(total=total, initial=start, desc=f"{name:8}", dynamic_ncols=True, smoothing=0.1,
+                mininterval=0.5)
 
 
-def save_every(config: Config, folder: Path, step: int, done: int, stopper: Stopper, state, **terms: Tensor) -> None:
-    """Saves at the interval, and on a signal or --stop-after before it raises Stopped. `done`: steps of this process. What is
-    saved has been looked at: a loss or gradient norm among `terms` that is no number stops the run instead."""
+def save_every(config: Config, folder: Path, step: int, done: int, stopper: Stopper, state,
+               **terms: Tensor) -> None:
+    """Saves at the interval, and on a signal or --stop-after before it raises Stopped. `done`: steps of this
+    process. What is saved has been looked at: a loss or gradient norm among `terms` that is no number stops
+    the run instead."""
     stop = bool(stopper) or config.stop_after and done >= config.stop_after
     if stop or step % config.save_every == 0:
         check_finite(step, **{name: term.item() for name, term in terms.items()})
         checkpoint.save_state(folder, step, *state())
     if stop:
-        raise Stopped(f"{stopper.signal or '--stop-after'}: saved step {step} in {folder}; the same command resumes")
+        raise Stopped(f"{stopper.signal or '--stop-after'}: saved step {step} in {folder}; "
+                      "the same command resumes")
 
 
 # --- stage 1: teacher ---
 
 def load_teacher(config: Config, path: Path) -> MMDiT:
-    """The teacher in `path`, checked against the run: text width, channels, patch, positions, taps, student's depth."""
+    """The teacher in `path`, checked against the run:
+    text width, channels, patch, positions, taps, student's depth."""
     teacher, want = checkpoint.load_mmdit(path, kernels.load(config.kernels)), teacher_config(config)
     for name in ("context_dim", "pooled_dim", "in_channels", "out_channels", "patch"):
         found, expected = getattr(teacher.config, name), getattr(want, name)
         if found != expected:
-            raise InputError(f"{path}: found {name} {found}, the run takes {expected} (text widths: --text-dim)")
+            raise InputError(f"{path}: found {name} {found}, the run takes {expected} "
+                             "(text widths: --text-dim)")
     if teacher.config.pos_grid < want.pos_grid:
-        raise InputError(f"{path}: found positions for {teacher.config.pos_grid} patches a side, --sizes takes {want.pos_grid}")
+        raise InputError(f"{path}: found positions for {teacher.config.pos_grid} patches a side, "
+                         f"--sizes takes {want.pos_grid}")
     if config.taps[-1] >= teacher.config.depth or config.student_depth > teacher.config.depth:
-        raise InputError(f"{path}: --taps {','.join(map(str, config.taps))} and --student-depth {config.student_depth}: "
+        raise InputError(f"{path}: --taps {','.join(map(str, config.taps))} and "
+                         f"--student-depth {config.student_depth}: "
                          f"the teacher has {teacher.config.depth} block{'s' * (teacher.config.depth > 1)}")
     return teacher
 
@@ -105,40 +118,49 @@ def load_data(config: Config, path: Path, text_dim: int) -> data.Latents:
     """The latents in `path`, checked against the run: channels, text width, a batch of every size."""
     latents = data.read_folder(path)
     if latents.context.shape[-1] != text_dim or latents.pooled.shape[-1] != text_dim:
-        raise InputError(f"{path}: found text of width {latents.context.shape[-1]}, the teacher reads {text_dim}")
+        raise InputError(f"{path}: found text of width {latents.context.shape[-1]}, "
+                         f"the teacher reads {text_dim}")
     for hw, (x0, _) in latents.buckets.items():
         if x0.shape[1] != 16 or len(x0) - holdout(latents) < config.batch:
-            raise InputError(f"{path}: found {len(x0)} latents of {x0.shape[1]} channels and size {hw[0]}x{hw[1]}, 16 channels and at "
-                             f"least --batch {config.batch} beside {holdout(latents)} held out expected")
+            raise InputError(f"{path}: found {len(x0)} latents of {x0.shape[1]} channels and size "
+                             f"{hw[0]}x{hw[1]}, 16 channels and at least --batch {config.batch} beside "
+                             f"{holdout(latents)} held out expected")
     return latents
 
 
 def train_teacher(config: Config, run: Path, device: torch.device, stopper: Stopper) -> MMDiT:
-    """Flow matching on renders; AdamW with a cosine schedule. Skipped where the run has its teacher or --teacher names one."""
+    """Flow matching on renders; AdamW with a cosine schedule.
+    Skipped where the run has its teacher or --teacher names one."""
     done = run / "checkpoints" / "teacher.safetensors"
     if config.teacher or done.exists():
         return load_teacher(config, Path(config.teacher or done))
     torch.manual_seed(config.seed)
-    model = MMDiT(teacher_config(config), kernels.load(config.kernels), compute_dtype(config.precision, device)).to(device)
+    model = MMDiT(teacher_config(config), kernels.load(config.kernels),
+                  compute_dtype(config.precision, device)).to(device)
     params = list(model.parameters())
-    optimizer = torch.optim.AdamW(params, config.teacher_lr, betas=(0.9, 0.99), weight_decay=0.01, foreach=True)
+    optimizer = torch.optim.AdamW(params, config.teacher_lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     folder, start = run / "checkpoints" / "teacher", 0
     if state := checkpoint.load_state(folder):
         start, tensors, _ = state
-        model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items()
+                               if k.startswith("model.")})
         checkpoint.load_optimizer(optimizer, "opt.", tensors)
     latents = world_latents(config, config.teacher_images, config.seed)
     null = Text(*(t.to(device) for t in latents.null))
     compiled(model, config, device)
-    log, bar, since = Log(run, "teacher", start), progress("teacher", config.teacher_steps, start), time.perf_counter()
+    log, bar, since = (Log(run, "teacher", start), progress("teacher", config.teacher_steps, start),
+                       time.perf_counter())
     for step in range(start, config.teacher_steps):
-        x0, text, _ = to_device(latents.batch(0 if config.overfit_one_batch else step, config.teacher_batch, config.seed), device)
+        x0, text, _ = to_device(latents.batch(0 if config.overfit_one_batch else step, config.teacher_batch,
+                                              config.seed), device)
         g = step_generator(config.seed, 1, step)
         empty = (torch.rand(len(x0), generator=g) < config.text_dropout).to(device)
-        text = Text(torch.where(empty[:, None, None], null.context, text.context), torch.where(empty[:, None], null.pooled, text.pooled))
+        text = Text(torch.where(empty[:, None, None], null.context, text.context),
+                    torch.where(empty[:, None], null.pooled, text.pooled))
         sigma = flow.logit_normal_mixture(len(x0), config.teacher_means, 1.0, g).to(device)
         loss = flow_loss(model, x0, torch.randn(x0.shape, generator=g).to(device), sigma, text).mean()
-        rate = min(1, (step + 1) / max(1, config.warmup)) * (1 + math.cos(math.pi * step / config.teacher_steps)) / 2
+        rate = (min(1, (step + 1) / max(1, config.warmup))
+                * (1 + math.cos(math.pi * step / config.teacher_steps)) / 2)
         for group in optimizer.param_groups:
             group["lr"] = config.teacher_lr * rate
         optimizer.zero_grad()
@@ -152,7 +174,8 @@ def train_teacher(config: Config, run: Path, device: torch.device, stopper: Stop
             log.write(step + 1, **line, seconds=time.perf_counter() - since)
             bar.set_postfix(loss=f"{line['loss']:.3f}", gb=f"{memory_gb(device):.1f}")
         save_every(config, folder, step + 1, step + 1 - start, stopper, lambda: (
-            {**{"model." + k: v for k, v in model.state_dict().items()}, **checkpoint.optimizer_tensors(optimizer, "opt.")}, {}), loss=loss, norm=norm)
+            {**{"model." + k: v for k, v in model.state_dict().items()},
+             **checkpoint.optimizer_tensors(optimizer, "opt.")}, {}), loss=loss, norm=norm)
     bar.close()
     checkpoint.save_mmdit(model, done, describe(config, "teacher"))
     return model
@@ -168,20 +191,24 @@ def weights_sha(model: MMDiT) -> str:
     return digest.hexdigest()[:16]
 
 
-def synthesize(config: Config, run: Path, teacher: MMDiT, device: torch.device, stopper: Stopper) -> data.Latents:
-    """Latents that the teacher generates with guidance from captions of the world; shard by shard, so it resumes anywhere."""
+def synthesize(config: Config, run: Path, teacher: MMDiT, device: torch.device,
+               stopper: Stopper) -> data.Latents:
+    """Latents that the teacher generates with guidance from captions of the world;
+    shard by shard, so it resumes anywhere."""
     if config.data:
         return load_data(config, Path(config.data), teacher.config.context_dim)
     folder = run / "data"
-    plan = [(h // 8, w // 8) for h, w in (config.hw[i % len(config.hw)] for i in range(-(-config.data_size // config.data_batch)))]
+    plan = [(h // 8, w // 8) for h, w in (config.hw[i % len(config.hw)]
+                                          for i in range(-(-config.data_size // config.data_batch)))]
     per_size = config.data_batch * -(-len(plan) // len(config.hw))
     parts = {p.hw: p for p in draw_prompts(config, per_size * len(config.hw), config.seed + 1)}
     prompts = sorted({c for p in parts.values() for c in p.captions})
     number = {c: i for i, c in enumerate(prompts)}
     text, null = embed(config, prompts, torch.device("cpu")), embed(config, [""], torch.device("cpu"))
     codes = torch.tensor([shapes.parse(c, config.objects) for c in prompts])
-    provenance = {"sampler": "euler", "steps": config.sample_steps, "guidance": config.guidance, "shift": config.shift,
-                  "seed": config.seed, "teacher": weights_sha(teacher), "shards": len(plan), "shard": config.data_batch}
+    provenance = {"sampler": "euler", "steps": config.sample_steps, "guidance": config.guidance,
+                  "shift": config.shift, "seed": config.seed, "teacher": weights_sha(teacher),
+                  "shards": len(plan), "shard": config.data_batch}
     data.open_folder(folder, provenance, prompts, *text, codes, (null[0][0], null[1][0]))
     missing = data.missing_shards(folder, plan)
     if missing:
@@ -204,13 +231,15 @@ def synthesize(config: Config, run: Path, teacher: MMDiT, device: torch.device, 
 # --- stage 3: distillation ---
 
 def make_heads(config: Config, teacher: MMDiT) -> Discriminator:
-    sizes = DiscriminatorConfig(config.taps, teacher.config.width, teacher.config.pooled_dim, config.head_width)
+    sizes = DiscriminatorConfig(config.taps, teacher.config.width, teacher.config.pooled_dim,
+                                config.head_width)
     return Discriminator(sizes, kernels.load(config.kernels))
 
 
 def learning_rate(config: Config, step: int, steps_taken: int) -> float:
-    """Factor of a learning rate: linear warm-up over the steps that this network has taken, constant, linear to 0 over the last
-    `decay` of the student's steps. `step` is the student's count, negative while the heads train alone."""
+    """Factor of a learning rate: linear warm-up over the steps that this network has taken, constant,
+    linear to 0 over the last `decay` of the student's steps. `step` is the student's count, negative while
+    the heads train alone."""
     left = (config.steps - max(step, 0)) / max(1, config.decay * config.steps)
     return min(1, (steps_taken + 1) / max(1, config.warmup), left)
 
@@ -225,13 +254,17 @@ class Players(NamedTuple):
     opt_d: torch.optim.Optimizer
 
 
-def heads_step(config: Config, dc: DistillConfig, p: Players, latents: data.Latents, it: int, j: int, share: bool, device: torch.device):
-    """(loss_d, gradient norm, stats, micro-batches) of the j-th step of the heads in iteration `it`, on a batch of its own.
+def heads_step(config: Config, dc: DistillConfig, p: Players, latents: data.Latents, it: int, j: int,
+               share: bool, device: torch.device):
+    """(loss_d, gradient norm, stats, micro-batches) of the j-th step of the heads in iteration `it`,
+    on a batch of its own.
 
-    With `share` the student's step follows on the same fakes, so their graphs stay alive: one teacher forward serves both losses.
-    With accumulation a graph a micro-batch would cost the memory that accumulation saves: the student's step then makes its own.
+    With `share` the student's step follows on the same fakes, so their graphs stay alive: one teacher forward
+    serves both losses. With accumulation a graph a micro-batch would cost the memory that accumulation saves:
+    the student's step then makes its own.
     """
-    index, micro = 0 if config.overfit_one_batch else it * config.heads_steps + j, config.batch // config.accumulate
+    index, micro = (0 if config.overfit_one_batch else it * config.heads_steps + j,
+                    config.batch // config.accumulate)
     x0, text, codes = to_device(latents.batch(index, config.batch, config.seed, holdout(latents)), device)
     g = step_generator(config.seed, 2, it, j)
     draws = draw(x0, max(it - config.heads_first, 0), dc, g)
@@ -242,7 +275,8 @@ def heads_step(config: Config, dc: DistillConfig, p: Players, latents: data.Late
         part = x0[i:i + micro], cut(text), cut(draws)
         with torch.set_grad_enabled(share and config.accumulate == 1):
             fake = fake_pass(p.student, p.teacher, p.heads, *part, dc)
-        loss_d, stats = heads_loss(p.teacher, p.heads, part[0], part[1], codes[i:i + micro], fake.feats, part[2], dc, g)
+        loss_d, stats = heads_loss(p.teacher, p.heads, part[0], part[1], codes[i:i + micro], fake.feats,
+                                   part[2], dc, g)
         (loss_d / config.accumulate).backward()
         parts.append((part, fake if config.accumulate == 1 else None))
     norm = torch.nn.utils.clip_grad_norm_(list(p.heads.parameters()), config.clip)
@@ -251,21 +285,24 @@ def heads_step(config: Config, dc: DistillConfig, p: Players, latents: data.Late
 
 
 def student_step(config: Config, dc: DistillConfig, p: Players, parts: list):
-    """(stats, gradient norm) of the student's step on the micro-batches of the last heads' step; moves the average too."""
+    """(stats, gradient norm) of the student's step on the micro-batches of the last heads' step;
+    moves the average too."""
     params = list(p.student.parameters())
     p.opt_g.zero_grad()
     for (x0, text, draws), fake in parts:
         fake = fake or fake_pass(p.student, p.teacher, p.heads, x0, text, draws, dc)
         loss_g, stats = student_loss(p.heads, text, fake, draws, dc, grid_of(p.teacher, x0))
-        (loss_g / config.accumulate).backward(inputs=params)                   # the heads get nothing from the student's loss
+        (loss_g / config.accumulate).backward(inputs=params)  # the heads get nothing from the student's loss
     norm = torch.nn.utils.clip_grad_norm_(params, config.clip)
     p.opt_g.step()
     torch._foreach_lerp_(list(p.ema.parameters()), params, 1 - config.ema)
     return stats, norm
 
 
-def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, device: torch.device, stopper: Stopper) -> None:
-    """LADD: heads' steps and student steps in turn; writes checkpoints/student.safetensors, the best by the metric while training."""
+def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, device: torch.device,
+            stopper: Stopper) -> None:
+    """LADD: heads' steps and student steps in turn; writes checkpoints/student.safetensors,
+    the best by the metric while training."""
     out = run / "checkpoints" / "student.safetensors"
     if out.exists():
         return
@@ -276,34 +313,40 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, devic
     student.compute_dtype = dtype
     heads = make_heads(config, base).to(device)
     ema = copy.deepcopy(student).requires_grad_(False)
-    adam = dict(betas=(config.beta1, config.beta2), weight_decay=0.0, foreach=True)
+    adam = dict(betas=(config.beta1, config.beta2), weight_decay=0.0, fused=True)
     opt_g = torch.optim.AdamW(student.parameters(), config.lr, **adam)
     opt_d = torch.optim.AdamW(heads.parameters(), config.heads_lr, **adam)
     p = Players(student, ema, teacher, heads, opt_g, opt_d)
 
-    # resume: every random draw is a function of the step, so weights, optimizers and the best value are all there is
+    # resume: every random draw is a function of the step,
+    # so weights, optimizers and the best value are all there is
     networks = {"student": student, "ema": ema, "heads": heads}
     folder, start, best = run / "checkpoints" / "distill", 0, math.inf
     if state := checkpoint.load_state(folder):
         start, tensors, meta = state
         best = meta["best"]
         for name, network in networks.items():
-            network.load_state_dict({k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")})
-        checkpoint.load_optimizer(opt_g, "opt_g.", tensors), checkpoint.load_optimizer(opt_d, "opt_d.", tensors)
+            network.load_state_dict({k.removeprefix(name + "."): v for k, v in tensors.items()
+                                     if k.startswith(name + ".")})
+        (checkpoint.load_optimizer(opt_g, "opt_g.", tensors),
+         checkpoint.load_optimizer(opt_d, "opt_d.", tensors))
     else:
         calibrate(config, dc, teacher, heads, latents, device)
     compiled(student, config, device)
 
     def state():
-        tensors = {f"{name}.{k}": v for name, network in networks.items() for k, v in network.state_dict().items()}
-        return {**tensors, **checkpoint.optimizer_tensors(opt_g, "opt_g."), **checkpoint.optimizer_tensors(opt_d, "opt_d.")}, {"best": best}
+        tensors = {f"{name}.{k}": v for name, network in networks.items()
+                   for k, v in network.state_dict().items()}
+        return {**tensors, **checkpoint.optimizer_tensors(opt_g, "opt_g."),
+                **checkpoint.optimizer_tensors(opt_d, "opt_d.")}, {"best": best}
 
     prompts = draw_prompts(config, config.eval_n, BEST)
     reference = make_reference(config, prompts, config.eval_n, VALIDATION)
     shown = draw_prompts(config, 4 * len(config.hw), VALIDATION)
     viewer = inference(ema, config, device)
     total = config.heads_first + config.steps                  # the first steps move the heads alone
-    log, evals = Log(run, "distill", start), Log(run, "eval", start - 1)        # the evaluation at `start` comes after its state
+    # the evaluation at `start` comes after its state
+    log, evals = Log(run, "distill", start), Log(run, "eval", start - 1)
     bar, since = progress("distill", total, start), time.perf_counter()
     for it in range(start, total + 1):
         step = it - config.heads_first                         # the student's own count
@@ -316,7 +359,8 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, devic
             values = evaluate.quality(config, viewer, prompts, reference)
             values |= evaluate.duel(viewer, teacher, heads, latents, dc, config.eval_batch, holdout(latents))
             evals.write(it, **values)
-            bar.write(f"step {step:5d}  " + "  ".join(f"{k} {v:.3f}" for k, v in values.items() if k.startswith(("fd_", "prompt", "auc"))))
+            bar.write(f"step {step:5d}  " + "  ".join(
+                f"{k} {v:.3f}" for k, v in values.items() if k.startswith(("fd_", "prompt", "auc"))))
             if values["fd_1"] + values[f"fd_{len(config.levels)}"] < best:
                 best = values["fd_1"] + values[f"fd_{len(config.levels)}"]
                 checkpoint.save_mmdit(ema, out.with_name("best.safetensors"), describe(config, "student"))
@@ -338,17 +382,21 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, devic
         if (it + 1) % config.log_every == 0:
             line = {"loss_d": loss_d.item(), "norm_d": norm_d.item(), **duel_line(stats)}
             if step >= 0:
-                line |= {"loss_g": stats_g["loss_g"].item(), "loss_distill": stats_g["loss_distill"].item(), "norm_g": norm_g.item()}
+                line |= {"loss_g": stats_g["loss_g"].item(), "loss_distill": stats_g["loss_distill"].item(),
+                         "norm_g": norm_g.item()}
             check_finite(it + 1, **line)
             log.write(it + 1, **line, seconds=time.perf_counter() - since, gb=memory_gb(device))
-            bar.set_postfix({k: f"{line[k]:.2f}" for k in ("loss_d", "loss_g") if k in line}, gb=f"{memory_gb(device):.1f}")
-        terms = {"loss_d": loss_d, "norm_d": norm_d} | ({"loss_g": stats_g["loss_g"], "norm_g": norm_g} if step >= 0 else {})
+            bar.set_postfix({k: f"{line[k]:.2f}" for k in ("loss_d", "loss_g") if k in line},
+                            gb=f"{memory_gb(device):.1f}")
+        terms = {"loss_d": loss_d, "norm_d": norm_d} | (
+            {"loss_g": stats_g["loss_g"], "norm_g": norm_g} if step >= 0 else {})
         save_every(config, folder, it + 1, it + 1 - start, stopper, state, **terms)
     bar.close()
     if config.profile and start < total:
         profiler.stop()
         profiler.export_chrome_trace(config.profile)
-        print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
+        print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15,
+                                            max_name_column_width=40))
     checkpoint.save_mmdit(ema, out.with_name("last.safetensors"), describe(config, "student"))
     kept = out.with_name("best.safetensors")
     os.replace(kept if kept.exists() else out.with_name("last.safetensors"), out)
@@ -358,7 +406,8 @@ def duel_line(stats: dict[str, Tensor]) -> dict[str, float]:
     """The duel on the training batch: active margins and accuracy of the heads, and the mean logits' gap."""
     real, fake = stats["logits_real"], stats["logits_fake"]
     margins, accuracies = metrics.active_margins(real, fake), metrics.accuracy(real, fake)
-    line = {"margin_real": margins[0], "margin_fake": margins[1], "accuracy_real": accuracies[0], "accuracy_fake": accuracies[1],
+    line = {"margin_real": margins[0], "margin_fake": margins[1],
+            "accuracy_real": accuracies[0], "accuracy_fake": accuracies[1],
             "gap": real.mean() - fake.mean(), "loss_r1": stats["loss_r1"]}
     if stats["logits_misaligned"] is not None:
         line["accuracy_misaligned"] = (stats["logits_misaligned"] < 0).float().mean()
@@ -370,40 +419,48 @@ def holdout(latents: data.Latents) -> int:
     return max(2, min(len(ids) for _, ids in latents.buckets.values()) // 16)
 
 
-def calibrate(config: Config, dc: DistillConfig, teacher: MMDiT, heads: Discriminator, latents: data.Latents, device) -> None:
+def calibrate(config: Config, dc: DistillConfig, teacher: MMDiT, heads: Discriminator,
+              latents: data.Latents, device) -> None:
     """Sets the heads' standardisation from one batch of renoised reals."""
     x0, text, _ = to_device(latents.batch(0, config.batch, config.seed, holdout(latents)), device)
     drawn = draw(x0, dc.easy_steps, dc, step_generator(config.seed, 3))
     with torch.no_grad():
-        heads.calibrate(taps_of(teacher, heads, flow.noised(x0, drawn.eps_r, drawn.sigma_r), drawn.sigma_r, text))
+        heads.calibrate(taps_of(
+            teacher, heads, flow.noised(x0, drawn.eps_r, drawn.sigma_r), drawn.sigma_r, text))
 
 
 def describe(config: Config, role: str) -> dict[str, str]:
     """What sampling needs beside the weights; levels are unshifted."""
     listed = lambda values: ",".join(map(str, values))
-    return {"role": role, "levels": listed(config.levels), "shift": str(config.shift), "sampler": config.sampler,
-            "guidance": str(config.guidance), "sample_steps": str(config.sample_steps), "objects": str(config.objects),
+    return {"role": role, "levels": listed(config.levels), "shift": str(config.shift),
+            "sampler": config.sampler, "guidance": str(config.guidance),
+            "sample_steps": str(config.sample_steps), "objects": str(config.objects),
             "text_dim": str(config.text_dim), "sizes": listed(config.sizes)}
 
 
 # --- stage 4: report ---
 
-def write_report(config: Config, run: Path, base: MMDiT, device: torch.device, seconds: dict[str, float]) -> None:
-    """report.json and report.png: the student against the teacher at equal evaluations, at equal n, with the floor."""
+def write_report(config: Config, run: Path, base: MMDiT, device: torch.device,
+                 seconds: dict[str, float]) -> None:
+    """report.json and report.png: the student against the teacher at equal evaluations, at equal n,
+    with the floor."""
     start = time.perf_counter()
     prompts = draw_prompts(config, config.n, REPORT)
     reference = make_reference(config, prompts, config.n, REAL)
     teacher = inference(base, config, device)
-    student = inference(checkpoint.load_mmdit(run / "checkpoints" / "student.safetensors", kernels.load(config.kernels)), config, device)
+    student = inference(checkpoint.load_mmdit(run / "checkpoints" / "student.safetensors",
+                                              kernels.load(config.kernels)), config, device)
     untrained = inference(shrunk(base, student.config.depth), config, device)
     counts = step_counts(config.levels)
     plan = [("teacher", teacher, "euler", config.sample_steps, config.guidance, None)]
-    plan += [("teacher", teacher, "euler", n, g, None) for n in (4, 2, 1) for g in dict.fromkeys((config.guidance, 1.0))]
+    plan += [("teacher", teacher, "euler", n, g, None)
+             for n in (4, 2, 1) for g in dict.fromkeys((config.guidance, 1.0))]
     plan += [(name, model, config.sampler, n, 1.0, levels_of(config.levels, n))
              for name, model in (("untrained", untrained), ("student", student)) for n in counts]
     rows, bar = [], progress("report", len(plan) * config.n)
     for name, model, sampler, steps, guidance, levels in plan:
-        row = measure(model, config, prompts, reference, steps, sampler, guidance, levels, seed=REPORT * 10 ** 6, progress=bar.update)
+        row = measure(model, config, prompts, reference, steps, sampler, guidance, levels,
+                      seed=REPORT * 10 ** 6, progress=bar.update)
         rows.append({"model": name, **row})
     heldout = draw_prompts(config, config.eval_n, REPORT, heldout=True)
     beyond, unseen = make_reference(config, heldout, config.eval_n, REAL), {}
@@ -414,20 +471,24 @@ def write_report(config: Config, run: Path, base: MMDiT, device: torch.device, s
 
     shown = [p._replace(captions=p.captions[:2], latents=p.latents[:2]) for p in prompts]
     many = flow.euler_levels(config.sample_steps, config.shift)
-    columns = {f"teacher {config.sample_steps} x 2": evaluate.pictures(config, teacher, shown, many, "euler", config.guidance),
-               "teacher 4": evaluate.pictures(config, teacher, shown, flow.euler_levels(4, config.shift), "euler"),
+    columns = {f"teacher {config.sample_steps} x 2": evaluate.pictures(
+                   config, teacher, shown, many, "euler", config.guidance),
+               "teacher 4": evaluate.pictures(
+                   config, teacher, shown, flow.euler_levels(4, config.shift), "euler"),
                **evaluate.student_pictures(config, student, shown)}
     sheet = report.contact_sheet(columns, [c for p in shown for c in p.captions])
     log = curves(run, "distill") | curves(run, "eval")
     floor = {**reference.floor, "fd_curves": log.get("floor_fd", [(0, reference.floor["fd"])])[-1][1]}
     seconds["report"] = time.perf_counter() - start
     report.write_report(run, sheet, {
-        "preset": config.preset, "command": command(), "device": device_name(device), "world_size": 1, "versions": report.versions(),
-        "commit": report.commit(), "n": config.n, "seeds": [config.seed], "seconds": seconds, "floor": floor, "curves": log,
-        "heldout_prompt_accuracy": unseen, "rows": rows})
+        "preset": config.preset, "command": command(), "device": device_name(device), "world_size": 1,
+        "versions": report.versions(), "commit": report.commit(), "n": config.n, "seeds": [config.seed],
+        "seconds": seconds, "floor": floor, "curves": log, "heldout_prompt_accuracy": unseen, "rows": rows})
     print(report.table(rows, floor))
-    print(f"floor {floor['fd']:.3f}; prompts of held-out combinations: " + ", ".join(f"{k} {v:.1%}" for k, v in unseen.items()))
-    print("seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items()) + f"; wrote {run / 'report.json'}, {run / 'report.png'}")
+    print(f"floor {floor['fd']:.3f}; prompts of held-out combinations: "
+          + ", ".join(f"{k} {v:.1%}" for k, v in unseen.items()))
+    print("seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items())
+          + f"; wrote {run / 'report.json'}, {run / 'report.png'}")
 
 
 def dry_run(config: Config, device: torch.device) -> None:
@@ -439,13 +500,17 @@ def dry_run(config: Config, device: torch.device) -> None:
         heads = make_heads(config, teacher)
     h, w = config.hw[0]
     context = (shapes.max_words(config.objects), config.text_dim)
-    costs = cost.step_cost(student, teacher, heads, (16, h // 8, w // 8), context, config.batch // config.accumulate, distill_config(config))
+    costs = cost.step_cost(student, teacher, heads, (16, h // 8, w // 8), context,
+                           config.batch // config.accumulate, distill_config(config))
     print("\n".join(f"{k}: {v}" for k, v in asdict(config).items()))
-    print(f"\nparameters: teacher {cost.count(teacher):,}, student {cost.count(student):,}, heads {cost.count(heads):,}")
+    print(f"\nparameters: teacher {cost.count(teacher):,}, student {cost.count(student):,}, "
+          f"heads {cost.count(heads):,}")
     print(f"memory of distillation on {device_name(device)}, {dtype}:")
-    print("\n".join(f"  {v / 2 ** 30:8.3f} GiB  {k}" for k, v in cost.memory_plan(student, teacher, heads, costs["bytes_saved"]).items()))
+    print("\n".join(f"  {v / 2 ** 30:8.3f} GiB  {k}" for k, v in cost.memory_plan(
+        student, teacher, heads, costs["bytes_saved"]).items()))
     print(f"FLOPs: {config.accumulate * costs['flops_step']:.3e} a LADD step of {config.batch} pairs, "
-          f"{costs['flops_flow_step'] * config.teacher_batch * config.accumulate / config.batch:.3e} a teacher step of {config.teacher_batch}")
+          f"{costs['flops_flow_step'] * config.teacher_batch * config.accumulate / config.batch:.3e} "
+          f"a teacher step of {config.teacher_batch}")
 
 
 # --- main ---
@@ -455,7 +520,8 @@ def main(argv: list[str]) -> None:
     config = parse_config(argv, default, __doc__)
     device = pick_device(config.device)
     if not any(a.startswith("--preset") for a in argv):
-        print(f"preset {config.preset}: {'a CUDA device was' if default == 'shapes' else 'no CUDA device was'} found")
+        print(f"preset {config.preset}: "
+              f"{'a CUDA device was' if default == 'shapes' else 'no CUDA device was'} found")
     if config.dry_run:
         return dry_run(config, device)
     for path, what in ((config.teacher, "--teacher"), (config.data, "--data")):

@@ -1,12 +1,14 @@
-"""The discriminator heads: k independent convolutional heads, one per tapped teacher block, in one batched evaluation.
+"""The discriminator heads: k independent convolutional heads, one per tapped teacher block,
+in one batched evaluation.
 
     y_k      = lrelu(GN(F_k W_in + b_in))                       1x1 convolution d -> c
     z_k      = (y_k + lrelu(GN(conv3x3(y_k)))) / sqrt 2         residual, zero padding at the borders
     logit_k  = <z_k, w_out + W_cond cond> / sqrt c + b_out      per token; projection conditioning
 
-Letters: k head, b batch, h w token grid, d teacher width, c head width, e conditioning width. GN: group norm over the tokens of one sample and
-GROUP_SIZE channels, so a logit never depends on its batch mates. The family is StyleGAN-T's head (Sauer et al. 2023) with 2-D
-convolutions (Sauer et al. 2024, LADD); widths, group norm and the place of the conditioning are our choice.
+Letters: k head, b batch, h w token grid, d teacher width, c head width, e conditioning width. GN: group norm
+over the tokens of one sample and GROUP_SIZE channels, so a logit never depends on its batch mates. The family
+is StyleGAN-T's head (Sauer et al. 2023) with 2-D convolutions (Sauer et al. 2024, LADD); widths, group norm
+and the place of the conditioning are our choice.
 FLOPs forward: k b h w (2 d c + 18 c^2).
 """
 from typing import NamedTuple
@@ -43,8 +45,10 @@ def _norm_act(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     return F.leaky_relu(torch.addcmul(beta[:, None, None], g, gamma[:, None, None]), SLOPE)
 
 
-def reference_discriminator_heads(feats: list[Tensor], params: HeadParams, cond: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Logits [k, b, h, w] of all heads. feats: k tensors [b, h*w, d]; cond [b, e]; computed in fp32 or better.
+def reference_discriminator_heads(feats: list[Tensor], params: HeadParams, cond: Tensor,
+                                  grid: tuple[int, int]) -> Tensor:
+    """Logits [k, b, h, w] of all heads.
+    feats: k tensors [b, h*w, d]; cond [b, e]; computed in fp32 or better.
 
     Raises ValueError where the number of taps, the grid or the widths do not fit.
     """
@@ -60,7 +64,8 @@ def reference_discriminator_heads(feats: list[Tensor], params: HeadParams, cond:
     y = _norm_act(y, p.gamma1, p.beta1)                                        # [k, b, l, c]
     padded = F.pad(y.unflatten(2, (h, w)), (0, 0, 1, 1, 1, 1))                 # [k, b, h + 2, w + 2, c]
     patches = torch.stack([padded[:, :, i:i + h, j:j + w] for i in range(3) for j in range(3)], 4)
-    z = torch.baddbmm(p.b_conv[:, None], patches.reshape(k, -1, 9 * c), p.w_conv.reshape(k, 9 * c, c)).view_as(y)
+    z = torch.baddbmm(p.b_conv[:, None], patches.reshape(k, -1, 9 * c),
+                      p.w_conv.reshape(k, 9 * c, c)).view_as(y)
     z = (y + _norm_act(z, p.gamma2, p.beta2)) * 0.5 ** 0.5
     readout = (p.w_out[:, None] + cond.to(acc) @ p.w_cond) * c ** -0.5         # [k, b, c]
     return (torch.einsum("kblc,kbc->kbl", z, readout) + p.b_out[:, None, None]).unflatten(2, (h, w))

@@ -1,12 +1,14 @@
 """Adaptive layer norm of a DiT block and the gated residual between two matrix products.
 
-    modulate(x)      = LN(x) (1 + scale) + shift,   LN(x) = (x - mean x) / sqrt(var x + eps) over the width, no affine
+    modulate(x)      = LN(x) (1 + scale) + shift,
+                       LN(x) = (x - mean x) / sqrt(var x + eps) over the width, no affine
     gate(x, y)       = x + gate y
     gate_modulate    = (x', modulate(x'))  with x' = x + gate y
     modulate2        = two modulations of one normalised row (the second attention of MMDiT-X)
 
-x, branch [b, l, d]; shift, scale, gate [b, d], views of the modulation chunks with any row stride. The work is bound by memory: gate_modulate
-reads 2 and writes 2 tensors of b l d. Source: Peebles & Xie 2023 (DiT), Sec. 3.2; Esser et al. 2024 (SD3), Fig. 2.
+x, branch [b, l, d]; shift, scale, gate [b, d], views of the modulation chunks with any row stride. The work
+is bound by memory: gate_modulate reads 2 and writes 2 tensors of b l d. Source: Peebles & Xie 2023 (DiT),
+Sec. 3.2; Esser et al. 2024 (SD3), Fig. 2.
 """
 import torch
 import torch.nn.functional as F
@@ -36,6 +38,7 @@ def reference_gate(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
 
 def reference_gate_modulate(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor,
                             eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """(x', LN(x') (1 + scale) + shift) with x' = x + gate * branch: the residual and the input of the next product."""
+    """(x', LN(x') (1 + scale) + shift) with x' = x + gate * branch:
+    the residual and the input of the next product."""
     x = torch.addcmul(_acc(x), _acc(gate).unsqueeze(1), _acc(branch))
     return x.to(branch.dtype), reference_modulate(x, shift, scale, eps).to(branch.dtype)

@@ -3,6 +3,7 @@ import math
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,29 @@ PREFIX = "model.diffusion_model."             # in published files, which may ho
 
 
 def save_mmdit(model: MMDiT, path: str | Path, metadata: dict[str, str]) -> None:
-    """Writes the model in the published single-file layout, dtypes kept, with `metadata` in the header."""
-    publish(Path(path), lambda path: write_tensors(path, model.state_dict(), metadata))
+    """Writes the model in the published single-file layout, dtypes kept, `metadata` in the header; the header
+    also says what the network predicts unless that is v, as in published files."""
+    header = metadata if model.config.predicts == "v" else {**metadata, "predicts": model.config.predicts}
+    publish(Path(path), lambda path: write_tensors(path, model.state_dict(), header))
 
 
 def load_mmdit(path: str | Path, kernels: Kernels | None = None) -> MMDiT:
     """The model of a single file or a run folder's student: sizes from the tensors' shapes, dtypes as stored.
 
     Names may start with PREFIX. The weights stay memory-mapped until they are moved or written to.
+    It predicts what the header says, v where it says nothing, as in published files.
     Raises InputError that names missing, unknown and misshapen tensors.
     """
     path = model_file(path)
-    tensors, _ = read_tensors(path)
+    tensors, metadata = read_tensors(path)
+    predicts = metadata.get("predicts", "v")
+    if predicts not in ("v", "x0"):
+        raise InputError(f"{path}: found a network that predicts {predicts!r}, accepted are v and x0")
     if any(name.startswith(PREFIX) for name in tensors):
         tensors = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
     shapes = {name: list(t.shape) for name, t in tensors.items()}
     with torch.device("meta"):   # no memory, no initialisation: every tensor is assigned below
-        model = MMDiT(infer_config(shapes, path), kernels or load_kernels())
+        model = MMDiT(replace(infer_config(shapes, path), predicts=predicts), kernels or load_kernels())
     wanted = {name: list(t.shape) for name, t in model.state_dict().items()}
     wrong = [name for name in wanted if shapes.get(name, wanted[name]) != wanted[name]]
     faults = {"missing": [name for name in wanted if name not in shapes],

@@ -26,55 +26,63 @@ class Config:
     seed:            int = option(0, "seed of everything", low=0, high=2 ** 31)
     device:          str = option("auto", "auto takes CUDA where there is one", ("auto", "cpu", "cuda"))
     kernels:         str = option("auto", "implementation of the fused operations", ("auto", "torch"))
-    precision:       str = option("auto", "compute dtype; weights that train stay fp32. auto: bf16 where the device has it", ("auto", "fp32", "bf16"))
+    precision:       str = option(
+        "auto", "compute dtype; weights that train stay fp32. auto: bf16 where the device has it",
+        ("auto", "fp32", "bf16"))
     compile:         str = option("auto", "torch.compile of each block; auto: on CUDA", ("auto", "on", "off"))
     # world
     objects:         int = option(1, "objects in a scene", (1, 2))
-    sizes:           tuple[str, ...] = option(("48x48", "48x64", "64x48"), "image sizes HxW in pixels, multiples of 16, of about one area")
+    sizes:           tuple[str, ...] = option(
+        ("48x80", "80x48"), "image sizes HxW in pixels, multiples of 16, of about one area")
     stated:          float = option(0.5, "probability that a caption states an attribute", low=0, high=0.95)
     text_dim:        int = option(64, "width of the frozen word embeddings, one a word at least", low=23)
     # teacher
     teacher:         str = option("", "checkpoint of a teacher; empty: train one")
     depth:           int = option(6, "blocks of the teacher", low=1)
     width:           int = option(128, "width of the teacher, a multiple of 64", low=64)
-    qk_norm:         bool = option(True, "RMS norm of queries and keys")
+    qk_norm:         bool = option(False, "RMS norm of queries and keys")
+    predicts:        str = option("x0", "what the teacher's output layer gives; SD3's is v", ("v", "x0"))
     teacher_images:  int = option(16384, "rendered images the teacher learns from", low=1)
-    teacher_steps:   int = option(1400, "training steps of the teacher", low=1)
-    teacher_batch:   int = option(64, "batch of the teacher's training", low=1)
-    teacher_lr:      float = option(3e-3, "its peak learning rate, decayed by a cosine", low=0)
-    teacher_means:   tuple[float, ...] = option((0.0, 1.3), "its levels: equal parts of LogitNormal(mean, 1)")
+    teacher_steps:   int = option(900, "training steps of the teacher", low=1)
+    teacher_batch:   int = option(128, "batch of the teacher's training", low=1)
+    teacher_lr:      float = option(4e-3, "its peak learning rate, decayed by a cosine", low=0)
+    teacher_means:   tuple[float, ...] = option((1.0,), "its levels: equal parts of LogitNormal(mean, 1)")
     text_dropout:    float = option(0.1, "share of captions replaced by the empty one", low=0, high=1)
     # synthetic data
     data:            str = option("", "folder of latents; empty: let the teacher generate them")
-    data_size:       int = option(4096, "latents to generate", low=1)
+    data_size:       int = option(3072, "latents to generate", low=1)
     data_batch:      int = option(128, "latents a shard and a generating batch", low=1)
     guidance:        float = option(2.0, "teacher's guidance in data and samples", low=1)
     sample_steps:    int = option(8, "teacher's steps: data and the report's many-step row", low=1)
     # student
     student_depth:   int = option(0, "blocks of the student, taken evenly from the teacher's; 0: all", low=0)
-    steps:           int = option(320, "training steps of the student", low=1)
+    steps:           int = option(280, "training steps of the student", low=1)
     batch:           int = option(64, "pairs a step", low=1)
     accumulate:      int = option(1, "micro-batches a step", low=1)
-    lr:              float = option(2e-4, "student's learning rate", low=0)
+    lr:              float = option(1e-4, "student's learning rate", low=0)
     heads_lr:        float = option(3e-3, "heads' learning rate", low=0)
     beta1:           float = option(0.0, "Adam's beta1 of student and heads", low=0, high=0.9999)
     beta2:           float = option(0.95, "Adam's beta2 of student and heads", low=0, high=0.9999)
     warmup:          int = option(20, "steps of linear learning-rate warm-up, teacher and student", low=0)
-    decay:           float = option(0.4, "last share of the student's steps in which its learning rate falls to 0", low=0, high=1)
+    decay:           float = option(
+        0.4, "last share of the student's steps in which its learning rate falls to 0", low=0, high=1)
     clip:            float = option(1.0, "bound of the gradient norm of each network", low=0)
-    ema:             float = option(0.99, "decay of the student's moving average, which is what is kept", low=0, high=1)
+    ema:             float = option(
+        0.99, "decay of the student's moving average, which is what is kept", low=0, high=1)
     sampler:         str = option("renoise", "the student's sampler", SAMPLERS)
-    levels:          tuple[float, ...] = option((1.0, 0.75, 0.5, 0.25), "student's levels, noisiest first, the first 1")
-    probs:           tuple[float, ...] = option((0.7, 0.1, 0.1, 0.1), "their probabilities")
+    levels:          tuple[float, ...] = option(
+        (1.0, 0.75, 0.5, 0.25), "student's levels, noisiest first, the first 1")
+    probs:           tuple[float, ...] = option((0.4, 0.2, 0.2, 0.2), "their probabilities")
     easy_steps:      int = option(0, "first steps, on the easier half of the levels only", low=0)
     shift:           float = option(1.0, "resolution shift of all sampling levels", low=1)
-    d_mean:          float = option(-1.0, "sigma_d ~ LogitNormal(d_mean, d_std)")
+    d_mean:          float = option(-2.0, "sigma_d ~ LogitNormal(d_mean, d_std)")
     d_std:           float = option(1.0, "its standard deviation", low=0)
-    taps:            tuple[int, ...] = option((1, 3, 5), "teacher blocks that the heads read")
+    taps:            tuple[int, ...] = option((0, 1, 2), "teacher blocks that the heads read")
     head_width:      int = option(64, "channels inside a head, a multiple of 16", low=16)
-    heads_steps:     int = option(1, "heads' steps a student step", low=1)
+    heads_steps:     int = option(2, "heads' steps a student step", low=1)
     heads_first:     int = option(40, "heads-only steps at the start", low=0)
-    misaligned:      float = option(0.5, "share of the batch that is also fake under a caption that does not fit", low=0, high=1)
+    misaligned:      float = option(
+        0.5, "share of the batch that is also fake under a caption that does not fit", low=0, high=1)
     misaligned_at:   str = option("teacher", "who reads that caption", ("teacher", "heads"))
     shared_noise:    bool = option(False, "one noise and level for real and fake")
     r1_weight:       float = option(0.0, "approximate R1 on the renoised real sample", low=0)
@@ -83,8 +91,8 @@ class Config:
     # evaluation
     n:               int = option(2048, "images of each row of the report", low=6)
     eval_n:          int = option(512, "images of an evaluation while training", low=6)
-    eval_every:      int = option(80, "steps between evaluations; 0: none", low=0)
-    grid_every:      int = option(80, "steps between sample grids; 0: none", low=0)
+    eval_every:      int = option(70, "steps between evaluations; 0: none", low=0)
+    grid_every:      int = option(70, "steps between sample grids; 0: none", low=0)
     log_every:       int = option(10, "steps between log lines", low=1)
     save_every:      int = option(100, "steps between checkpoints", low=1)
     eval_batch:      int = option(256, "batch of sampling for evaluation", low=2)
@@ -108,12 +116,14 @@ PROCESS_FIELDS = ("stop_after", "dry_run", "profile")    # may differ when a run
 
 # fmt: off
 PRESETS = {
-    #           depth width text teacher                                       data                  student                              report
+    #           depth width text teacher              data              student              report
     "tiny":   {},
-    "shapes": dict(objects=2, sizes=("256x256", "192x320", "320x192"), depth=12, width=512, text_dim=256,
-                   teacher_images=65536, teacher_steps=3000, teacher_batch=128, teacher_lr=5e-4, teacher_means=(0.7, 2.0),
-                   data_size=16384, data_batch=512, sample_steps=16, steps=2000, batch=64, lr=5e-5, heads_lr=5e-4, ema=0.995,
-                   shift=2.0, d_mean=0.7, taps=(2, 5, 8, 11), head_width=256, eval_every=500, grid_every=500, save_every=500, eval_batch=128),
+    "shapes": dict(objects=2, sizes=("256x256", "192x320", "320x192"), depth=12, width=512, qk_norm=True,
+                   predicts="v", text_dim=256, teacher_images=65536, teacher_steps=3000, teacher_batch=128,
+                   teacher_lr=5e-4, teacher_means=(0.7, 2.0), data_size=16384, data_batch=512,
+                   sample_steps=16, steps=2000, batch=64, lr=5e-5, heads_lr=5e-4, ema=0.995,
+                   probs=(0.7, 0.1, 0.1, 0.1), shift=2.0, d_mean=0.7, taps=(2, 5, 8, 11), head_width=256, heads_steps=1,
+                   eval_every=500, grid_every=500, save_every=500, eval_batch=128),
 }
 # fmt: on
 
@@ -158,20 +168,23 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_config(argv: list[str], preset: str, description: str = "") -> Config:
-    """The configuration of a command line: the preset's values (`preset` if none is named), then the flags."""
+    """The configuration of a command line:
+    the preset's values (`preset` if none is named), then the flags."""
     parser = Parser(description=description, prog="train.py")
     for f in fields(Config):
         flag = "--" + f.name.replace("_", "-")
         shown = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         meaning = f.metadata["help"].replace("%", "%%") + (f" (tiny: {shown})" if shown != "" else "")
-        choices = f" one of {', '.join(f.metadata['choices'])}:" if f.metadata["choices"] and f.type is str else ""
+        choices = (f" one of {', '.join(f.metadata['choices'])}:"
+                   if f.metadata["choices"] and f.type is str else "")
         optional = dict(nargs="?", const="true") if f.type is bool else {}
         parser.add_argument(flag, metavar=f.type.__name__.upper(), help=(choices + " " + meaning).strip(),
                             default=argparse.SUPPRESS, **optional)
     # a value that starts with a minus is a value, although argparse takes "-1,2" for a flag
     joined = []
     for word in argv:
-        if joined and joined[-1].startswith("--") and "=" not in joined[-1] and word[:1] == "-" and word[1:2] in "0123456789." and word[1:]:
+        if (joined and joined[-1].startswith("--") and "=" not in joined[-1]
+                and word[:1] == "-" and word[1:2] in "0123456789." and word[1:]):
             joined[-1] += "=" + word
         else:
             joined.append(word)
@@ -181,7 +194,8 @@ def parse_config(argv: list[str], preset: str, description: str = "") -> Config:
         try:
             given[name] = parse_value(text, kind)
         except (ValueError, KeyError):
-            raise InputError(f"--{name.replace('_', '-')}: found {text!r}, {describe(kind)} expected") from None
+            raise InputError(f"--{name.replace('_', '-')}: found {text!r}, "
+                             f"{describe(kind)} expected") from None
     preset = given.get("preset", preset)
     if preset not in PRESETS:
         raise InputError(f"--preset: found {preset!r}, accepted are {', '.join(PRESETS)}")
@@ -213,26 +227,39 @@ def validated(c: Config) -> Config:
             raise InputError(message)
 
     areas = [h * w for h, w in c.hw]
-    must(max(areas) <= 4 / 3 * min(areas), f"--sizes: found areas {areas}, sizes of about one area (the largest at most 4/3 of the smallest) expected")
-    must(len(set(c.hw)) == len(c.hw), f"--sizes: found {','.join(c.sizes)}, different sizes expected, each once")
-    must(c.run_name == Path(c.run_name).name and c.run_name not in (".", ".."), f"--name: found {c.run_name!r}, a folder name expected")
+    must(max(areas) <= 4 / 3 * min(areas), f"--sizes: found areas {areas}, "
+         "sizes of about one area (the largest at most 4/3 of the smallest) expected")
+    must(len(set(c.hw)) == len(c.hw),
+         f"--sizes: found {','.join(c.sizes)}, different sizes expected, each once")
+    must(c.run_name == Path(c.run_name).name and c.run_name not in (".", ".."),
+         f"--name: found {c.run_name!r}, a folder name expected")
     must(c.width % 64 == 0, f"--width: found {c.width}, a multiple of 64 expected")
     must(c.head_width % 16 == 0, f"--head-width: found {c.head_width}, a multiple of 16 expected")
-    must(c.batch % c.accumulate == 0, f"--accumulate: found {c.accumulate}, a divisor of --batch {c.batch} expected")
-    must(not c.misaligned or c.batch // c.accumulate > 1, f"--batch: found {c.batch // c.accumulate} a micro-batch; --misaligned needs at least 2")
+    must(c.batch % c.accumulate == 0,
+         f"--accumulate: found {c.accumulate}, a divisor of --batch {c.batch} expected")
+    must(not c.misaligned or c.batch // c.accumulate > 1,
+         f"--batch: found {c.batch // c.accumulate} a micro-batch; --misaligned needs at least 2")
     must(len(c.probs) == len(c.levels), f"--probs: found {len(c.probs)} values for {len(c.levels)} --levels")
-    must(abs(sum(c.probs) - 1) < 1e-6 and min(c.probs) >= 0, f"--probs: found sum {sum(c.probs):g}, probabilities that add up to 1 expected")
+    must(abs(sum(c.probs) - 1) < 1e-6 and min(c.probs) >= 0,
+         f"--probs: found sum {sum(c.probs):g}, probabilities that add up to 1 expected")
     falling = all(a > b for a, b in zip(c.levels, c.levels[1:]))
-    must(c.levels[0] == 1 and c.levels[-1] > 0 and falling, f"--levels: found {c.levels}, falling from 1 and above 0 expected")
-    must(list(c.taps) == sorted(set(c.taps)) and c.taps[0] >= 0, f"--taps: found {c.taps}, ascending block indices expected")
+    must(c.levels[0] == 1 and c.levels[-1] > 0 and falling,
+         f"--levels: found {c.levels}, falling from 1 and above 0 expected")
+    must(list(c.taps) == sorted(set(c.taps)) and c.taps[0] >= 0,
+         f"--taps: found {c.taps}, ascending block indices expected")
     if not c.teacher:
         must(c.taps[-1] < c.depth, f"--taps: found {c.taps[-1]}, the teacher has blocks 0 to {c.depth - 1}")
-        must(c.student_depth <= c.depth, f"--student-depth: found {c.student_depth}, at most the teacher's {c.depth} expected")
-    least = len(c.hw) * c.data_batch * math.ceil(max(c.batch + 2, c.batch * 16 / 15) / c.data_batch)   # a batch of each size beside the held-out part
-    must(c.data_size >= least, f"--data-size: found {c.data_size}, at least {least} expected: a --batch of each of {len(c.hw)} sizes")
+        must(c.student_depth <= c.depth,
+             f"--student-depth: found {c.student_depth}, at most the teacher's {c.depth} expected")
+    # a batch of each size beside the held-out part
+    least = len(c.hw) * c.data_batch * math.ceil(max(c.batch + 2, c.batch * 16 / 15) / c.data_batch)
+    must(c.data_size >= least, f"--data-size: found {c.data_size}, at least {least} expected: "
+         f"a --batch of each of {len(c.hw)} sizes")
     least = c.teacher_batch * len(c.hw)
-    must(c.teacher_images >= least, f"--teacher-images: found {c.teacher_images}, at least {least} expected: a --teacher-batch of each size")
-    must(not c.profile or Path(c.profile).parent.is_dir(), f"--profile: found {c.profile}, a file in a folder that exists expected")
+    must(c.teacher_images >= least, f"--teacher-images: found {c.teacher_images}, "
+         f"at least {least} expected: a --teacher-batch of each size")
+    must(not c.profile or Path(c.profile).parent.is_dir(),
+         f"--profile: found {c.profile}, a file in a folder that exists expected")
     return c
 
 
@@ -241,8 +268,9 @@ def to_json(c: Config) -> str:
 
 
 def check_same(c: Config, stored: dict) -> None:
-    """Raises InputError unless a run folder's stored configuration is `c`, but for what concerns one process alone."""
+    """Raises InputError unless a run folder's stored configuration is `c`,
+    but for what concerns one process alone."""
     for name, value in json.loads(to_json(c)).items():
         if name not in PROCESS_FIELDS and stored.get(name) != value:
-            raise InputError(f"runs/{c.run_name}: made with --{name.replace('_', '-')} {stored.get(name)}, found {value}; "
-                             f"resume with the same flags or take another --name")
+            raise InputError(f"runs/{c.run_name}: made with --{name.replace('_', '-')} {stored.get(name)}, "
+                             f"found {value}; resume with the same flags or take another --name")

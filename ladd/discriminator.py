@@ -1,7 +1,9 @@
-"""The discriminator: one convolutional head per tapped teacher block, conditioned on the noise level and the pooled text.
+"""The discriminator: one convolutional head per tapped teacher block,
+conditioned on the noise level and the pooled text.
 
-The frozen teacher supplies the features; only what is here trains. Letters: k head, b batch, l tokens, d teacher width, c head width,
-e conditioning width. Source: Sauer et al. 2024 (LADD), Sec. 3.2; see kernels/heads.py for the head itself.
+The frozen teacher supplies the features; only what is here trains. Letters: k head, b batch, l tokens,
+d teacher width, c head width, e conditioning width.
+Source: Sauer et al. 2024 (LADD), Sec. 3.2; see kernels/heads.py for the head itself.
 """
 from dataclasses import dataclass
 
@@ -25,14 +27,16 @@ class DiscriminatorConfig:
 
     def __post_init__(self):
         if self.width % GROUP_SIZE or not self.taps:
-            raise ValueError(f"heads: width {self.width}, taps {self.taps}; a multiple of {GROUP_SIZE} and at least one tap expected")
+            raise ValueError(f"heads: width {self.width}, taps {self.taps}; "
+                             f"a multiple of {GROUP_SIZE} and at least one tap expected")
 
 
 class Discriminator(nn.Module):
     """All heads, their parameters stacked, evaluated in one call; one logit per token and head.
 
-    Features are standardised per channel with fixed statistics of real features (`calibrate`): block outputs differ by orders of
-    magnitude between channels and depths, and a head that must first learn that scale is too weak at the start (our choice, measured).
+    Features are standardised per channel with fixed statistics of real features (`calibrate`): block outputs
+    differ by orders of magnitude between channels and depths, and a head that must first learn that scale
+    is too weak at the start (our choice, measured).
     """
 
     def __init__(self, config: DiscriminatorConfig, kernels: Kernels):
@@ -41,8 +45,9 @@ class Discriminator(nn.Module):
         k, d, c, e = len(config.taps), config.feat_dim, config.width, config.cond_dim
         self.level_embedder = mlp(FREQUENCIES, e, e)
         self.text_embedder = Linear(config.pooled_dim, e)
-        shapes = HeadParams(w_in=(k, d, c), b_in=(k, c), gamma1=(k, c), beta1=(k, c), w_conv=(k, 3, 3, c, c), b_conv=(k, c),
-                            gamma2=(k, c), beta2=(k, c), w_cond=(k, e, c), w_out=(k, c), b_out=(k,))
+        shapes = HeadParams(w_in=(k, d, c), b_in=(k, c), gamma1=(k, c), beta1=(k, c),
+                            w_conv=(k, 3, 3, c, c), b_conv=(k, c), gamma2=(k, c), beta2=(k, c),
+                            w_cond=(k, e, c), w_out=(k, c), b_out=(k,))
         fan_in = {"w_in": d, "w_conv": 9 * c, "w_cond": e, "w_out": 1}
         for name, shape in shapes._asdict().items():
             init = torch.ones(shape) if name.startswith("gamma") else torch.zeros(shape)
@@ -60,10 +65,11 @@ class Discriminator(nn.Module):
             self.feat_mean[i, 0], self.feat_std[i, :, 0] = mean, std.clamp_min(1e-4)
 
     def forward(self, feats: list[Tensor], sigma_d: Tensor, pooled: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Logits [k, b, h, w]; feats k tensors [b, h*w, d], sigma_d [b], pooled [b, pooled_dim], grid (h, w) in tokens."""
+        """Logits [k, b, h, w]; feats k tensors [b, h*w, d], sigma_d [b], pooled [b, pooled_dim],
+        grid (h, w) in tokens."""
         dtype = self.w_in.dtype
         cond = F.silu(self.level_embedder(sinusoid(sigma_d).to(dtype)) + self.text_embedder(pooled.to(dtype)))
         p = HeadParams(*(getattr(self, name) for name in HeadParams._fields))
-        w_in = p.w_in / self.feat_std                                          # (F - mean) / std, folded into the product
+        w_in = p.w_in / self.feat_std                              # (F - mean) / std, folded into the product
         b_in = p.b_in - (self.feat_mean @ w_in).squeeze(1)
         return self.kernels.discriminator_heads(feats, p._replace(w_in=w_in, b_in=b_in), cond, grid)

@@ -1,13 +1,15 @@
 """The LADD step as pure functions: no optimizer, no logging, no distribution.
 
     x0_hat     = student's prediction from (1 - sigma_s) x0 + sigma_s eps
-    feats_fake = teacher taps of renoise(x0_hat, sigma_d)    the graph lives on through the frozen teacher into the student
+    feats_fake = teacher taps of renoise(x0_hat, sigma_d)    the graph lives on through the frozen teacher
+                                                             into the student
     feats_real = teacher taps of renoise(x0, sigma_d')       no graph
     loss_d     = mean relu(1 - D(feats_real)) + mean relu(1 + D(feats_fake.detach()))
     loss_g     = - mean D(feats_fake)
 
-One step: `fake_pass`, `heads_loss` and the heads' optimizer, then `student_loss` with the same fake features and the student's optimizer.
-The fake teacher forward thus serves both losses; its gradients equal those of two forwards. Source: Sauer et al. 2024, Sec. 3.
+One step: `fake_pass`, `heads_loss` and the heads' optimizer, then `student_loss` with the same fake features
+and the student's optimizer. The fake teacher forward thus serves both losses; its gradients equal those of
+two forwards. Source: Sauer et al. 2024, Sec. 3.
 """
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,16 +25,20 @@ from ladd.mmdit import MMDiT
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """What one step computes. Levels are unshifted; `shift` is applied to the student's by `draw` and nowhere else."""
+    """What one step computes.
+    Levels are unshifted; `shift` is applied to the student's by `draw` and nowhere else."""
     levels: tuple[float, ...]      # of the student, noisiest first
     probs: tuple[float, ...]       # their probabilities after the warm-up
     easy_steps: int                # warm-up steps on the easier half of the levels
     shift: float                   # resolution shift of the student's levels
-    d_mean: float                  # sigma_d ~ LogitNormal(d_mean, d_std), final values: the shift is not applied again
+    d_mean: float                  # sigma_d ~ LogitNormal(d_mean, d_std), final values:
+                                   # the shift is not applied again
     d_std: float
     shared_noise: bool             # one (sigma_d, eps) for real and fake, else independent draws
-    misaligned: float              # share of the batch that also counts as fake under a caption that does not fit
-    misaligned_at: str             # "teacher": the other caption goes through the teacher; "heads": into the heads' conditioning alone
+    misaligned: float              # share of the batch that also counts as fake
+                                   # under a caption that does not fit
+    misaligned_at: str             # "teacher": the other caption goes through the teacher;
+                                   # "heads": into the heads' conditioning alone
     r1_weight: float               # approximate R1 on the renoised real sample
     r1_sigma: float                # its perturbation
     distill_weight: float          # the paper's distillation loss, 0 with synthetic data
@@ -77,12 +83,14 @@ def draw(x0: Tensor, step: int, config: DistillConfig, generator: torch.Generato
 def misfits(codes: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """(rows, others): for `count` samples of the batch, another sample whose caption does not fit them.
 
-    codes [b, A]: stated attributes, -1 where open; two captions exclude each other where both state an attribute and differ. A
-    caption that happens to fit is redrawn, i.e. never taken; rows for which the batch holds no misfit are left out.
+    codes [b, A]: stated attributes, -1 where open; two captions exclude each other where both state an
+    attribute and differ. A caption that happens to fit is redrawn, i.e. never taken; rows for which the
+    batch holds no misfit are left out.
     """
     codes = codes.cpu()
     a, b = codes[:count, None], codes[None]
-    score = torch.rand(a.shape[0], codes.shape[0], generator=generator) * ((a != b) & (a >= 0) & (b >= 0)).any(-1)
+    score = (torch.rand(a.shape[0], codes.shape[0], generator=generator)
+             * ((a != b) & (a >= 0) & (b >= 0)).any(-1))
     best, others = score.max(1)
     rows = torch.nonzero(best > 0).squeeze(1)
     return rows, others[rows]
@@ -104,13 +112,15 @@ def taps_of(teacher: MMDiT, heads: Discriminator, xt: Tensor, sigma: Tensor, tex
 
 def fake_pass(student: MMDiT, teacher: MMDiT, heads: Discriminator, x0: Tensor, text: Text, draws: Draws,
               config: DistillConfig) -> Fake:
-    """Student forward and the one teacher forward on its renoised prediction. No no_grad: the features carry the student's gradient."""
+    """Student forward and the one teacher forward on its renoised prediction.
+    No no_grad: the features carry the student's gradient."""
     x0_hat = predict_x0(student, flow.noised(x0, draws.eps_s, draws.sigma_s), draws.sigma_s, text)
     xt = flow.noised(x0_hat, draws.eps_d, draws.sigma_d)
     if not config.distill_weight:
         return Fake(x0_hat, taps_of(teacher, heads, xt, draws.sigma_d, text), None)
     v, feats = teacher(xt, draws.sigma_d, *text, taps=heads.config.taps)
-    return Fake(x0_hat, feats, flow.to_x0(xt, v, draws.sigma_d).detach())       # detach: the target is no way into the student
+    return Fake(x0_hat, feats,
+                flow.to_x0(xt, v, draws.sigma_d).detach())    # detach: the target is no way into the student
 
 
 def hinge_d(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
@@ -118,18 +128,21 @@ def hinge_d(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
     return F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean()
 
 
-def heads_loss(teacher: MMDiT, heads: Discriminator, x0: Tensor, text: Text, codes: Tensor, fake_feats: list[Tensor], draws: Draws,
-               config: DistillConfig, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+def heads_loss(teacher: MMDiT, heads: Discriminator, x0: Tensor, text: Text, codes: Tensor,
+               fake_feats: list[Tensor], draws: Draws, config: DistillConfig,
+               generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss_d, stats): hinge of real against fake and misaligned, plus approximate R1. Moves only the heads.
 
-    stats: detached tensors `logits_real`, `logits_fake` [k, b, h, w], `logits_misaligned` or None, and `loss_r1`.
+    stats: detached tensors `logits_real`, `logits_fake` [k, b, h, w], `logits_misaligned` or None,
+    and `loss_r1`.
     """
     grid = grid_of(teacher, x0)
     xt = flow.noised(x0, draws.eps_r, draws.sigma_r)
     with torch.no_grad():                                                       # real features need no graph
         feats = taps_of(teacher, heads, xt, draws.sigma_r, text)
     logits_real = heads(feats, draws.sigma_r, text.pooled, grid)
-    logits_fake = heads([f.detach() for f in fake_feats], draws.sigma_d, text.pooled, grid)   # detach: D must not move the student
+    logits_fake = heads([f.detach() for f in fake_feats],         # detach: D must not move the student
+                        draws.sigma_d, text.pooled, grid)
     all_fake, logits_mis = [logits_fake], None
     if config.misaligned:
         rows, others = misfits(codes, round(config.misaligned * x0.shape[0]), generator)
@@ -146,21 +159,25 @@ def heads_loss(teacher: MMDiT, heads: Discriminator, x0: Tensor, text: Text, cod
     loss = hinge_d(logits_real, torch.cat(all_fake, 1))
     loss_r1 = torch.zeros((), device=x0.device)
     if config.r1_weight:
-        # the RENOISED sample is perturbed, at the same level: ||D(xt) - D(xt + r1_sigma n)||^2 (Lin et al. 2025, Sec. 3.3)
+        # the RENOISED sample is perturbed, at the same level:
+        # ||D(xt) - D(xt + r1_sigma n)||^2 (Lin et al. 2025, Sec. 3.3)
         with torch.no_grad():
             near = taps_of(teacher, heads, xt + config.r1_sigma * draws.eps_r1, draws.sigma_r, text)
         loss_r1 = (heads(near, draws.sigma_r, text.pooled, grid) - logits_real).square().mean()
         loss = loss + config.r1_weight * loss_r1
     return loss, {"logits_real": logits_real.detach(), "logits_fake": logits_fake.detach(),
-                  "logits_misaligned": None if logits_mis is None else logits_mis.detach(), "loss_r1": loss_r1.detach()}
+                  "logits_misaligned": None if logits_mis is None else logits_mis.detach(),
+                  "loss_r1": loss_r1.detach()}
 
 
 def student_loss(heads: Discriminator, text: Text, fake: Fake, draws: Draws, config: DistillConfig,
                  grid: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, stats) of the student step: - mean D(feats_fake), plus the distillation loss where it is asked for.
+    """(loss, stats) of the student step: - mean D(feats_fake),
+    plus the distillation loss where it is asked for.
 
-    The distillation loss is (1 - sigma_d) |x0_hat - teacher's x0 estimate|^2, the weight that ADD calls exponential (Sauer et al.
-    2023, Sec. 3.3, c(t) = alpha_t). Gradients reach the heads' parameters too; take them for the student's alone.
+    The distillation loss is (1 - sigma_d) |x0_hat - teacher's x0 estimate|^2, the weight that ADD calls
+    exponential (Sauer et al. 2023, Sec. 3.3, c(t) = alpha_t). Gradients reach the heads' parameters too;
+    take them for the student's alone.
     """
     logits = heads(fake.feats, draws.sigma_d, text.pooled, grid)
     loss_g = -logits.mean()
@@ -169,10 +186,12 @@ def student_loss(heads: Discriminator, text: Text, fake: Fake, draws: Draws, con
         weight = 1 - flow.per_sample(draws.sigma_d, fake.x0_hat)
         loss_distill = (weight * (fake.x0_hat - fake.target).square()).mean()
     return (loss_g + config.distill_weight * loss_distill,
-            {"loss_g": loss_g.detach(), "loss_distill": loss_distill.detach(), "logits_fake_g": logits.detach()})
+            {"loss_g": loss_g.detach(), "loss_distill": loss_distill.detach(),
+             "logits_fake_g": logits.detach()})
 
 
 def flow_loss(model: MMDiT, x0: Tensor, eps: Tensor, sigma: Tensor, text: Text) -> Tensor:
-    """The teacher's own training loss, per sample [b]: mean |v - (eps - x0)|^2 (Esser et al. 2024, Eq. 2 with their weight 1)."""
+    """The teacher's own training loss, per sample [b]: mean |v - (eps - x0)|^2
+    (Esser et al. 2024, Eq. 2 with their weight 1)."""
     v = model(flow.noised(x0, eps, sigma), sigma, *text)
     return (v - flow.velocity(x0, eps)).square().flatten(1).mean(1)

@@ -1,4 +1,5 @@
-"""Prompts of the built-in world, samples for them, and one row of the report: quality against renders at equal n."""
+"""Prompts of the built-in world, samples for them, and one row of the report:
+quality against renders at equal n."""
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,7 +29,8 @@ class Prompts(NamedTuple):
 
 
 def draw_prompts(config: Config, n: int, seed: int, heldout: bool = False) -> list[Prompts]:
-    """n prompts drawn like the world's captions, split evenly over the image sizes; a pure function of its arguments."""
+    """n prompts drawn like the world's captions, split evenly over the image sizes;
+    a pure function of its arguments."""
     parts = []
     for i, hw in enumerate(config.hw):
         g = torch.Generator().manual_seed(seed * 1009 + i)
@@ -42,10 +44,12 @@ def draw_prompts(config: Config, n: int, seed: int, heldout: bool = False) -> li
 
 def embed(config: Config, captions: list[str], device: torch.device) -> Text:
     """Text of captions; the empty caption is the null prompt of guidance."""
-    return Text(*(t.to(device) for t in shapes.embed(captions, shapes.max_words(config.objects), config.text_dim)))
+    return Text(*(t.to(device) for t in shapes.embed(captions, shapes.max_words(config.objects),
+                                                     config.text_dim)))
 
 
-def generate(model: MMDiT, config: Config, prompts: list[Prompts], sigmas: Tensor, sampler: str, guidance: float, seed: int,
+def generate(model: MMDiT, config: Config, prompts: list[Prompts], sigmas: Tensor, sampler: str,
+             guidance: float, seed: int,
              progress: Callable[[int], None] = lambda n: None) -> tuple[list[Tensor], float]:
     """(latents per size, seconds in the model); prompt i of all starts from the noise of seed + i."""
     device = next(model.parameters()).device
@@ -67,7 +71,8 @@ def generate(model: MMDiT, config: Config, prompts: list[Prompts], sigmas: Tenso
 
 
 class Reference(NamedTuple):
-    """Renders to measure against, and the floor: the prompts' own renders, measured like a model's samples."""
+    """Renders to measure against, and the floor:
+    the prompts' own renders, measured like a model's samples."""
     features: tuple[Tensor, Tensor]    # [n, f] of renders of other scenes, in both feature spaces
     grades: Tensor                     # [n, A] of the prompts' own renders
     floor: dict
@@ -77,7 +82,8 @@ def look(latents: list[Tensor], objects: int) -> tuple[tuple[Tensor, Tensor], Te
     """(features in both spaces, grades) of the decoded latents of all sizes."""
     images = [shapes.decode(x.cpu()) for x in latents]
     gather = lambda f: torch.cat([f(x) for x in images])
-    return (gather(metrics.features_random), gather(metrics.features_hand)), gather(lambda x: shapes.grade(x, objects))
+    return ((gather(metrics.features_random), gather(metrics.features_hand)),
+            gather(lambda x: shapes.grade(x, objects)))
 
 
 def score(latents: list[Tensor], prompts: list[Prompts], objects: int, reference: Reference) -> dict:
@@ -87,7 +93,8 @@ def score(latents: list[Tensor], prompts: list[Prompts], objects: int, reference
     density, coverage = metrics.density_coverage(reference.features[0], feats)
     grades = shapes.align(grades, codes)
     accuracy = metrics.prompt_accuracy(grades, codes)
-    return {"fd": metrics.frechet(reference.features[0], feats), "fd2": metrics.frechet(reference.features[1], feats2),
+    return {"fd": metrics.frechet(reference.features[0], feats),
+            "fd2": metrics.frechet(reference.features[1], feats2),
             "prompt_accuracy": accuracy["all"], "coverage": coverage, "density": density,
             "entropy": metrics.attribute_entropy(grades, codes, reference.grades),
             "readable": float((grades[:, -1] >= 0).float().mean()), "accuracy": accuracy}
@@ -102,51 +109,58 @@ def make_reference(config: Config, prompts: list[Prompts], n: int, seed: int) ->
     return reference._replace(floor=score(own, prompts, config.objects, reference))
 
 
-def measure(model: MMDiT, config: Config, prompts: list[Prompts], reference: Reference, steps: int, sampler: str, guidance: float = 1.0,
-            levels: tuple[float, ...] | None = None, seed: int = 0, progress: Callable[[int], None] = lambda n: None) -> dict:
+def measure(model: MMDiT, config: Config, prompts: list[Prompts], reference: Reference, steps: int,
+            sampler: str, guidance: float = 1.0, levels: tuple[float, ...] | None = None, seed: int = 0,
+            progress: Callable[[int], None] = lambda n: None) -> dict:
     """One row: `steps` levels evenly spaced, or the given unshifted ones; images by `sampler`."""
     sigmas = flow.euler_levels(steps, config.shift) if levels is None else \
         flow.shift(torch.tensor((*levels, 0.0)), config.shift)
     latents, seconds = generate(model, config, prompts, sigmas, sampler, guidance, seed, progress)
     row = score(latents, prompts, config.objects, reference)
     n = sum(len(p.captions) for p in prompts)
-    return {"sampler": sampler, "steps": steps, "guidance": guidance, "nfe": steps * (1 if guidance == 1 else 2), **row,
-            "ms_per_image": 1000 * seconds / n}
+    return {"sampler": sampler, "steps": steps, "guidance": guidance,
+            "nfe": steps * (1 if guidance == 1 else 2), **row, "ms_per_image": 1000 * seconds / n}
 
 
 def quality(config: Config, student: MMDiT, prompts: list[Prompts], reference: Reference) -> dict[str, float]:
     """Frechet distance and prompt accuracy at 1 step and at all levels."""
     out = {"floor_fd": reference.floor["fd"]}
     for steps in (1, len(config.levels)):
-        row = measure(student, config, prompts, reference, steps, config.sampler, levels=levels_of(config.levels, steps))
-        out |= {f"fd_{steps}": row["fd"], f"prompt_accuracy_{steps}": row["prompt_accuracy"], f"entropy_{steps}": row["entropy"]}
+        row = measure(student, config, prompts, reference, steps, config.sampler,
+                      levels=levels_of(config.levels, steps))
+        out |= {f"fd_{steps}": row["fd"], f"prompt_accuracy_{steps}": row["prompt_accuracy"],
+                f"entropy_{steps}": row["entropy"]}
     return out
 
 
-def pictures(config: Config, model: MMDiT, prompts: list[Prompts], sigmas: Tensor, sampler: str, guidance: float = 1.0) -> list[Tensor]:
+def pictures(config: Config, model: MMDiT, prompts: list[Prompts], sigmas: Tensor, sampler: str,
+             guidance: float = 1.0) -> list[Tensor]:
     latents, _ = generate(model, config, prompts, sigmas, sampler, guidance, seed=0)
     return [image for x in latents for image in shapes.decode(x)]
 
 
 def student_pictures(config: Config, model: MMDiT, prompts: list[Prompts]) -> dict[str, list[Tensor]]:
     sigmas = lambda n: flow.shift(torch.tensor((*levels_of(config.levels, n), 0.0)), config.shift)
-    return {f"student {n}": pictures(config, model, prompts, sigmas(n), config.sampler) for n in step_counts(config.levels)}
+    return {f"student {n}": pictures(config, model, prompts, sigmas(n), config.sampler)
+            for n in step_counts(config.levels)}
 
 
 def save_grid(config: Config, student: MMDiT, prompts: list[Prompts], path: Path) -> None:
     """The student's samples for fixed prompts and seeds."""
-    sheet = contact_sheet(student_pictures(config, student, prompts), [c for p in prompts for c in p.captions], cell=64)
+    sheet = contact_sheet(student_pictures(config, student, prompts),
+                          [c for p in prompts for c in p.captions], cell=64)
     save_png(sheet, path, {"parameters": f"sampler: {config.sampler}, seeds from 0"})
 
 
 @torch.no_grad()
-def duel(student: MMDiT, teacher: MMDiT, heads: Discriminator, latents: Latents, config: DistillConfig, n: int,
-         holdout: int) -> dict[str, float]:
+def duel(student: MMDiT, teacher: MMDiT, heads: Discriminator, latents: Latents, config: DistillConfig,
+         n: int, holdout: int) -> dict[str, float]:
     """How well the heads tell apart, over held-out latents of the first bucket and four bands of sigma_d.
 
-    auc: held-out real against fake (near .5: the heads are too weak; near 1: too strong). auc_memory: real from training against
-    held-out (above .5: the heads have memorised). auc_null: one half of the held-out reals against the other (off .5: a leak). gap_k: mean
-    logit of real less fake of head k. hinge_<level>: the hinge loss in bands of sigma_d.
+    auc: held-out real against fake (near .5: the heads are too weak; near 1: too strong).
+    auc_memory: real from training against held-out (above .5: the heads have memorised).
+    auc_null: one half of the held-out reals against the other (off .5: a leak).
+    gap_k: mean logit of real less fake of head k. hinge_<level>: the hinge loss in bands of sigma_d.
     """
     device, g = next(teacher.parameters()).device, torch.Generator().manual_seed(0)
     bucket = min(latents.buckets)
@@ -158,12 +172,14 @@ def duel(student: MMDiT, teacher: MMDiT, heads: Discriminator, latents: Latents,
         x0, text = batch.x0.to(device), Text(batch.context.to(device), batch.pooled.to(device))
         drawn = draw(x0, config.easy_steps, config, g)
         if fake:
-            out = fake_pass(student, teacher, heads, x0, text, drawn, replace(config, distill_weight=0.0)).feats
+            out = fake_pass(student, teacher, heads, x0, text, drawn,
+                            replace(config, distill_weight=0.0)).feats
         else:
             out = taps_of(teacher, heads, flow.noised(x0, drawn.eps_d, drawn.sigma_d), drawn.sigma_d, text)
         return heads(out, drawn.sigma_d, text.pooled, grid_of(teacher, x0)).float().cpu(), drawn.sigma_d.cpu()
 
-    (held, sigma_r), (fake, sigma_f), (seen, _) = logits(size - n, False), logits(size - n, True), logits(0, False)
+    (held, sigma_r), (fake, sigma_f), (seen, _) = (
+        logits(size - n, False), logits(size - n, True), logits(0, False))
     mean = lambda x: x.mean((0, 2, 3))                                         # one value a sample
     out = {"auc": metrics.auc(mean(held), mean(fake)), "auc_memory": metrics.auc(mean(seen), mean(held)),
            "auc_null": metrics.auc(mean(held[:, ::2]), mean(held[:, 1::2]))}
@@ -182,6 +198,7 @@ def world_latents(config: Config, n: int, seed: int) -> Latents:
     number = {c: i for i, c in enumerate(captions)}
     text = embed(config, captions, torch.device("cpu"))
     null = tuple(t[0] for t in embed(config, [""], torch.device("cpu")))
-    buckets = {tuple(p.latents.shape[2:]): (p.latents, torch.tensor([number[c] for c in p.captions])) for p in parts}
+    buckets = {tuple(p.latents.shape[2:]): (p.latents, torch.tensor([number[c] for c in p.captions]))
+               for p in parts}
     codes = torch.tensor([shapes.parse(c, config.objects) for c in captions])
     return Latents(captions, *text, codes, null, buckets, {})

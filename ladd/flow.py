@@ -1,6 +1,7 @@
 """Schedule algebra of rectified flow and the samplers of noise levels. Pure functions.
 
-sigma is the noise level in [0, 1]: 0 is the clean latent x0, 1 is Gaussian noise eps. Source: Esser et al. 2024 (SD3), Sec. 2-3.
+sigma is the noise level in [0, 1]: 0 is the clean latent x0, 1 is Gaussian noise eps.
+Source: Esser et al. 2024 (SD3), Sec. 2-3.
 """
 import torch
 from torch import Tensor
@@ -33,7 +34,8 @@ def to_eps(xt: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
 
 
 def shift(sigma: Tensor, a: float) -> Tensor:
-    """Resolution shift sigma' = a sigma / (1 + (a - 1) sigma), i.e. logit(sigma') = logit(sigma) + ln a (SD3, Eq. 23).
+    """Resolution shift sigma' = a sigma / (1 + (a - 1) sigma),
+    i.e. logit(sigma') = logit(sigma) + ln a (SD3, Eq. 23).
 
     The only place where a shift is applied: configurations and checkpoints hold unshifted levels.
     """
@@ -41,12 +43,14 @@ def shift(sigma: Tensor, a: float) -> Tensor:
 
 
 def logit_normal(n: int, mean: float, std: float, generator: torch.Generator) -> Tensor:
-    """n levels sigmoid(u), u ~ N(mean, std^2), on the CPU in fp32 (SD3, Sec. 3.1; LADD, Sec. 3.2 uses (1, 1) for the renoising)."""
+    """n levels sigmoid(u), u ~ N(mean, std^2), on the CPU in fp32
+    (SD3, Sec. 3.1; LADD, Sec. 3.2 uses (1, 1) for the renoising)."""
     return torch.sigmoid(mean + std * torch.randn(n, generator=generator))
 
 
 def logit_normal_mixture(n: int, means: tuple[float, ...], std: float, generator: torch.Generator) -> Tensor:
-    """n levels, sample i from LogitNormal(means[i mod len], std): a stratified mixture with equal parts (our choice)."""
+    """n levels, sample i from LogitNormal(means[i mod len], std):
+    a stratified mixture with equal parts (our choice)."""
     centres = torch.tensor(means).repeat(-(-n // len(means)))[:n]
     return torch.sigmoid(centres + std * torch.randn(n, generator=generator))
 
@@ -56,13 +60,17 @@ def uniform(n: int, generator: torch.Generator) -> Tensor:
     return (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
 
 
-def student_levels(n: int, levels: tuple[float, ...], probs: tuple[float, ...], generator: torch.Generator) -> Tensor:
-    """n unshifted levels drawn from `levels` with probabilities `probs` (LADD: {1, .75, .5, .25} with [.7, .1, .1, .1])."""
-    return torch.tensor(levels)[torch.multinomial(torch.tensor(probs), n, replacement=True, generator=generator)]
+def student_levels(n: int, levels: tuple[float, ...], probs: tuple[float, ...],
+                   generator: torch.Generator) -> Tensor:
+    """n unshifted levels drawn from `levels` with probabilities `probs`
+    (LADD: {1, .75, .5, .25} with [.7, .1, .1, .1])."""
+    return torch.tensor(levels)[torch.multinomial(torch.tensor(probs), n, replacement=True,
+                                                  generator=generator)]
 
 
 def student_probs(step: int, probs: tuple[float, ...], warmup_steps: int) -> tuple[float, ...]:
-    """The level probabilities at `step`: uniform over the easier half (low noise) first, then `probs` (LADD, Sec. 4)."""
+    """The level probabilities at `step`: uniform over the easier half (low noise) first,
+    then `probs` (LADD, Sec. 4)."""
     half = len(probs) // 2
     return (0.0,) * half + (1 / (len(probs) - half),) * (len(probs) - half) if step < warmup_steps else probs
 

@@ -19,6 +19,7 @@ from kernels import Kernels
 HEAD_DIM = 64
 FREQUENCIES = 256        # width of the sinusoidal level embedding
 BASE_GRID = 64           # positions span [0, 64) whatever the size of the stored table
+LEAST_SIGMA = 0.02       # below it a network that predicts x0 is not divided by sigma any further
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,22 @@ class MMDiTConfig:
     qk_norm: bool = False                # RMS norm of queries and keys (SD3.5)
     dual_blocks: tuple[int, ...] = ()    # blocks with a second, image-only attention (SD3.5-medium)
     pos_grid: int = 192                  # side of the stored position table, in patches
+    predicts: str = "v"                  # what the final layer's output is: "v" (SD3) or "x0",
+                                         # from which forward makes v
 
     def __post_init__(self):
+        if self.predicts not in ("v", "x0"):
+            raise ValueError(f"MMDiT: predicts {self.predicts!r}; 'v' or 'x0' expected")
         if self.width % HEAD_DIM or self.depth < 1:
-            raise ValueError(f"MMDiT: width {self.width} and depth {self.depth}: width is a multiple of {HEAD_DIM}, depth at least 1")
+            raise ValueError(f"MMDiT: width {self.width} and depth {self.depth}: "
+                             f"width is a multiple of {HEAD_DIM}, depth at least 1")
         if any(not 0 <= i < self.depth for i in self.dual_blocks):
             raise ValueError(f"MMDiT: dual_blocks {self.dual_blocks} out of range for depth {self.depth}")
 
 
 class Linear(nn.Linear):
-    """A linear layer that computes in its input's dtype: fp32 master weights serve a bf16 pass, gradients arrive in fp32."""
+    """A linear layer that computes in its input's dtype:
+    fp32 master weights serve a bf16 pass, gradients arrive in fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
@@ -110,8 +117,8 @@ class Mlp(nn.Module):
 class Stream(nn.Module):
     """The weights of one stream in one block; the algebra is JointBlock.forward.
 
-    `chunks` modulation vectors: 6 (shift, scale, gate of attention, then of the MLP), 9 with a second attention (its
-    shift, scale, gate last), 2 in the last text block, which only feeds keys and values.
+    `chunks` modulation vectors: 6 (shift, scale, gate of attention, then of the MLP), 9 with a second
+    attention (its shift, scale, gate last), 2 in the last text block, which only feeds keys and values.
     """
 
     def __init__(self, width: int, qk_norm: bool, chunks: int):
@@ -138,7 +145,8 @@ class JointBlock(nn.Module):
         self.context_block = Stream(width, config.qk_norm, 2 if last else 6)
         self.x_block = Stream(width, config.qk_norm, 9 if index in config.dual_blocks else 6)
 
-    def forward(self, x_img: Tensor, x_txt: Tensor, cond: Tensor, need_txt: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x_img: Tensor, x_txt: Tensor, cond: Tensor,
+                need_txt: bool) -> tuple[Tensor, Tensor | None]:
         """(x_img, x_txt) after the block; x_txt is None where need_txt is False and its work is not done."""
         k, img, txt = self.kernels, self.x_block, self.context_block
         m, t = img.modulation(cond), txt.modulation(cond)
@@ -183,7 +191,8 @@ class FinalLayer(nn.Module):
 
 
 def sinusoid(sigma: Tensor, dim: int = FREQUENCIES) -> Tensor:
-    """[cos, sin] of 1000 sigma f_i with f_i = 10000^(-i / (dim / 2)); sigma [b] -> [b, dim], fp32 or better."""
+    """[cos, sin] of 1000 sigma f_i with f_i = 10000^(-i / (dim / 2));
+    sigma [b] -> [b, dim], fp32 or better."""
     half = dim // 2
     acc = torch.float64 if sigma.dtype == torch.float64 else torch.float32
     f = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=acc, device=sigma.device))
@@ -192,18 +201,24 @@ def sinusoid(sigma: Tensor, dim: int = FREQUENCIES) -> Tensor:
 
 
 def position_table(grid: int, width: int) -> Tensor:
-    """The fixed 2-D sin-cos table [1, grid^2, width] of SD3: first half column, second half row, each [sin | cos]."""
+    """The fixed 2-D sin-cos table [1, grid^2, width] of SD3:
+    first half column, second half row, each [sin | cos]."""
     pos = torch.arange(grid, dtype=torch.float64) * BASE_GRID / grid
     omega = 10000 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    axis = torch.cat([(pos[:, None] * omega).sin(), (pos[:, None] * omega).cos()], 1)        # [grid, d / 2]
-    table = torch.cat([axis.expand(grid, -1, -1), axis[:, None].expand(-1, grid, -1)], -1)   # [row, column, d]
+    axis = torch.cat([(pos[:, None] * omega).sin(), (pos[:, None] * omega).cos()], 1)       # [grid, d / 2]
+    table = torch.cat([axis.expand(grid, -1, -1), axis[:, None].expand(-1, grid, -1)], -1)  # [row, column, d]
     return table.reshape(1, grid * grid, width).float()
 
 
 class MMDiT(nn.Module):
     """Predicts the velocity v = eps - x0 of a noised latent from its level and text.
 
-    compute_dtype: activations' dtype inside; parameters keep theirs (fp32 masters with bf16 compute while training).
+    compute_dtype: activations' dtype inside; parameters keep theirs
+    (fp32 masters with bf16 compute while training).
+
+    With predicts="x0" the output layer gives x0_hat and v = (x - x0_hat) / max(sigma, LEAST_SIGMA):
+    a narrow network need not carry the noise, which fills every dimension of a patch, through its width
+    (Li & He 2025, "Back to Basics", JiT); not for SD3's weights.
     """
 
     def __init__(self, config: MMDiTConfig, kernels: Kernels, compute_dtype: torch.dtype = torch.float32):
@@ -220,7 +235,8 @@ class MMDiT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier products, zero modulation and output (Peebles & Xie 2023): every block starts as the identity."""
+        """Xavier products, zero modulation and output (Peebles & Xie 2023):
+        every block starts as the identity."""
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 zero = "adaLN_modulation" in name or name == "final_layer.linear"
@@ -238,20 +254,23 @@ class MMDiT(nn.Module):
         c, p = self.config, self.config.patch
         b, h, w = x.shape[0], x.shape[-2], x.shape[-1]
         if x.ndim != 4 or x.shape[1] != c.in_channels or h % p or w % p or max(h, w) > p * c.pos_grid:
-            raise ValueError(f"MMDiT: x {tuple(x.shape)}; [b, {c.in_channels}, h, w] expected, h and w multiples of {p}, "
-                             f"at most {p * c.pos_grid}")
-        if sigma.shape != (b,) or pooled.shape != (b, c.pooled_dim) or context.ndim != 3 or context.shape[::2] != (b, c.context_dim):
-            raise ValueError(f"MMDiT: sigma {tuple(sigma.shape)}, context {tuple(context.shape)}, pooled {tuple(pooled.shape)}; "
+            raise ValueError(f"MMDiT: x {tuple(x.shape)}; [b, {c.in_channels}, h, w] expected, "
+                             f"h and w multiples of {p}, at most {p * c.pos_grid}")
+        if (sigma.shape != (b,) or pooled.shape != (b, c.pooled_dim)
+                or context.ndim != 3 or context.shape[::2] != (b, c.context_dim)):
+            raise ValueError(f"MMDiT: sigma {tuple(sigma.shape)}, context {tuple(context.shape)}, "
+                             f"pooled {tuple(pooled.shape)}; "
                              f"[{b}], [{b}, l, {c.context_dim}], [{b}, {c.pooled_dim}] expected")
         if any(not 0 <= i < c.depth for i in taps) or list(taps) != sorted(set(taps)):
             raise ValueError(f"MMDiT: taps {tuple(taps)}; ascending block indices below {c.depth} expected")
 
     def forward(self, x: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor, taps: Sequence[int] = (),
                 stop_at_last_tap: bool = False) -> Tensor | tuple[Tensor | None, list[Tensor]]:
-        """v [b, c, h, w] in x's dtype; with taps (v, feats), feats the image tokens [b, l, d] after those blocks.
+        """v [b, c, h, w] in x's dtype;
+        with taps (v, feats), feats the image tokens [b, l, d] after those blocks.
 
-        x [b, c, h, w]; sigma [b] in [0, 1]; context [b, l, context_dim]; pooled [b, pooled_dim]. With stop_at_last_tap the
-        pass ends there and v is None. Raises ValueError where a shape does not fit.
+        x [b, c, h, w]; sigma [b] in [0, 1]; context [b, l, context_dim]; pooled [b, pooled_dim].
+        With stop_at_last_tap the pass ends there and v is None. Raises ValueError where a shape does not fit.
         """
         self.check(x, sigma, context, pooled, taps)
         if stop_at_last_tap and not taps:
@@ -268,12 +287,16 @@ class MMDiT(nn.Module):
                 feats.append(x_img)
         if stop_at_last_tap:
             return None, feats
-        v = rearrange(self.final_layer(x_img, cond), "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], p=p, q=p).to(x.dtype)
+        v = rearrange(self.final_layer(x_img, cond), "b (h w) (p q c) -> b c (h p) (w q)",
+                      h=grid[0], p=p, q=p).to(x.dtype)
+        if self.config.predicts == "x0":
+            v = (x - v) / sigma.to(x.dtype).clamp(min=LEAST_SIGMA)[:, None, None, None]
         return (v, feats) if taps else v
 
 
 def shrunk(teacher: MMDiT, depth: int) -> MMDiT:
-    """A student initialised from the teacher: a copy, or `depth` of its blocks taken evenly, first and last among them."""
+    """A student initialised from the teacher:
+    a copy, or `depth` of its blocks taken evenly, first and last among them."""
     full = teacher.config.depth
     if not 1 <= depth <= full:
         raise ValueError(f"student depth {depth}; 1 to the teacher's {full} expected")

@@ -22,17 +22,20 @@ def pick_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    return (torch.cuda.get_device_name(device) if device.type == "cuda"
+            else f"cpu, {torch.get_num_threads()} threads")
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """auto is bf16 where the device computes in it (on the CPU: where its matrix library does), else fp32."""
-    has = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    has = (torch.cuda.is_bf16_supported() if device.type == "cuda"
+           else torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return torch.bfloat16 if precision == "bf16" or precision == "auto" and has else torch.float32
 
 
 def frozen(model: MMDiT, dtype: torch.dtype, device: torch.device) -> MMDiT:
-    """A copy for inference and for gradients through it: weights in the compute dtype, none of them trains."""
+    """A copy for inference and for gradients through it:
+    weights in the compute dtype, none of them trains."""
     out = copy.deepcopy(model).to(device, dtype).requires_grad_(False).eval()
     out.compute_dtype = dtype
     return out
@@ -44,9 +47,11 @@ def step_counts(levels: tuple[float, ...]) -> list[int]:
 
 
 def levels_of(levels: tuple[float, ...], steps: int) -> tuple[float, ...]:
-    """The student's levels for fewer steps: every second for half of them, the first for 1 (Sauer et al. 2024, Sec. 4)."""
+    """The student's levels for fewer steps: every second for half of them, the first for 1
+    (Sauer et al. 2024, Sec. 4)."""
     if steps not in step_counts(levels):
-        raise InputError(f"steps: found {steps}, the student was trained for {step_counts(levels)[::-1]}; --sigmas takes other levels")
+        raise InputError(f"steps: found {steps}, the student was trained for {step_counts(levels)[::-1]}; "
+                         "--sigmas takes other levels")
     return levels[::len(levels) // steps]
 
 
@@ -72,7 +77,8 @@ def command() -> str:
 
 
 class Log:
-    """log.jsonl: one object a line. Lines of a stage beyond the step that it resumes at are dropped, so no step stands twice."""
+    """log.jsonl: one object a line. Lines of a stage beyond the step that it resumes at are dropped,
+    so no step stands twice."""
 
     def __init__(self, folder: Path, stage: str, resume_at: int):
         self.path, self.stage = folder / "log.jsonl", stage
@@ -107,7 +113,8 @@ def curves(folder: Path, stage: str) -> dict[str, list]:
 
 
 class Stopper:
-    """True after SIGINT or SIGTERM: the loops look after each step, save and end with code 0. A second signal ends at once."""
+    """True after SIGINT or SIGTERM: the loops look after each step, save and end with code 0.
+    A second signal ends at once."""
 
     def __init__(self):
         self.signal = None

@@ -1,6 +1,7 @@
 """Samplers: Euler with guidance for the teacher, few steps for the student. Pure functions over given noise.
 
-`sigmas` are the final levels, descending, ending in 0. Source: Esser et al. 2024; Sauer et al. 2024, Sec. 4 (student).
+`sigmas` are the final levels, descending, ending in 0.
+Source: Esser et al. 2024; Sauer et al. 2024, Sec. 4 (student).
 """
 from collections.abc import Callable
 
@@ -13,12 +14,14 @@ from ladd.mmdit import MMDiT
 
 
 def image_noise(seeds: list[int], shape: tuple[int, ...]) -> Tensor:
-    """Noise [len(seeds), *shape]: image i from its own generator, on the CPU in fp32, whatever the device or batch."""
+    """Noise [len(seeds), *shape]: image i from its own generator, on the CPU in fp32,
+    whatever the device or batch."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
 
 def guided(model: MMDiT, null: Text, guidance: float) -> Callable[[Tensor, Tensor, Text], Tensor]:
-    """v(x, sigma, text) with classifier-free guidance v_null + guidance (v_text - v_null); 1 is none and costs one evaluation.
+    """v(x, sigma, text) with classifier-free guidance v_null + guidance (v_text - v_null);
+    1 is none and costs one evaluation.
 
     null: the embedded empty prompt, [l, context_dim] and [pooled_dim].
     """
@@ -34,7 +37,8 @@ def guided(model: MMDiT, null: Text, guidance: float) -> Callable[[Tensor, Tenso
 
 @torch.no_grad()
 def euler(v: Callable, noise: Tensor, text: Text, sigmas: Tensor) -> Tensor:
-    """x0 from noise by x += (sigma' - sigma) v over consecutive levels; one evaluation (two if guided) a level."""
+    """x0 from noise by x += (sigma' - sigma) v over consecutive levels;
+    one evaluation (two if guided) a level."""
     x = noise
     for now, then in zip(sigmas[:-1], sigmas[1:]):
         x = x + (then - now) * v(x, now.expand(x.shape[0]).to(x.device), text)
@@ -43,7 +47,8 @@ def euler(v: Callable, noise: Tensor, text: Text, sigmas: Tensor) -> Tensor:
 
 @torch.no_grad()
 def renoise(v: Callable, noise: Tensor, text: Text, sigmas: Tensor, seeds: list[int]) -> Tensor:
-    """x0 from noise by predicting x0_hat and noising it anew to the next level, which is what LADD shows the student in training."""
+    """x0 from noise by predicting x0_hat and noising it anew to the next level,
+    which is what LADD shows the student in training."""
     x, shape = noise, tuple(noise.shape[1:])
     for i, (now, then) in enumerate(zip(sigmas[:-1], sigmas[1:])):
         sigma = now.expand(x.shape[0]).to(x.device)
@@ -53,8 +58,8 @@ def renoise(v: Callable, noise: Tensor, text: Text, sigmas: Tensor, seeds: list[
     return x
 
 
-def sample(model: MMDiT, noise: Tensor, text: Text, sigmas: Tensor, sampler: str, seeds: list[int], null: Text | None = None,
-           guidance: float = 1.0) -> Tensor:
+def sample(model: MMDiT, noise: Tensor, text: Text, sigmas: Tensor, sampler: str, seeds: list[int],
+           null: Text | None = None, guidance: float = 1.0) -> Tensor:
     """Latents [b, c, h, w] from noise by the sampler named "euler" or "renoise"."""
     if sampler not in ("euler", "renoise"):
         raise ValueError(f"sample: found sampler {sampler!r}, accepted are euler and renoise")

@@ -1,7 +1,7 @@
 """The built-in world: captioned scenes of one or two coloured shapes, latent codec, word embeddings, grader.
 
 No download, everything follows from a seed. A scene is a row of attributes (integers, -1 = open, unreadable)
-and a geometry (cx of W, cy of H, r of sqrt(H W)). Images are in [-1, 1]. All constants are our choice.
+and a geometry (cx of W, cy of H, r in `unit`s). Images are in [-1, 1]. All constants are our choice.
 Letters: n images, a attributes, o objects, h/w here pixels, p = h w.
 """
 import difflib
@@ -16,12 +16,13 @@ from torch import Tensor
 from ladd.config import InputError
 
 SIZES, COLOURS = ("small", "large"), ("red", "green", "blue", "yellow")
-SHAPES, POSITIONS = ("circle", "square", "triangle", "cross"), ("left", "right", "top", "bottom")
+SHAPES, POSITIONS = ("circle", "triangle", "cross", "square"), ("left", "right", "top", "bottom")
 RELATIONS, BACKGROUNDS = ("left of", "right of", "above", "below"), ("on black", "on gray", "on white")
 ANY_SHAPE = "shape"                                   # the noun of a caption that leaves the shape open
 ATTRIBUTES = {1: ("size", "colour", "shape", "position", "background"),
               2: ("size", "colour", "shape", "relation", "size2", "colour2", "shape2", "background")}
-PHRASES = {1: (SIZES, COLOURS, SHAPES, POSITIONS, BACKGROUNDS),
+# one object goes without squares: a small teacher draws corners last, and without them a square is a circle
+PHRASES = {1: (SIZES, COLOURS, SHAPES[:3], POSITIONS, BACKGROUNDS),
            2: (SIZES, COLOURS, SHAPES, RELATIONS, SIZES, COLOURS, SHAPES, BACKGROUNDS)}
 CHOICES = {objects: tuple(map(len, phrases)) for objects, phrases in PHRASES.items()}
 _words = lambda columns: list(dict.fromkeys(" ".join(sum(columns, (ANY_SHAPE,))).split()))
@@ -29,17 +30,17 @@ VOCAB = _words(PHRASES[1] + PHRASES[2])
 
 INK = torch.tensor([[.8, -.8, -.8], [-.8, .55, -.75], [-.75, -.55, .8], [.8, .7, -.8]])   # of COLOURS
 PAPER = torch.tensor([[-.8] * 3, [0.] * 3, [.8] * 3])                                     # of BACKGROUNDS
-# (least, most) r of sqrt(H W) for small and large; four large radii of two objects and a gap fit into 192x320
-RADII = {1: ((.18, .21), (.27, .31)), 2: ((.09, .105), (.15, .175))}
+# (least, most) r in units for small and large; four large radii of two objects and a gap fit into 192x320
+RADII = {1: ((.25, .26), (.355, .365)), 2: ((.09, .105), (.15, .175))}
 SQUARE, TALL, ARM = .88, 1.725, .36                   # half a side, height, half thickness of an arm; in r
-AREA = torch.tensor([math.pi, 4 * SQUARE**2, TALL**2 / math.sqrt(3), 8 * ARM - 4 * ARM**2])   # in r^2
-SINK = torch.tensor([0., 0., TALL / 6, 0.])           # centroid below the centre of the bounding box, in r
-GAP = .04                                             # least gap between two objects, of sqrt(H W)
+AREA = torch.tensor([math.pi, TALL**2 / math.sqrt(3), 8 * ARM - 4 * ARM**2, 4 * SQUARE**2])   # in r^2
+SINK = torch.tensor([0., TALL / 6, 0., 0.])           # centroid below the centre of the bounding box, in r
+GAP = .04                                             # least gap between two objects, in units
 
 
 class Scenes(NamedTuple):
     attributes: Tensor                                # [n, a] int64
-    geometry: Tensor                                  # [n, o, 3] float32: cx of W, cy of H, r of sqrt(H W)
+    geometry: Tensor                                  # [n, o, 3] float32: cx of W, cy of H, r in units
 
 
 def _columns(objects: int) -> tuple[str, ...]:
@@ -53,6 +54,14 @@ def _check_size(hw: tuple[int, int]) -> None:
         raise InputError(f"image size (H, W): found {tuple(hw)}, accepted are positive multiples of 16")
 
 
+def unit(hw: tuple[int, int], objects: int) -> float:
+    """Pixels that radii count in. One object: the short side, from which its offset about the image's centre
+    follows too. MMDiT's position table is cropped about its centre, so sizes whose sides in patches agree in
+    parity show one scene at the same positions, and a small network need not learn each aspect ratio anew
+    (measured: README). Two objects: sqrt(H W)."""
+    return float(min(hw)) if objects == 1 else math.sqrt(hw[0] * hw[1])
+
+
 def swap(attributes: Tensor) -> Tensor:
     """The same scenes told from the other object: "A left of B" is "B right of A". [..., 8] -> [..., 8]"""
     out = attributes[..., [4, 5, 6, 3, 0, 1, 2, 7]]
@@ -61,7 +70,8 @@ def swap(attributes: Tensor) -> Tensor:
 
 
 def is_heldout(attributes: Tensor) -> Tensor:
-    """Whether a scene shows one of 6 held-out (colour, shape, position | relation) of 64, told either way."""
+    """Whether a scene shows one of 6 held-out (colour, shape, relation) of 64, told either way; with one object
+    one of 4 (colour, shape, position) of 48."""
     _, colour, shape, place = attributes[..., :4].unbind(-1)
     held = ((colour + shape) % 4 == place) & ((2 * colour + shape) % 8 % 3 == 1)
     return held | is_heldout(swap(attributes)[..., :4]) if attributes.shape[-1] == 8 else held
@@ -80,25 +90,26 @@ def sample_scenes(n: int, hw: tuple[int, int], objects: int, generator: torch.Ge
     _columns(objects), _check_size(hw)
     rand, rows = lambda *size: torch.rand(*size, generator=generator), _rows(objects, heldout)
     attributes = rows[torch.randint(len(rows), (n,), generator=generator)]
-    side, unit = torch.tensor([hw[1], hw[0]]).float(), math.sqrt(hw[0] * hw[1])
+    side, px = torch.tensor([hw[1], hw[0]]).float(), unit(hw, objects)
     least, most = torch.tensor(RADII[objects])[attributes[:, [0, 4][:objects]]].unbind(-1)
-    r = (least + (most - least) * rand(n, objects)) * unit              # [n, o] pixels
+    r = (least + (most - least) * rand(n, objects)) * px                # [n, o] pixels
     place = attributes[:, 3]
     main = F.one_hot(place // 2, 2).bool()                              # [n, 2] the axis of the word
     sign = torch.where(place % 2 == 0, -1., 1.)[:, None]
-    if objects == 1:       # in units of the free way: .5 to 1 along the word's axis, at most .35 across
-        way = torch.where(main, sign * (.5 + .5 * rand(n, 1)), .7 * rand(n, 1) - .35)
-        centre = (side / 2 + way * (side / 2 - r))[:, None]
+    if objects == 1:       # in units of the short side's free way:
+                           # .75 to .85 along the word's axis, at most .1 across
+        way = torch.where(main, sign * (.75 + .1 * rand(n, 1)), .2 * rand(n, 1) - .1)
+        centre = (side / 2 + way * (min(hw) / 2 - r))[:, None]
     else:                  # step from the first centre to the second, then the pair anywhere inside
         both = r.sum(1, keepdim=True)
-        along = both + GAP * unit + rand(n, 1) * (side - 2 * both - GAP * unit)     # [n, 2]
+        along = both + GAP * px + rand(n, 1) * (side - 2 * both - GAP * px)         # [n, 2]
         across = (2 * rand(n, 1) - 1) * torch.minimum(.4 * along.flip(1), side - both)
         step = torch.where(main, -sign * along, across)
         low = torch.maximum(r[:, :1], r[:, 1:] - step)
         high = torch.minimum(side - r[:, :1], side - r[:, 1:] - step)
         first = low + rand(n, 2) * (high - low)
         centre = torch.stack([first, first + step], 1)
-    return Scenes(attributes, torch.cat([centre / side, r[..., None] / unit], -1))
+    return Scenes(attributes, torch.cat([centre / side, r[..., None] / px], -1))
 
 
 # --- renderer ---
@@ -108,9 +119,9 @@ def _distance(shape: int, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
     if shape == 0:
         return (x.square() + y.square()).sqrt() - r
     x = x.abs()
-    if shape == 1:
+    if shape == 3:
         return torch.maximum(x, y.abs()) - SQUARE * r
-    if shape == 2:
+    if shape == 1:
         return torch.maximum(.5 * (math.sqrt(3) * x - y - TALL / 2 * r), y - TALL / 2 * r)
     y = y.abs()
     return torch.minimum(torch.maximum(x - r, y - ARM * r), torch.maximum(x - ARM * r, y - r))
@@ -127,7 +138,7 @@ def render(scenes: Scenes, hw: tuple[int, int]) -> Tensor:
     _check_size(hw)
     h, w = hw
     chunk, out = max(1, 2**18 // (h * w)), torch.empty(len(scenes.attributes), 3, h, w)
-    scale = torch.tensor([w, h, math.sqrt(h * w)])
+    scale = torch.tensor([w, h, unit(hw, scenes.geometry.shape[1])])
     for attributes, geometry, images in zip(*(t.split(chunk) for t in (*scenes, out))):
         images.copy_(PAPER[attributes[:, -1], :, None, None].expand_as(images))
         for o in range(geometry.shape[1]):
@@ -222,7 +233,8 @@ def embed(texts: list[str], length: int, dim: int) -> tuple[Tensor, Tensor]:
 
 SCALE, SHIFT = 1.5305, .0609                          # SD3's affine: latent = (z - SHIFT) * SCALE
 # (colour axis, vertical, horizontal frequency, gain) a channel; axes: luma, red - blue, red + blue - 2 green.
-# Gains: proportional to deviation^-.7 over the world, so that luma's mean has deviation 1 and the finest detail .3
+# Gains: proportional to deviation^-.7 over the world,
+# so that luma's mean has deviation 1 and the finest detail .3
 CHANNELS = ((0, 0, 0, .08), (0, 0, 1, .35), (0, 1, 0, .35), (0, 1, 1, .61), (0, 0, 2, .63), (0, 2, 0, .62),
             (1, 0, 0, .18), (1, 0, 1, .41), (1, 1, 0, .41), (1, 1, 1, .71), (1, 0, 2, .74),
             (2, 0, 0, .21), (2, 0, 1, .5), (2, 1, 0, .5), (2, 1, 1, .88), (2, 2, 0, .88))
@@ -254,15 +266,17 @@ def decode(latents: Tensor) -> Tensor:
 
 # --- grader ---
 
-# A scene is what has one body of ink per object on one paper; its shape and place may still be unreadable by themselves
+# A scene is what has one body of ink per object on one paper;
+# its shape and place may still be unreadable by themselves
 NEAR, FAR = .5, .6          # colour distances: a pixel of that palette entry; a pixel that no object explains
 LEAST_BODY = .5             # overlap with the best shape, below which there is no object
 LEAST_IOU = .7              # ... below which its shape is unreadable
 MOST_TIE = .8               # misfit of the best shape over that of the second, above which it is unreadable
 LEAST_INK = .25             # share of the object near its ink's colour
 MOST_STRAY = .2             # unexplained pixels, of the object's area
-LEAST_WAY = .25             # offset of a single object along its word's axis, of the free way; less has no place
-LIMITS = {1: (.13, .24, .4), 2: (.06, .125, .25)}                   # r: least, small | large, most
+LEAST_WAY = .25             # offset of a single object along its word's axis, of the short side's free way;
+                            # less has no place
+LIMITS = {1: (.19, .307, .47), 2: (.06, .125, .25)}                  # r in units: least, small | large, most
 
 
 def grade(images: Tensor, objects: int) -> Tensor:
@@ -300,13 +314,15 @@ def _grade(images: Tensor, objects: int) -> Tensor:
     shape, iou, tie, centre, r = (torch.stack(field, 1) for field in zip(*fits))    # [n, o], centre [n, o, 2]
 
     half = torch.tensor([w, h], device=images.device) / 2
-    free = (centre[:, 0] - half) / (half - r[:, :1]).clamp(min=1)               # [n, 2] as in sample_scenes
+    free = (centre[:, 0] - half) / (half.min() - r[:, :1]).clamp(min=1)         # [n, 2] as in sample_scenes
     way = free if objects == 1 else centre[:, 0] - centre[:, 1]
     main = way.abs().argmax(1)
-    r, (lower, middle, upper) = r / math.sqrt(h * w), LIMITS[objects]
-    ok = ((iou > LEAST_BODY) & (lower < r) & (r < upper) & (count[rows[:, None], 3 + colours] > LEAST_INK * area)).all(1)
+    r, (lower, middle, upper) = r / unit((h, w), objects), LIMITS[objects]
+    ok = ((iou > LEAST_BODY) & (lower < r) & (r < upper)
+          & (count[rows[:, None], 3 + colours] > LEAST_INK * area)).all(1)
     ok &= (least[:, 0] > FAR**2).sum(1) < MOST_STRAY * area.sum(1)
-    shape = torch.where((iou > LEAST_IOU) & (tie < MOST_TIE), shape, -1)
+    named = (iou > LEAST_IOU) & (tie < MOST_TIE) & (shape < len(PHRASES[objects][2]))
+    shape = torch.where(named, shape, -1)
     seen = torch.stack([(r > middle).long(), colours, shape], -1)               # [n, o, 3]
     place = torch.where(way[rows, main].abs() > LEAST_WAY, 2 * main + (way[rows, main] > 0), -1)
     codes = torch.cat([seen[:, 0], place[:, None], seen[:, 1:].flatten(1), background[:, None]], 1)

@@ -46,6 +46,17 @@ def test_every_size_is_inferred(tmp_path, change):
     assert load_mmdit(tmp_path / "m.safetensors").config == model.config
 
 
+def test_what_a_network_predicts_is_in_the_header(tmp_path):
+    model, path = tiny("plain", torch.float32, predicts="x0"), tmp_path / "m.safetensors"
+    save_mmdit(model, path, {"role": "teacher"})
+    loaded, inputs = load_mmdit(path), tiny_inputs(dtype=torch.float32)
+    assert loaded.config == model.config and load_metadata(path) == {"role": "teacher", "predicts": "x0"}
+    assert torch.equal(loaded(*inputs), model(*inputs))
+    save_file(model.state_dict(), path, {"predicts": "eps"})
+    with pytest.raises(InputError, match="m.safetensors: found .*'eps', accepted are v and x0"):
+        load_mmdit(path)
+
+
 def test_a_run_folder_stands_for_its_student(tmp_path):
     model = tiny("plain", torch.float32)
     with pytest.raises(InputError, match="found no checkpoints/student.safetensors"):

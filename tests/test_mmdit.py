@@ -8,7 +8,8 @@ from conftest import TINY, VARIANTS, assert_close, tiny, tiny_inputs
 from torch import Tensor
 
 import kernels
-from ladd.mmdit import MMDiT, MMDiTConfig, position_table, shrunk, sinusoid
+from ladd import flow
+from ladd.mmdit import LEAST_SIGMA, MMDiT, MMDiTConfig, position_table, shrunk, sinusoid
 
 all_variants = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -179,6 +180,24 @@ def test_published_sizes(depth, changes, parameters, table):
         model = MMDiT(MMDiTConfig(depth, 64 * depth, 4096, 2048, **changes), kernels.load("torch"))
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert [(name, b.numel()) for name, b in model.named_buffers()] == [("pos_embed", table)]
+
+
+def test_x0_prediction_is_the_same_network_read_another_way():
+    """v = (x - output) / sigma: x0_hat is the output itself at any level of a sampler; at 0 v stays finite."""
+    network, other = tiny("qk_norm"), tiny("qk_norm", predicts="x0")
+    other.load_state_dict(network.state_dict())
+    x, sigma, context, pooled = tiny_inputs()
+    output, v = network(x, sigma, context, pooled), other(x, sigma, context, pooled)
+    assert_close("v", v, (x - output) / sigma[:, None, None, None])
+    assert_close("x0_hat", flow.to_x0(x, v, sigma), output)
+    v, feats = other(x, sigma, context, pooled, taps=(0, 2))
+    assert_close("v beside taps", v, (x - output) / sigma[:, None, None, None])
+    assert_close("taps", feats[1], network(x, sigma, context, pooled, taps=(2,))[1][0])
+    zero = torch.zeros_like(sigma)
+    expected = (x - network(x, zero, context, pooled)) / LEAST_SIGMA
+    assert_close("v at 0", other(x, zero, context, pooled), expected)
+    with pytest.raises(ValueError, match="'eps'.*'v' or 'x0'"):
+        tiny(predicts="eps")
 
 
 # --- embeddings ---

@@ -131,6 +131,12 @@ def test_no_run_and_no_weights_are_tracked():
 
 # size
 
+def test_no_line_is_longer_than_110_columns():
+    lines = [(name_of(path), i + 1) for path in [*SOURCES, *TESTS]
+             for i, line in enumerate(path.read_text().splitlines()) if len(line) > 110]
+    assert not lines, lines
+
+
 def test_the_core_is_about_a_thousand_lines():
     lines = {name: len((ROOT / "ladd" / f"{name}.py").read_text().splitlines()) for name in CORE}
     assert sum(lines.values()) <= 1000, lines

@@ -24,9 +24,9 @@ from ladd.mmdit import MMDiT, MMDiTConfig
 from train import describe
 
 ROOT = Path(__file__).parents[1]
-RED, BLUE = "large red circle left on black", "small blue square"
-CONFIG = Config(name="demo", depth=2, width=64, taps=(0, 1), shift=3.0, guidance=2.0, sample_steps=6, sampler="euler",
-                sizes=("64x64", "48x80", "80x48"))
+RED, BLUE = "large red circle left on black", "small blue cross"
+CONFIG = Config(name="demo", depth=2, width=64, taps=(0, 1), shift=3.0, guidance=2.0, sample_steps=6,
+                sampler="euler", sizes=("64x64", "48x80", "80x48"))
 LEVELS = {1: [1, 0], 2: [1, .75, 0], 4: [1, .9, .75, .5, 0]}        # {1, .5}, {1, .75, .5, .25} shifted by 3
 
 
@@ -358,7 +358,7 @@ BAD = {  # name: (flags or a function of a folder that gives them, what the mess
     "unknown word": (RUN + ["--prompt", "large red circl"], "'circl', nearest known word is 'circle'"),
     "unknown word in a file": (lambda f: RUN + file_with(f, b"gren circle"), "'gren', nearest .* 'green'"),
     "word order": (RUN + ["--prompt", "circle red"], "found 'red' out of place"),
-    "two objects": (RUN + ["--prompt", "red circle above blue square"], "unknown word 'above'"),
+    "two objects": (RUN + ["--prompt", "red circle above blue cross"], "unknown word 'above'"),
     "size": (GOOD + ["--size", "60x64"], "60x64.*64x64"),
     "size form": (GOOD + ["--size", "64"], "'64': HxW"),
     "empty size": (GOOD + ["--size", ""], "'': HxW"),

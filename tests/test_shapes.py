@@ -11,7 +11,7 @@ from conftest import assert_close, rng
 from ladd import shapes
 from ladd.config import InputError
 
-ASPECTS = {1: [(48, 48), (48, 64), (64, 48), (64, 64)], 2: [(256, 256), (192, 320), (320, 192)]}
+ASPECTS = {1: [(48, 80), (80, 48), (48, 64), (64, 64)], 2: [(256, 256), (192, 320), (320, 192)]}
 WORLDS = [(objects, hw) for objects, all_hw in ASPECTS.items() for hw in all_hw]
 
 
@@ -36,16 +36,16 @@ def right(images, codes):
 def test_scenes_follow_their_words_and_stay_inside(objects, hw):
     scenes, images = draw(64, hw, objects)
     h, w = hw
-    r = scenes.geometry[..., 2] * math.sqrt(h * w)
+    r = scenes.geometry[..., 2] * shapes.unit(hw, objects)
     x, y = scenes.geometry[..., 0] * w, scenes.geometry[..., 1] * h
     assert (torch.minimum(x, w - x) >= r - 1e-3).all() and (torch.minimum(y, h - y) >= r - 1e-3).all()
     sizes = scenes.attributes[:, [0, 4][:objects]]
-    assert torch.equal(sizes == 1, scenes.geometry[..., 2] > {1: .24, 2: .13}[objects])
+    assert torch.equal(sizes == 1, scenes.geometry[..., 2] > {1: .307, 2: .13}[objects])
     place = scenes.attributes[:, 3]
     if objects == 1:
-        u, v = (x - w / 2) / (w / 2 - r), (y - h / 2) / (h / 2 - r)
+        u, v = (x - w / 2) / (min(hw) / 2 - r), (y - h / 2) / (min(hw) / 2 - r)
         offset = torch.cat([-u, u, -v, v], 1)
-        assert (offset.gather(1, place[:, None]) > .499).all() and (offset.argmax(1) == place).all()
+        assert (offset.gather(1, place[:, None]) > .749).all() and (offset.argmax(1) == place).all()
     else:
         dx, dy = x[:, 0] - x[:, 1], y[:, 0] - y[:, 1]
         assert (torch.stack([-dx, dx, -dy, dy], 1).argmax(1) == place).all()
@@ -66,7 +66,7 @@ def test_renderer_covers_the_area_of_each_shape(shape):
     assert cover.sum().item() == pytest.approx(shapes.AREA[shape].item() * 16**2, rel=.01)
     y = (cover.sum(1) * (torch.arange(64) + .5)).sum() / cover.sum()
     assert y.item() == pytest.approx(.55 * 64 + shapes.SINK[shape].item() * 16, abs=.1)
-    assert torch.unique((cover * 100).round()).numel() > 5 or shape in (1, 3)      # soft edges
+    assert torch.unique((cover * 100).round()).numel() > 5 or shape in (2, 3)      # soft edges
 
 
 def test_render_is_fast():
@@ -82,9 +82,12 @@ def test_heldout_combinations_never_appear(objects):
     seen = shapes.sample_scenes(6000, (64, 64), objects, rng()).attributes
     held = shapes.sample_scenes(500, (64, 64), objects, rng(), heldout=True).attributes
     assert not shapes.is_heldout(seen).any() and shapes.is_heldout(held).all()
-    one = triples(shapes.sample_scenes(500, (64, 64), 1, rng(), heldout=True).attributes)
-    assert one == {(0, 1, 1), (1, 2, 3), (2, 0, 2), (2, 3, 1), (3, 1, 0), (3, 3, 2)}     # never to change
-    assert len(triples(seen)) == 58
+    one = {(0, 1, 1), (1, 2, 3), (2, 0, 2), (3, 1, 0)}                                  # never to change
+    if objects == 1:
+        assert triples(held) == one and len(triples(seen)) == 44
+    else:
+        one |= {(2, 3, 1), (3, 3, 2)}
+        assert len(triples(seen)) == 58
     assert not one & triples(seen)
     if objects == 2:                                        # nor told from the second object
         assert not one & triples(shapes.swap(seen))
@@ -123,15 +126,15 @@ def test_captions_read_as_written():
     assert shapes.caption([1, 0, 0, 0, 0], 1) == "large red circle left on black"
     assert shapes.caption([-1, -1, -1, 3, -1], 1) == "shape bottom"
     both = "large red circle left of small blue square on black"
-    assert shapes.parse(both, 2) == [1, 0, 0, 0, 0, 2, 1, 0]
-    assert shapes.caption([1, 0, 0, 0, 0, 2, 1, 0], 2) == both
+    assert shapes.parse(both, 2) == [1, 0, 0, 0, 0, 2, 3, 0]
+    assert shapes.caption([1, 0, 0, 0, 0, 2, 3, 0], 2) == both
     assert shapes.parse("shape above yellow shape", 2) == [-1, -1, -1, 2, -1, 3, -1, -1]
 
 
 @pytest.mark.parametrize("text, objects, message", [
     ("large rod circle", 1, "'rod'.*'red'"), ("circle on grey", 1, "'grey'.*'gray'"), ("", 1, "its end"),
     ("red large circle", 1, "'large' out of place"), ("large red", 1, "its end"),
-    ("circle left of square", 1, "'of'"), ("red circle left of", 2, "its end"), ("red circle", 2, "its end"),
+    ("circle left of cross", 1, "'of'"), ("red circle left of", 2, "its end"), ("red circle", 2, "its end"),
     ("circle circle above square", 2, "'circle'"), ("red circle above red square", 2, "two red")])
 def test_prompts_outside_the_grammar_are_refused(text, objects, message):
     with pytest.raises(InputError, match=message) as error:
@@ -155,8 +158,8 @@ def test_embedding_values():
     assert (order - context[1]).abs().max() > 1                     # context hears the order, pooled does not
     assert_close("bag of words", shapes.embed(["circle red"], 8, 64)[1][0], pooled[1])
     weights = torch.arange(context.numel()).view(context.shape).cos()   # the same vectors on every machine
-    assert (context * weights).sum().item() == pytest.approx(-3.14523, abs=1e-4)
-    assert (pooled * weights[:, 0]).sum().item() == pytest.approx(-1.26930, abs=1e-4)
+    assert (context * weights).sum().item() == pytest.approx(6.74174, abs=1e-4)
+    assert (pooled * weights[:, 0]).sum().item() == pytest.approx(-2.29699, abs=1e-4)
 
 
 def test_attributes_are_linear_in_pooled():
@@ -196,7 +199,8 @@ def test_codec_is_a_linear_projection():
 
 @pytest.mark.parametrize("objects, hw", WORLDS)
 def test_latent_channels_have_comparable_deviation(objects, hw):
-    """Measured .99 for luma's mean and at least .30 with one object at 48 to 64 px, .146 at 256 px with two."""
+    """Measured .99 for luma's mean and at least .30 with one object at 48 to 64 px,
+    .146 at 256 px with two."""
     deviation = shapes.encode(draw(1024 if objects == 1 else 100, hw, objects)[1]).std((0, 2, 3))
     assert .95 < deviation[0] < 1.05 and deviation[1:].max() < deviation[0], deviation
     assert deviation.min() > {1: .28, 2: .135}[objects], deviation
@@ -282,16 +286,18 @@ def spoiled(hw=(64, 64), n=192):
         "blur": F.avg_pool2d(F.pad(images, (8, 8, 8, 8), mode="replicate"), 17, 1)}
 
 
-# share of images read as a scene, of which a shape is named: (48, 48) px and (64, 64) px, measured before and after the codec
-READ = {"black": (0, 0), "empty": (0, 0), "nan": (0, 0), "noise": (0, 0), "gaussian": (0, 0), "grey blob": (0, 0), "average": (0, 0),
-        "mean": (0, 0), "half faded": (0, 0), "two halves of colour": (0, 0), "mixed colour": (0, 0), "too small": (0, 0),
+# share of images read as a scene, of which a shape is named: 48x80 px and (64, 64) px,
+# measured before and after the codec
+READ = {"black": (0, 0), "empty": (0, 0), "nan": (0, 0), "noise": (0, 0), "gaussian": (0, 0),
+        "grey blob": (0, 0), "average": (0, 0), "mean": (0, 0), "half faded": (0, 0),
+        "two halves of colour": (0, 0), "mixed colour": (0, 0), "too small": (0, 0),
         "two objects": (.08, .06),          # .057, .036
         "two of a colour": (.12, .01),      # .083, 0
         "half an object": (1, .01),         # .84, 0: something of a colour at a place, but no shape
-        "blur": (1, .3)}                    # .87, .255: large shapes outlive it at 64 px
+        "blur": (1, .33)}                   # .87, .313: large shapes outlive it at 64 px
 
 
-@pytest.mark.parametrize("hw", [(48, 48), (64, 64)])
+@pytest.mark.parametrize("hw", [(48, 80), (64, 64)])
 @pytest.mark.parametrize("kind", READ)
 def test_what_is_no_scene_is_unreadable(kind, hw):
     images = spoiled(hw)[kind]
@@ -308,7 +314,7 @@ def test_an_object_in_the_middle_has_no_place():
     assert (graded[:, 3] == -1).all() and (graded[:, [0, 1, 2, 4]] >= 0).all()
 
 
-@pytest.mark.parametrize("kind", ["bar", "ring", "upside down"])
+@pytest.mark.parametrize("kind", ["bar", "ring", "upside down", "square"])
 def test_other_shapes_have_no_name(kind):
     scenes = shapes.sample_scenes(256, (64, 64), 1, rng(5))
     centre, r = (scenes.geometry[:, 0] * 64).split((2, 1), 1)
@@ -316,13 +322,14 @@ def test_other_shapes_have_no_name(kind):
     x, y, r = x[:, None], y[..., None], r[..., None]
     distance = {"bar": torch.maximum(x.abs() - r, y.abs() - .4 * r),
                 "ring": ((x * x + y * y).sqrt() - .75 * r).abs() - .25 * r,
-                "upside down": shapes._distance(2, x, -y, r)}[kind]
+                "upside down": shapes._distance(1, x, -y, r), "square": shapes._distance(3, x, y, r)}[kind]
     paper, ink = shapes.PAPER[scenes.attributes[:, 4]], shapes.INK[scenes.attributes[:, 1]]
     images = torch.lerp(paper[..., None, None], ink[..., None, None], (.5 - distance).clamp(0, 1)[:, None])
     graded = shapes.grade(codec(images), 1)
     assert (graded[:, 2] < 0).float().mean() >= .99                                     # measured 1
     read = graded[:, 4] >= 0
-    assert torch.equal(graded[read][:, [1, 4]], scenes.attributes[read][:, [1, 4]]) and read.float().mean() > .6
+    assert (torch.equal(graded[read][:, [1, 4]], scenes.attributes[read][:, [1, 4]])
+            and read.float().mean() > .6)
 
 
 def test_one_object_is_no_scene_of_two():
@@ -333,7 +340,7 @@ def test_blends_of_two_shapes_are_mostly_unreadable():
     """The mean of what an open shape allows: a grader that names a shape there would call a blur a hit."""
     scenes, images = draw(512, (64, 64), 1, seed=6)
     other = scenes.attributes.clone()
-    other[:, 2] = (other[:, 2] + torch.randint(1, 4, (512,), generator=rng())) % 4
+    other[:, 2] = (other[:, 2] + torch.randint(1, 3, (512,), generator=rng())) % 3
     blend = codec((images + shapes.render(shapes.Scenes(other, scenes.geometry), (64, 64))) / 2)
     assert (shapes.grade(blend, 1)[:, 2] < 0).float().mean() > .5                       # measured .58
 

@@ -27,7 +27,8 @@ from ladd.mmdit import MMDiT, MMDiTConfig
 TINY = ("--device cpu --precision fp32 --sizes 32x64,64x32 --depth 2 --width 64 --taps 0,1 --head-width 16 "
         "--teacher-steps 6 --teacher-images 96 --teacher-batch 8 --teacher-lr 1e-2 --warmup 2 "
         "--data-size 96 --data-batch 24 --sample-steps 3 --steps 4 --heads-first 2 --batch 8 --lr 1e-3 "
-        "--guidance 2.5 --sampler euler --n 20 --eval-n 12 --eval-every 2 --grid-every 2 --log-every 1 --save-every 2")
+        "--guidance 2.5 --sampler euler --heads-steps 1 --n 20 --eval-n 12 --eval-every 2 --grid-every 2 "
+        "--log-every 1 --save-every 2")
 REUSE = "--teacher runs/base/checkpoints/teacher.safetensors --data runs/base/data"
 QUIET = "--eval-every 0 --grid-every 0"
 CLOCK = ("seconds", "gb", "ms_per_image")        # what depends on the machine
@@ -193,7 +194,8 @@ def test_the_same_command_again_does_no_work(home, base):
     main(home, "--name base", report=True)
     after = stamps(base)
     assert before.keys() == after.keys()
-    assert {k for k in before if before[k] != after[k]} <= {"config.json", "env.txt", "log.jsonl", "seconds.json"}
+    assert {k for k in before if before[k] != after[k]} <= {
+        "config.json", "env.txt", "log.jsonl", "seconds.json"}
     assert all(before[name][1] == after[name][1] for name in ("log.jsonl", "config.json"))
 
 
@@ -319,13 +321,16 @@ def test_profile_writes_a_trace_of_the_last_steps(home, base):
 
 
 def test_learning_rates_rise_stay_and_fall_and_are_never_negative():
-    """The heads warm up in their own first steps: counted by the student's, these steps were negative, and so was the rate."""
-    config = train.parse_config(["--heads-first", "40", "--warmup", "20", "--steps", "100", "--decay", "0.4"], "tiny")
+    """The heads warm up in their own first steps: counted by the student's, these steps were negative,
+    and so was the rate."""
+    config = train.parse_config(
+        ["--heads-first", "40", "--warmup", "20", "--steps", "100", "--decay", "0.4"], "tiny")
     heads = [train.learning_rate(config, it - 40, it) for it in range(140)]
     student = [train.learning_rate(config, step, step) for step in range(100)]
     assert heads[:20] == pytest.approx([(i + 1) / 20 for i in range(20)]) and set(heads[20:100]) == {1}
     assert student[:20] == pytest.approx([(i + 1) / 20 for i in range(20)]) and set(student[20:60]) == {1}
-    assert heads[100:] == student[60:] == pytest.approx([(100 - s) / 40 for s in range(60, 100)]) and min(heads + student) > 0
+    assert (heads[100:] == student[60:] == pytest.approx([(100 - s) / 40 for s in range(60, 100)])
+            and min(heads + student) > 0)
 
 
 # resume
@@ -379,6 +384,27 @@ def test_data_generation_resumes_at_the_missing_shard(home, base, again):
     main(home, "--name shards --stop-after 1")
     assert len(kept) == 3 and all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())
     assert_same(base, run, r"data/.*safetensors$")
+
+
+@pytest.mark.slow
+def test_preset_shapes_takes_a_few_steps_on_a_cpu(tmp_path):
+    """Every stage at 256 px and 113 M parameters, at a reduced batch; it ends in a whole report."""
+    flags = ("--preset shapes --device cpu --teacher-images 6 --teacher-batch 2 --teacher-steps 2 "
+             "--data-size 12 --data-batch 4 --sample-steps 2 --batch 2 --steps 2 --heads-first 1 --n 6 --eval-n 6 "
+             "--eval-batch 2 --eval-every 2 --grid-every 2 --log-every 1")
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags.split()], cwd=tmp_path, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr[-2000:]
+    out = json.loads((tmp_path / "runs/shapes/report.json").read_text())
+    report.validate_report(out)
+    models = {row["model"] for row in out["rows"]}
+    assert out["preset"] == "shapes" and models == {"teacher", "untrained", "student"}
+    steps = {"teacher": {1, 2}, "distill": {1, 2, 3}}
+    lines = [json.loads(line) for line in (tmp_path / "runs/shapes/log.jsonl").read_text().splitlines()]
+    for stage, expected in steps.items():
+        assert {line["step"] for line in lines if line["stage"] == stage} == expected
+    with Image.open(tmp_path / "runs/shapes/report.png") as image:
+        assert min(image.size) > 600
 
 
 # signals
