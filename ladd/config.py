@@ -122,7 +122,8 @@ PRESETS = {
                    predicts="v", text_dim=256, teacher_images=65536, teacher_steps=3000, teacher_batch=128,
                    teacher_lr=5e-4, teacher_means=(0.7, 2.0), data_size=16384, data_batch=512,
                    sample_steps=16, steps=2000, batch=64, lr=5e-5, heads_lr=5e-4, ema=0.995,
-                   probs=(0.7, 0.1, 0.1, 0.1), shift=2.0, d_mean=0.7, taps=(2, 5, 8, 11), head_width=256, heads_steps=1,
+                   probs=(0.7, 0.1, 0.1, 0.1), shift=2.0, d_mean=0.7, taps=(2, 5, 8, 11), head_width=256,
+                   heads_steps=1,
                    eval_every=500, grid_every=500, save_every=500, eval_batch=128),
 }
 # fmt: on

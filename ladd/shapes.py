@@ -70,8 +70,8 @@ def swap(attributes: Tensor) -> Tensor:
 
 
 def is_heldout(attributes: Tensor) -> Tensor:
-    """Whether a scene shows one of 6 held-out (colour, shape, relation) of 64, told either way; with one object
-    one of 4 (colour, shape, position) of 48."""
+    """Whether a scene shows one of 6 held-out (colour, shape, relation) of 64, told either way; with one
+    object one of 4 (colour, shape, position) of 48."""
     _, colour, shape, place = attributes[..., :4].unbind(-1)
     held = ((colour + shape) % 4 == place) & ((2 * colour + shape) % 8 % 3 == 1)
     return held | is_heldout(swap(attributes)[..., :4]) if attributes.shape[-1] == 8 else held

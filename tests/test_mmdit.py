@@ -183,7 +183,7 @@ def test_published_sizes(depth, changes, parameters, table):
 
 
 def test_x0_prediction_is_the_same_network_read_another_way():
-    """v = (x - output) / sigma: x0_hat is the output itself at any level of a sampler; at 0 v stays finite."""
+    """v = (x - output) / sigma: x0_hat is the output at any level of a sampler; at 0 v stays finite."""
     network, other = tiny("qk_norm"), tiny("qk_norm", predicts="x0")
     other.load_state_dict(network.state_dict())
     x, sigma, context, pooled = tiny_inputs()

@@ -390,8 +390,8 @@ def test_data_generation_resumes_at_the_missing_shard(home, base, again):
 def test_preset_shapes_takes_a_few_steps_on_a_cpu(tmp_path):
     """Every stage at 256 px and 113 M parameters, at a reduced batch; it ends in a whole report."""
     flags = ("--preset shapes --device cpu --teacher-images 6 --teacher-batch 2 --teacher-steps 2 "
-             "--data-size 12 --data-batch 4 --sample-steps 2 --batch 2 --steps 2 --heads-first 1 --n 6 --eval-n 6 "
-             "--eval-batch 2 --eval-every 2 --grid-every 2 --log-every 1")
+             "--data-size 12 --data-batch 4 --sample-steps 2 --batch 2 --steps 2 --heads-first 1 "
+             "--n 6 --eval-n 6 --eval-batch 2 --eval-every 2 --grid-every 2 --log-every 1")
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags.split()], cwd=tmp_path, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert done.returncode == 0, done.stderr[-2000:]
