@@ -43,7 +43,7 @@ class Config:
     qk_norm:         bool = option(False, "RMS norm of queries and keys")
     predicts:        str = option("x0", "what the teacher's output layer gives; SD3's is v", ("v", "x0"))
     teacher_images:  int = option(16384, "rendered images the teacher learns from", low=1)
-    teacher_steps:   int = option(860, "training steps of the teacher", low=1)
+    teacher_steps:   int = option(960, "training steps of the teacher", low=1)
     teacher_batch:   int = option(128, "batch of the teacher's training", low=1)
     teacher_lr:      float = option(4e-3, "its peak learning rate, decayed by a cosine", low=0)
     teacher_means:   tuple[float, ...] = option((1.0,), "its levels: equal parts of LogitNormal(mean, 1)")
@@ -90,9 +90,9 @@ class Config:
     distill_weight:  float = option(0.0, "the paper's distillation loss, for its ablation", low=0)
     # evaluation
     n:               int = option(2048, "images of each row of the report", low=6)
-    eval_n:          int = option(512, "images of an evaluation while training", low=6)
-    eval_every:      int = option(60, "steps between evaluations; 0: none", low=0)
-    grid_every:      int = option(60, "steps between sample grids; 0: none", low=0)
+    eval_n:          int = option(256, "images of an evaluation while training", low=6)
+    eval_every:      int = option(90, "steps between evaluations; 0: none", low=0)
+    grid_every:      int = option(90, "steps between sample grids; 0: none", low=0)
     log_every:       int = option(10, "steps between log lines", low=1)
     save_every:      int = option(100, "steps between checkpoints", low=1)
     eval_batch:      int = option(256, "batch of sampling for evaluation", low=2)
@@ -124,7 +124,7 @@ PRESETS = {
                    sample_steps=16, steps=2000, batch=64, lr=5e-5, heads_lr=5e-4, ema=0.995,
                    probs=(0.7, 0.1, 0.1, 0.1), shift=2.0, d_mean=0.7, taps=(2, 5, 8, 11), head_width=256,
                    heads_steps=1,
-                   eval_every=500, grid_every=500, save_every=500, eval_batch=128),
+                   eval_every=500, grid_every=500, save_every=500, eval_n=512, eval_batch=128),
 }
 # fmt: on
 
