@@ -2,9 +2,12 @@
 
 A folder holds, each file whole or absent (written under a temporary name and renamed):
     prompts.json            the distinct prompts
-    prompts.safetensors     context [p, l, dc], pooled [p, dp] bf16, codes [p, a], null_context, null_pooled
+    prompts.safetensors     codes [p, a], null_context [l, dc], null_pooled [dp] (of the empty prompt)
     provenance.json         what made the latents (sampler, guidance, seed, sha of the teacher); written third
+    text-00002.safetensors  context [r, l, dc], pooled [r, dp] bf16 of the third `rows` prompts
     00007-8x12.safetensors  one shard: x0 [n, c, h, w] of one latent size (here h 8, w 12), prompt_id [n]
+
+Text and latents stay memory-mapped: a folder may be larger than memory.
 
 Letters: p distinct prompts, n samples, b batch, c channels, h w latent size, l tokens, dc dp widths
 of context and pooled, a attributes. codes are -1 where a prompt leaves an attribute open; data without
@@ -19,7 +22,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,14 +42,34 @@ class Batch(NamedTuple):
     index: Tensor     # [b] int64, position in the dataset: bucket after bucket, by (h, w)
 
 
+class Rows:
+    """Tensors joined along their first axis without a copy: rows[index], index [b] int64, gathers like
+    torch.cat(parts)[index]."""
+
+    def __init__(self, parts: Sequence[Tensor]):
+        self.parts, self.starts = list(parts), torch.tensor([0, *accumulate(map(len, parts))])
+        self.shape, self.dtype = torch.Size((int(self.starts[-1]), *parts[0].shape[1:])), parts[0].dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        out = torch.empty(len(index), *self.shape[1:], dtype=self.dtype)
+        part = torch.searchsorted(self.starts, index, right=True) - 1
+        for k in part.unique().tolist():
+            at = part == k
+            out[at] = self.parts[k][index[at] - self.starts[k]]
+        return out
+
+
 @dataclass(frozen=True)
 class Latents:
     prompts: list[str]
-    context: Tensor                                         # [p, l, dc]
-    pooled: Tensor                                          # [p, dp]
+    context: Tensor | Rows                                  # [p, l, dc]
+    pooled: Tensor | Rows                                   # [p, dp]
     codes: Tensor                                           # [p, a]
     null: tuple[Tensor, Tensor]                             # context [l, dc], pooled [dp] of the empty prompt
-    buckets: dict[tuple[int, int], tuple[Tensor, Tensor]]   # (h, w) -> x0 [n, c, h, w], prompt_id [n]
+    buckets: dict[tuple[int, int], tuple[Tensor | Rows, Tensor]]   # (h, w): x0 [n, c, h, w], prompt_id [n]
     provenance: dict[str, Any]
 
     def gather(self, bucket: tuple[int, int], index: Tensor) -> Batch:
@@ -85,15 +108,14 @@ def permutation(n: int, *key) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
 
 
-def open_folder(folder: str | Path, provenance: dict[str, Any], prompts: Sequence[str], context: Tensor,
-                pooled: Tensor, codes: Tensor, null: tuple[Tensor, Tensor]) -> None:
-    """Creates the folder, or checks that what lies there was made the same way, so that its shards can stay.
+def open_folder(folder: str | Path, provenance: dict[str, Any], prompts: Sequence[str], codes: Tensor,
+                null: tuple[Tensor, Tensor], rows: int = 1024) -> None:
+    """Creates the folder, or checks that what lies there was made the same way, so that its files can stay.
 
-    Raises InputError that names the first difference and both values.
+    `rows`: prompts a file of text. Raises InputError that names the first difference and both values.
     """
-    folder, prompts = Path(folder), list(prompts)
-    tensors = {"context": context, "pooled": pooled, "null_context": null[0], "null_pooled": null[1]}
-    tensors = {name: t.to("cpu", torch.bfloat16) for name, t in tensors.items()}
+    folder, prompts, provenance = Path(folder), list(prompts), {**provenance, "rows": rows}
+    tensors = {name: t.to("cpu", torch.bfloat16) for name, t in zip(("null_context", "null_pooled"), null)}
     tensors["codes"] = codes.to("cpu", torch.int64)
     check_prompts(folder, prompts, tensors)
     if (folder / "provenance.json").exists():
@@ -107,12 +129,47 @@ def open_folder(folder: str | Path, provenance: dict[str, Any], prompts: Sequenc
         for name, tensor in tensors.items():
             if not torch.equal(old_tensors[name], tensor):
                 raise InputError(f"{folder}: found another {name} of the same prompts; take another folder")
-    elif shards(folder):
+    elif shards(folder) or list(folder.glob("text-*")):
         raise InputError(f"{folder}: found shards without provenance.json; take another folder")
     else:
         publish(folder / "prompts.safetensors", lambda path: write_tensors(path, tensors))
         publish(folder / "prompts.json", lambda path: write_json(path, prompts))
         publish(folder / "provenance.json", lambda path: write_json(path, provenance))
+
+
+def missing_text(folder: str | Path) -> list[int]:
+    """Indices of the files of text that are not on disk; file i embeds prompts[i * rows:(i + 1) * rows]."""
+    folder = Path(folder)
+    files = -(-len(read_json(folder / "prompts.json")) // read_json(folder / "provenance.json")["rows"])
+    return [i for i in range(files) if not text_file(folder, i).exists()]
+
+
+def write_text(folder: str | Path, index: int, context: Tensor, pooled: Tensor) -> None:
+    """Writes the text of file `index`: context [r, l, dc] and pooled [r, dp], in bf16."""
+    prompts, tensors = read_prompts(Path(folder))
+    rows = read_json(Path(folder) / "provenance.json")["rows"]
+    text = {"context": context.to("cpu", torch.bfloat16), "pooled": pooled.to("cpu", torch.bfloat16)}
+    check_text(text_file(folder, index), text, len(prompts[index * rows:(index + 1) * rows]), tensors)
+    publish(text_file(folder, index), lambda path: write_tensors(path, text))
+
+
+def read_text(folder: str | Path) -> tuple[Tensor | Rows, Tensor | Rows]:
+    """(context [p, l, dc], pooled [p, dp]) of all prompts, memory-mapped."""
+    (prompts, tensors), parts = read_prompts(Path(folder)), []
+    rows = read_json(Path(folder) / "provenance.json")["rows"]
+    for i in range(-(-len(prompts) // rows)):
+        text, _ = read_tensors(text_file(folder, i))
+        check_text(text_file(folder, i), text, len(prompts[i * rows:(i + 1) * rows]), tensors)
+        parts.append(text)
+    return joined([text["context"] for text in parts]), joined([text["pooled"] for text in parts])
+
+
+def text_file(folder: str | Path, index: int) -> Path:
+    return Path(folder) / f"text-{index:05d}.safetensors"
+
+
+def joined(parts: list[Tensor]) -> Tensor | Rows:
+    return Rows(parts) if len(parts) > 1 else parts[0]
 
 
 def write_shard(folder: str | Path, index: int, x0: Tensor, prompt_id: Tensor) -> None:
@@ -133,12 +190,12 @@ def missing_shards(folder: str | Path, plan: Sequence[tuple[int, int]]) -> list[
 
 
 def read_folder(folder: str | Path) -> Latents:
-    """The latents of a folder. Prompts stay memory-mapped, so does a bucket of one shard; several are joined.
+    """The latents of a folder, memory-mapped.
 
     Raises InputError that names the file which is missing, truncated, misshapen or not finite.
     """
     folder = Path(folder)
-    provenance, (prompts, text) = read_json(folder / "provenance.json"), read_prompts(folder)
+    provenance, (prompts, tensors) = read_json(folder / "provenance.json"), read_prompts(folder)
     parts, channels = {}, None
     for _, hw, path in shards(folder):
         shard, _ = read_tensors(path)
@@ -149,10 +206,9 @@ def read_folder(folder: str | Path) -> Latents:
         prompt_id.append(shard["prompt_id"])
     if not parts:
         raise InputError(f"{folder}: found no shard, files such as 00000-8x8.safetensors accepted")
-    join = lambda tensors: torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-    buckets = {hw: (join(x0), join(prompt_id)) for hw, (x0, prompt_id) in sorted(parts.items())}
-    null = text["null_context"], text["null_pooled"]
-    return Latents(prompts, text["context"], text["pooled"], text["codes"], null, buckets, provenance)
+    buckets = {hw: (joined(x0), torch.cat(prompt_id)) for hw, (x0, prompt_id) in sorted(parts.items())}
+    null = tensors["null_context"], tensors["null_pooled"]
+    return Latents(prompts, *read_text(folder), tensors["codes"], null, buckets, provenance)
 
 
 def shards(folder: Path) -> list[tuple[int, tuple[int, int], Path]]:
@@ -169,15 +225,24 @@ def read_prompts(folder: Path) -> tuple[list[str], dict[str, Tensor]]:
 
 
 def check_prompts(where: Path, prompts: list[str], tensors: dict[str, Tensor]) -> None:
-    found, p = {name: list(t.shape) for name, t in tensors.items()}, len(prompts)
-    try:
-        (l, dc), (dp,), (_, a) = found["null_context"], found["null_pooled"], found["codes"]
-    except (KeyError, ValueError):
-        l, dc, dp, a = "l", "dc", "dp", "a"
-    want = {"context": [p, l, dc], "pooled": [p, dp], "codes": [p, a],
-            "null_context": [l, dc], "null_pooled": [dp]}
-    if found != want:
-        raise InputError(f"{where}: found {found}, {want} accepted")
+    want = {"codes": (len(prompts), "a"), "null_context": ("l", "dc"), "null_pooled": ("dp",)}
+    check_shapes(where, tensors, want)
+
+
+def check_text(where: Path, text: dict[str, Tensor], rows: int, tensors: dict[str, Tensor]) -> None:
+    """Text of `rows` prompts, as wide and as long as the empty prompt among `tensors`."""
+    check_shapes(where, text, {"context": (rows, *tensors["null_context"].shape),
+                               "pooled": (rows, *tensors["null_pooled"].shape)})
+
+
+def check_shapes(where: Path, tensors: dict[str, Tensor], want: dict[str, tuple]) -> None:
+    """InputError unless the tensors have the names and shapes of `want`, where a letter is any size."""
+    fits = lambda shape, sizes: len(shape) == len(sizes) and all(
+        isinstance(size, str) or side == size for side, size in zip(shape, sizes))
+    if set(tensors) != set(want) or not all(fits(tensors[k].shape, sizes) for k, sizes in want.items()):
+        found = {name: list(t.shape) for name, t in tensors.items()}
+        accepted = ", ".join(f"{name} [{', '.join(map(str, sizes))}]" for name, sizes in want.items())
+        raise InputError(f"{where}: found {found}, {accepted} accepted")
     check_finite(where, tensors)
 
 

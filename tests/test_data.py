@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from ladd import data
 from ladd.config import InputError
-from ladd.data import Latents, missing_shards, open_folder, read_folder, write_shard
+from ladd.data import (Latents, missing_shards, missing_text, open_folder, read_folder, write_shard,
+                       write_text)
 
 SIZES = {(4, 6): 23, (4, 4): 41, (6, 4): 10}    # not in the order of (h, w), none a multiple of the batch
 BATCH = 5
@@ -93,6 +94,19 @@ def test_a_bucket_that_cannot_fill_a_batch_is_refused():
 # folders
 
 PLAN = [(4, 4), (4, 6), (4, 4)]
+ROWS = 3                                        # prompts a file of text: 3, 3, 1
+
+
+def prompts(p: int = 7) -> dict:
+    """What open_folder takes of text()."""
+    return {k: v for k, v in text(p).items() if k not in ("context", "pooled")} | {"rows": ROWS}
+
+
+def write_texts(path: Path, indices) -> None:
+    for i in indices:
+        write_text(path, i, *(text()[k][i * ROWS:(i + 1) * ROWS] for k in ("context", "pooled")))
+
+
 PROVENANCE = {"sampler": "euler", "guidance": 2.5, "levels": (1.0, 0.5), "more": {"clip": float("inf")}}
 
 
@@ -103,7 +117,8 @@ def shard(i: int, n: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     path = tmp_path / "data"
-    open_folder(path, PROVENANCE, **text())
+    open_folder(path, PROVENANCE, **prompts())
+    write_texts(path, missing_text(path))
     for i in range(len(PLAN)):
         write_shard(path, i, *shard(i))
     return path
@@ -111,15 +126,21 @@ def folder(tmp_path: Path) -> Path:
 
 def test_what_is_written_is_read(folder):
     d, t = read_folder(folder), text()
-    names = ["00000-4x4", "00001-4x6", "00002-4x4", "prompts", "prompts", "provenance"]
+    names = ["00000-4x4", "00001-4x6", "00002-4x4", "prompts", "prompts", "provenance",
+             "text-00000", "text-00001", "text-00002"]
     assert sorted(p.stem for p in folder.iterdir()) == names and d.prompts == t["prompts"]
     assert d.context.dtype == d.pooled.dtype == torch.bfloat16 and d.codes.dtype == torch.int64
-    assert all(torch.equal(getattr(d, k).to(t[k].dtype), t[k]) for k in ("context", "pooled", "codes"))
+    every, some = torch.arange(7), torch.tensor([6, 0, 3, 3, 2])
+    for index in (every, some):
+        assert torch.equal(d.context[index].float(), t["context"][index])
+        assert torch.equal(d.pooled[index].float(), t["pooled"][index])
+    assert d.context.shape == (7, 3, 2) and len(d.pooled) == 7 and torch.equal(d.codes, t["codes"])
     assert d.null[0].tolist() == [[-1, -1]] * 3 and d.null[1].tolist() == [-2] * 4
-    assert d.provenance == {**PROVENANCE, "levels": [1.0, 0.5]}
+    assert d.provenance == {**PROVENANCE, "levels": [1.0, 0.5], "rows": ROWS}
     assert list(d.buckets) == [(4, 4), (4, 6)]
     x0, prompt_id = d.buckets[4, 4]
-    assert x0.dtype == torch.bfloat16 and torch.equal(x0, torch.cat([shard(0)[0], shard(2)[0]]))
+    assert x0.dtype == torch.bfloat16 and x0.shape == (6, 2, 4, 4)
+    assert torch.equal(x0[torch.tensor([5, 0, 2])], torch.cat([shard(0)[0], shard(2)[0]])[[5, 0, 2]])
     assert prompt_id.tolist() == [0, 1, 2, 2, 3, 4]
     assert torch.equal(d.buckets[4, 6][0], shard(1)[0])
     b = d.batch(0, 3, 0)
@@ -143,7 +164,7 @@ def test_an_interrupted_folder_is_completed(folder):
     assert missing_shards(folder, PLAN) == []
     (folder / "00001-4x6.safetensors").unlink()
     before = (folder / "00000-4x4.safetensors").stat()
-    open_folder(folder, PROVENANCE, **text())               # the same run: nothing is touched
+    open_folder(folder, PROVENANCE, **prompts())               # the same run: nothing is touched
     assert missing_shards(folder, PLAN) == [1] and (folder / "00000-4x4.safetensors").stat() == before
     assert missing_shards(folder, [*PLAN, (6, 4), (6, 4)]) == [1, 3, 4]
     assert missing_shards(folder.parent / "absent", PLAN) == [0, 1, 2]
@@ -164,23 +185,36 @@ def test_a_shard_outside_the_plan_is_refused(folder, plan):
     (dict(provenance={**PROVENANCE, "seed": 0}), "found seed None, 0 accepted"),
     (dict(provenance={**PROVENANCE, "more": {"clip": 1}}), "found more {'clip': {'float': 'inf'}}"),
     (dict(prompts=[*text()["prompts"][:6], "other"]), "found prompt 'prompt 6', 'other' accepted"),
-    (text(6), "found prompt 'prompt 6', None accepted"),
-    (dict(pooled=text()["pooled"] + 1), "found another pooled of the same prompts"),
+    (prompts(6), "found prompt 'prompt 6', None accepted"),
+    (dict(rows=4), "found rows 3, 4 accepted"),
     (dict(codes=text()["codes"] - 1), "found another codes of the same prompts"),
     (dict(null=(torch.zeros(3, 2), text()["null"][1])), "found another null_context of the same prompts"),
 ])
 def test_a_folder_of_another_run_is_refused(folder, change, message):
     before = {p: p.read_bytes() for p in folder.iterdir()}
     with pytest.raises(InputError) as error:
-        open_folder(folder, **{"provenance": PROVENANCE, **text(), **change})
+        open_folder(folder, **{"provenance": PROVENANCE, **prompts(), **change})
     assert message in str(error.value) and str(folder) in str(error.value) and "\n" not in str(error.value)
     assert {p: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_text_is_written_file_by_file(folder):
+    (folder / "text-00001.safetensors").unlink()
+    open_folder(folder, PROVENANCE, **prompts())
+    assert missing_text(folder) == [1]
+    with pytest.raises(InputError, match=r"text-00001.* \[2, 3, 2\].*context \[3, 3, 2\]"):
+        write_text(folder, 1, text()["context"][3:5], text()["pooled"][3:6])
+    with pytest.raises(InputError, match=r"text-00002.*pooled \[1, 4\] accepted"):
+        write_text(folder, 2, text()["context"][6:], text()["pooled"][6:, :2])
+    write_texts(folder, [1])
+    assert missing_text(folder) == [] and torch.equal(
+        read_folder(folder).context[torch.tensor([4])].float(), text()["context"][4:5])
 
 
 def test_shards_of_unknown_origin_are_refused(folder):
     (folder / "provenance.json").unlink()
     with pytest.raises(InputError, match="found shards without provenance.json"):
-        open_folder(folder, PROVENANCE, **text())
+        open_folder(folder, PROVENANCE, **prompts())
 
 
 def rewrite(path: Path, **tensors) -> None:
@@ -193,6 +227,11 @@ def nan() -> torch.Tensor:
     return x0
 
 
+def retext(path: Path, rows: int, value: float = 0.0) -> None:
+    save_file({"context": torch.full((rows, 3, 2), value), "pooled": torch.zeros(rows, 4)}, path)
+
+
+TEXT = "text-00001.safetensors"
 SHARD, LAST, PROMPTS = "00000-4x4.safetensors", "00002-4x4.safetensors", "prompts.safetensors"
 DAMAGE = {
     "cut":        (SHARD, lambda p: p.write_bytes(p.read_bytes()[:-4]), "no whole safetensors file"),
@@ -212,9 +251,12 @@ DAMAGE = {
     "extra":      (SHARD, lambda p: rewrite(p, more=torch.zeros(3)), "float x0"),
     "no ids":     (SHARD, lambda p: save_file({"x0": shard(0)[0]}, p), "float x0"),
     "no prompts": (PROMPTS, Path.unlink, "no whole safetensors file"),
-    "a shard":    (PROMPTS, rewrite, "'context': [7, 'l', 'dc']"),
+    "a shard":    (PROMPTS, rewrite, "codes [7, a], null_context [l, dc]"),
+    "no text":    (TEXT, Path.unlink, "no whole safetensors file"),
+    "text short": (TEXT, lambda p: retext(p, 2), "context [3, 3, 2], pooled [3, 4] accepted"),
+    "text nan":   (TEXT, lambda p: retext(p, 3, float("nan")), "NaN or infinity in context"),
     "no list":    ("prompts.json", Path.unlink, "no whole JSON file"),
-    "short list": ("prompts.json", lambda p: p.write_text('["prompt 0"]'), "'context': [1, 3, 2]"),
+    "short list": ("prompts.json", lambda p: p.write_text('["prompt 0"]'), "codes [1, a]"),
     "cut JSON":   ("provenance.json", lambda p: p.write_bytes(p.read_bytes()[:-4]), "no whole JSON file"),
 }
 
@@ -243,8 +285,11 @@ def test_what_is_not_finite_is_never_written(folder):
     with pytest.raises(InputError, match="00005-4x4.safetensors: found NaN or infinity in x0"):
         write_shard(folder, 5, nan(), torch.arange(3))
     with pytest.raises(InputError, match="NaN or infinity in pooled"):
-        open_folder(folder.parent / "new", PROVENANCE, **{**text(), "pooled": text()["pooled"] / 0})
-    assert not (folder.parent / "new").exists() and len(list(folder.iterdir())) == 6
+        write_text(folder, 0, text()["context"][:3], text()["pooled"][:3] / 0)
+    with pytest.raises(InputError, match="NaN or infinity in null_pooled"):
+        null = prompts()["null"][0], prompts()["null"][1] / 0
+        open_folder(folder.parent / "new", PROVENANCE, **{**prompts(), "null": null})
+    assert not (folder.parent / "new").exists() and len(list(folder.iterdir())) == 9
 
 
 class Kill(BaseException):
@@ -268,10 +313,10 @@ def test_an_interrupted_write_leaves_no_half_file(folder, monkeypatch, where):
         with pytest.raises(Kill):
             write_shard(folder, 1, *shard(1))
         with pytest.raises(Kill):
-            open_folder(folder.parent / "new", PROVENANCE, **text())
+            open_folder(folder.parent / "new", PROVENANCE, **prompts())
     assert names() == before and missing_shards(folder, PLAN) == [1]
     assert list(read_folder(folder).buckets) == [(4, 4)]
     write_shard(folder, 1, *shard(1))
     assert torch.equal(read_folder(folder).buckets[4, 6][0], shard(1)[0]) and not list(folder.glob(".*"))
-    open_folder(folder.parent / "new", PROVENANCE, **text())
+    open_folder(folder.parent / "new", PROVENANCE, **prompts())
     assert len(list((folder.parent / "new").iterdir())) == 3
