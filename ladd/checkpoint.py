@@ -1,8 +1,8 @@
 """Networks and run states on disk: safetensors and JSON, no pickle; a file or folder is whole or absent."""
-import math
 import os
 import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,88 +12,95 @@ from torch import Tensor
 
 from kernels import Kernels
 from kernels import load as load_kernels
-from ladd.config import InputError
+from ladd import formats
+from ladd.config import InputError, Parser
 from ladd.data import publish, read_json, read_tensors, sync, write_json, write_tensors
-from ladd.mmdit import HEAD_DIM, MMDiT, MMDiTConfig
+from ladd.mmdit import MMDiT
 
 STUDENT = "checkpoints/student.safetensors"   # what a run folder stands for
-PREFIX = "model.diffusion_model."             # in published files, which may hold VAE and text encoders too
 
 
 def save_mmdit(model: MMDiT, path: str | Path, metadata: dict[str, str]) -> None:
-    """Writes the model in the published single-file layout, dtypes kept, `metadata` in the header; the header
+    """Writes a checkpoint of ours: names without prefix, dtypes kept, `metadata` in the header; the header
     also says what the network predicts unless that is v, as in published files."""
     header = metadata if model.config.predicts == "v" else {**metadata, "predicts": model.config.predicts}
     publish(Path(path), lambda path: write_tensors(path, model.state_dict(), header))
 
 
 def load_mmdit(path: str | Path, kernels: Kernels | None = None) -> MMDiT:
-    """The model of a single file or a run folder's student: sizes from the tensors' shapes, dtypes as stored.
+    """The model of a single file, a diffusers folder or a run's student: sizes from the tensors' shapes,
+    dtypes as stored.
 
-    Names may start with PREFIX. The weights stay memory-mapped until they are moved or written to.
+    The weights stay memory-mapped until they are moved or written to; only diffusers' q, k and v are joined.
     It predicts what the header says, v where it says nothing, as in published files.
-    Raises InputError that names missing, unknown and misshapen tensors.
+    Raises InputError that names missing, unknown and misshapen tensors, or what else the file is.
     """
     path = model_file(path)
-    tensors, metadata = read_tensors(path)
+    stored, metadata = formats.open_weights(path)
     predicts = metadata.get("predicts", "v")
     if predicts not in ("v", "x0"):
         raise InputError(f"{path}: found a network that predicts {predicts!r}, accepted are v and x0")
-    if any(name.startswith(PREFIX) for name in tensors):
-        tensors = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
-    shapes = {name: list(t.shape) for name, t in tensors.items()}
+    config = formats.infer_config({name: list(tensor.shape) for name, (tensor, _) in stored.items()}, path)
     with torch.device("meta"):   # no memory, no initialisation: every tensor is assigned below
-        model = MMDiT(replace(infer_config(shapes, path), predicts=predicts), kernels or load_kernels())
-    wanted = {name: list(t.shape) for name, t in model.state_dict().items()}
-    wrong = [name for name in wanted if shapes.get(name, wanted[name]) != wanted[name]]
-    faults = {"missing": [name for name in wanted if name not in shapes],
-              "unknown": [name for name in shapes if name not in wanted],
-              "misshapen": [f"{name} {shapes[name]} ({wanted[name]} accepted)" for name in wrong],
-              "not floating": [name for name, t in tensors.items() if not t.is_floating_point()]}
-    found = [f"{len(names)} {kind}: {', '.join(names[:3])}" for kind, names in faults.items() if names]
-    if found:
-        raise InputError(f"{path}: of {len(wanted)} tensors of this MMDiT, found {'; '.join(found)}")
-    model.load_state_dict(tensors, assign=True)
+        model = MMDiT(replace(config, predicts=predicts), kernels or load_kernels())
+    model.load_state_dict(formats.gather(model.state_dict(), stored, config.depth, path), assign=True)
     return model
 
 
 def load_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata in the header of a single file, or of a run folder's student."""
-    return read_tensors(model_file(path))[1]
+    """The metadata in the header of whatever load_mmdit takes."""
+    return formats.open_weights(model_file(path))[1]
 
 
 def model_file(path: str | Path) -> Path:
+    """What stands for a network: the file itself, a run's student, a diffusers folder's weights or index."""
     path = Path(path)
-    if path.is_dir() and not (path / STUDENT).exists():
-        raise InputError(f"{path}: found no {STUDENT}, a safetensors file or a finished run accepted")
-    return path / STUDENT if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    return path / STUDENT if (path / STUDENT).exists() else formats.weights_of(path)
 
 
-def infer_config(shapes: dict[str, list[int]], path: Path) -> MMDiTConfig:
-    """The configuration that tensors of these shapes belong to; InputError where there is none."""
-    def shape(name: str, rank: int) -> list[int]:
-        if len(shapes.get(name, [])) != rank or 0 in shapes[name]:
-            found = shapes.get(name, f"no {name} among {len(shapes)} tensors")
-            raise InputError(f"{path}: found {found}, an MMDiT's {name} of rank {rank} accepted")
-        return shapes[name]
+def export_mmdit(model: MMDiT, path: str | Path, layout: str = "single",
+                 metadata: dict[str, str] | None = None, dtype: torch.dtype | None = None,
+                 max_shard_bytes: int = 10 ** 10) -> None:
+    """Writes a published layout: "single", the file that ComfyUI loads, or "diffusers", the folder that
+    SD3Transformer2DModel.from_pretrained loads, in files of at most `max_shard_bytes` (or one tensor).
 
-    width, channels, patch, _ = shape("x_embedder.proj.weight", 4)
-    matches = [re.fullmatch(r"joint_blocks\.(\d+)\.(.+)", name) for name in shapes]
-    blocks = [(int(m[1]), m[2]) for m in matches if m]
-    if not blocks or width % HEAD_DIM:
-        raise InputError(f"{path}: found width {width} and {len(blocks)} tensors named joint_blocks.*, "
-                         f"an MMDiT of heads of {HEAD_DIM} accepted")
-    return MMDiTConfig(
-        depth=max(index for index, _ in blocks) + 1,
-        width=width,
-        context_dim=shape("context_embedder.weight", 2)[1],
-        pooled_dim=shape("y_embedder.mlp.0.weight", 2)[1],
-        in_channels=channels,
-        out_channels=shape("final_layer.linear.weight", 2)[0] // patch ** 2,
-        patch=patch,
-        qk_norm=any(".ln_q." in name for _, name in blocks),
-        dual_blocks=tuple(sorted({index for index, name in blocks if name.startswith("x_block.attn2.")})),
-        pos_grid=math.isqrt(shape("pos_embed", 3)[1]))
+    The header holds ModelSpec's facts and `metadata`, which prevails. `dtype`: None keeps each tensor's.
+    Raises InputError where `path` exists, and for a network that predicts x0, which these layouts cannot say.
+    """
+    path = exportable(model, path)
+    facts = formats.header(model.config, layout, path.stem, metadata or {})
+    if layout == "diffusers":
+        publish(path, lambda path: formats.write_transformer(
+            path, model.state_dict(), model.config, facts, dtype, max_shard_bytes))
+    elif layout == "single":
+        named = formats.spelled(model.state_dict(), layout, model.config.depth)
+        publish(path, lambda path: formats.write_weights(path, named, facts, dtype))
+    else:
+        raise InputError(f"layout: found {layout!r}, single and diffusers accepted")
+
+
+def export_pipeline(model: MMDiT, base: str | Path, path: str | Path, metadata: dict[str, str],
+                    dtype: torch.dtype | None = None, max_shard_bytes: int = 10 ** 10) -> None:
+    """Writes the SD3 pipeline folder `base` with the student as its transformer, and a README.md whose code
+    samples it at its levels, which `metadata` holds as train.py writes them. Else as export_mmdit."""
+    path, base = exportable(model, path), Path(base)
+    stored = dtype or model.x_embedder.proj.weight.dtype
+    card = formats.model_card(path.name, base, model.config, metadata, stored)
+    facts = formats.header(model.config, "diffusers", path.name, metadata)
+    write = lambda folder: formats.write_transformer(folder, model.state_dict(), model.config, facts, dtype,
+                                                     max_shard_bytes)
+    publish(path, lambda path: formats.write_pipeline(path, base, card, write))
+
+
+def exportable(model: MMDiT, path: str | Path) -> Path:
+    if model.config.predicts != "v":
+        raise InputError(f"export: found a network that predicts {model.config.predicts}, v accepted: "
+                         "published layouts cannot say otherwise")
+    if Path(path).exists():
+        raise InputError(f"{path}: found there already, a new name accepted")
+    return Path(path)
 
 
 def save_state(folder: str | Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any],
@@ -179,3 +186,30 @@ def load_optimizer(optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[
 
 def parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser(prog="python -m ladd.checkpoint", description="Writes a network in a published layout.")
+    parser.add_argument("command", choices=("export",))
+    parser.add_argument("source", help="run folder, single file or diffusers folder")
+    parser.add_argument("--out", metavar="PATH", required=True, help="a new file (single) or folder")
+    parser.add_argument("--layout", choices=("single", "diffusers", "pipeline"), default="single")
+    parser.add_argument("--base", metavar="FOLDER", help="SD3 pipeline of the other parts, for pipeline")
+    parser.add_argument("--dtype", choices=formats.DTYPES, help="default: as stored")
+    args = parser.parse(argv)
+    if (args.layout == "pipeline") != (args.base is not None):
+        raise InputError(f"--base: found {args.base}, a folder accepted with --layout pipeline alone")
+    model, metadata = load_mmdit(args.source), load_metadata(args.source)
+    dtype = formats.DTYPES.get(args.dtype)
+    if args.base is not None:
+        export_pipeline(model, args.base, args.out, metadata, dtype)
+    else:
+        export_mmdit(model, args.out, args.layout, metadata, dtype)
+    print(f"{args.out}: {sum(t.numel() for t in model.parameters()):,} parameters, {args.layout}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        sys.exit(print(f"ladd.checkpoint: {error}", file=sys.stderr) or 2)

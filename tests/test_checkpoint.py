@@ -59,7 +59,7 @@ def test_what_a_network_predicts_is_in_the_header(tmp_path):
 
 def test_a_run_folder_stands_for_its_student(tmp_path):
     model = tiny("plain", torch.float32)
-    with pytest.raises(InputError, match="found no checkpoints/student.safetensors"):
+    with pytest.raises(InputError, match="found nothing, a finished run or a folder with"):
         load_mmdit(tmp_path)
     save_mmdit(model, tmp_path / "checkpoints" / "student.safetensors", {"steps": "4"})
     assert torch.equal(load_mmdit(tmp_path).final_layer.linear.weight, model.final_layer.linear.weight)
@@ -108,7 +108,7 @@ WRONG = {
     "unknown":    (having(lora=(2,)), "1 unknown: lora"),
     "misshapen":  (having(QKV=(384, 64)), f"1 misshapen: {QKV} [384, 64] ([384, 128] accepted)"),
     "both":       (having(lora=(2,), QKV=(3,)), f"1 unknown: lora; 1 misshapen: {QKV} [3]"),
-    "integers":   (lambda t: t | {QKV: t[QKV].to(torch.int8)}, f"1 not floating: {QKV}"),
+    "integers":   (lambda t: t | {QKV: t[QKV].to(torch.int8)}, f"1 of another type: {QKV} torch.int8"),
     "table":      (having(pos_embed=(1, 140, 128)), "pos_embed [1, 140, 128] ([1, 121, 128] accepted)"),
     "flat input": (having(PATCHES=(128, 16)), f"found [128, 16], an MMDiT's {PATCHES} of rank 4"),
     "no patch":   (having(PATCHES=(128, 4, 0, 0)), "found [128, 4, 0, 0]"),
