@@ -5,6 +5,12 @@
     python sample.py --run runs/tiny --prompt "small blue cross" --num 3 --compare --out compare.png
     python sample.py --checkpoint student.safetensors --prompt "" --out any.png
 
+Networks of real images need SD3's encoders and VAE, a folder as it is published. A teacher also writes
+latents to distill from, shard by shard; the same call completes them, torchrun shares them out:
+
+    python sample.py --checkpoint sd3.safetensors --encoders FOLDER --prompt "a red fox" --out fox.png
+    python sample.py --checkpoint sd3.safetensors --encoders FOLDER --prompt-file F --save-latents DIR
+
 Image i starts from the noise of seed + i, made on the CPU in fp32: its picture is the same, to rounding,
 whatever the batch or device. Several images go to a folder, as 000000_seed0.png and so on; no file is
 overwritten. The script reads top to bottom: parse, load, plan, write, main (text, noise, sample, decode).
@@ -25,18 +31,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kernels
-from ladd import checkpoint, flow, report, shapes
-from ladd.config import Config, InputError, Parser, parse_size, parse_value, validated
+from ladd import checkpoint, encode, flow, report, shapes, synthesize
+from ladd.config import PRESETS, Config, InputError, Parser, parse_size, parse_value, validated
 from ladd.data import read_json
 from ladd.distill import Text
-from ladd.evaluate import embed
+from ladd.domain import Domain, sd3_domain, world_domain
 from ladd.mmdit import MMDiT
-from ladd.run import compute_dtype, device_name, frozen, levels_of, memory_gb, pick_device
+from ladd.parallel import ranks
+from ladd.run import Stopper, compute_dtype, device_name, frozen, levels_of, memory_gb, pick_device
 from ladd.sampler import image_noise, sample
 
 ROLES = "student", "teacher"
 RECIPE = "objects", "text_dim", "sizes", "shift", "levels", "sampler", "guidance", "sample_steps"
-RANGES = dict(num=(1, 10 ** 6), steps=(1, 1000), guidance=(0, 100), seed=(0, 2 ** 62), batch=(1, 4096))
+RANGES = dict(num=(1, 10 ** 6), steps=(1, 1000), guidance=(0, 100), seed=(0, 2 ** 62), batch=(1, 4096),
+              shard=(1, 10 ** 6), t5_tokens=(1, 512))
 
 
 def must(ok: bool, message: str) -> None:
@@ -51,7 +59,12 @@ def parse(argv: list[str]) -> Namespace:
     parser = Parser(prog="sample.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("--run", metavar="FOLDER", help="run folder of train.py")
-    flag("--checkpoint", metavar="FILE", help="one network that train.py wrote")
+    flag("--checkpoint", metavar="FILE", help="one network: train.py's, or SD3 as a file or diffusers folder")
+    flag("--encoders", metavar="FOLDER", help="SD3's text encoders and VAE; default: as in the run")
+    flag("--t5", choices=("device", "cpu", "none"), default="device", help="where T5 runs; none: zeros")
+    flag("--t5-tokens", metavar="N", type=int, default=256, help="T5 tokens a prompt")
+    flag("--text-cache", metavar="FILE", help="keeps text of --encoders, so that known prompts load none")
+    flag("--tiled", action="store_true", help="decode large images in tiles, to save memory")
     flag("--model", choices=ROLES, help="network of the run; default: the student")
     flag("--prompt", metavar="TEXT", action="append", help="caption, repeatable; empty: anything")
     flag("--prompt-file", metavar="FILE", help="captions, one a line; empty lines and # comments are skipped")
@@ -60,11 +73,14 @@ def parse(argv: list[str]) -> Namespace:
     flag("--sigmas", metavar="S,S", help="final levels falling from 1, in place of --steps; 0 is implied")
     flag("--guidance", metavar="G", type=float, help="the teacher's; default: as in its run")
     flag("--seed", metavar="N", type=int, default=0, help="image i uses seed + i")
-    flag("--size", metavar="HxW", help="pixels, multiples of 16; default: the first size of the run")
+    flag("--size", metavar="HxW", help="pixels, multiples of 16; default: the first size of the run; "
+         "--save-latents takes several, comma-separated")
     flag("--batch", metavar="N", type=int, default=16, help="images at a time")
     flag("--compare", action="store_true", help="one sheet: teacher at many and 4 steps, student at 4, 2, 1")
     flag("--grid", action="store_true", help="one sheet of all images")
     flag("--out", metavar="PATH", help="a .png for one image or sheet, a folder for several images")
+    flag("--save-latents", metavar="DIR", help="no pictures: the teacher's latents, for train.py --data")
+    flag("--shard", metavar="N", type=int, default=64, help="latents a shard")
     flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one")
     flag("--kernels", choices=tuple(kernels.CHOICES), default="auto", help="implementation of the operations")
     flag("--no-metadata", action="store_true", help="PNGs without their parameters")
@@ -79,23 +95,28 @@ def parse(argv: list[str]) -> Namespace:
     must(args.steps is None or args.sigmas is None, "--steps, --sigmas: found both, at most one expected")
     extra = [name for name in ("checkpoint", "model", "steps", "sigmas", "grid") if getattr(args, name)]
     must(not args.compare or not extra, f"--compare: found --{' --'.join(extra)}, only --run expected")
-    must(bool(args.out), "--out: found nothing, a .png for one picture or a folder for several expected")
+    if args.save_latents:
+        pictures = "out", "compare", "grid", "sigmas", "tiled", "text_cache"
+        extra = [f"--{name.replace('_', '-')}" for name in pictures if getattr(args, name)]
+        must(not extra, f"--save-latents: found {' '.join(extra)} beside it, which are for pictures")
+    else:
+        must(bool(args.out), "--out: found nothing, a .png for one picture or a folder for several expected")
     return args
 
 
-def read_prompts(args: Namespace, objects: int) -> list[str]:
-    """The prompts as shapes.embed spells them, each checked by the grammar; "" is the null prompt."""
-    prompts, where = args.prompt, f"--prompt-file {args.prompt_file}"
+def read_prompts(args: Namespace, config: Config) -> list[str]:
+    """The prompts; "" is the null prompt. Those of the world as shapes.embed spells them, each checked by the
+    grammar."""
+    prompts = args.prompt
     if prompts is None:
-        try:
-            lines = [line.strip() for line in Path(args.prompt_file).read_text(encoding="utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{where}: found no text file ({error})") from None
-        prompts = [line for line in lines if line and not line.startswith("#")]
-        must(bool(prompts), f"{where}: found no prompt in {len(lines)} lines, one a line expected")
+        prompts, notes = encode.read_prompts(args.prompt_file)
+        for note in notes:
+            print(f"--prompt-file {args.prompt_file}: {note}")
+    if config.real:
+        return prompts
     prompts = [" ".join(prompt.lower().split()) for prompt in prompts]
     for prompt in filter(None, prompts):
-        shapes.parse(prompt, objects)
+        shapes.parse(prompt, config.objects)
     return prompts
 
 
@@ -113,7 +134,7 @@ def read_sigmas(text: str) -> list[float]:
 
 # --- load ---
 
-def recipe(stored: Any, where: Path) -> Config:
+def recipe(stored: Any, where: Path, encoders: str) -> Config:
     """What sampling needs of Config, from config.json or a checkpoint's metadata (tuples there are "a,b")."""
     missing = [name for name in RECIPE if not isinstance(stored, dict) or name not in stored]
     must(not missing, f"{where}: found no {', '.join(missing)}; accepted is what train.py wrote")
@@ -121,24 +142,49 @@ def recipe(stored: Any, where: Path) -> Config:
     try:
         given = {name: parse_value(text(stored[name]), Config.__annotations__[name]) for name in RECIPE}
         probs = tuple(1 / len(given["levels"]) for _ in given["levels"])         # of training; any will do
-        return validated(Config(**given, probs=probs))
+        return validated(Config(**given, probs=probs, encoders=encoders))
     except ValueError as error:
         raise InputError(f"{where}: {error}") from None
+
+
+def published(path: Path, encoders: str) -> Config:
+    """The recipe of a published SD3: its preset's, found by the network's sizes."""
+    c = checkpoint.load_mmdit(path).config
+    known = [Config(**preset, preset=name, encoders=encoders) for name, preset in PRESETS.items()
+             if name.startswith("sd3")]
+    for config in known:
+        if ((c.depth, c.width, c.qk_norm, len(c.dual_blocks))
+                == (config.depth, config.width, config.qk_norm, config.dual_blocks)):
+            return validated(config)
+    raise InputError(f"{path}: found an MMDiT of {c.depth} blocks of width {c.width} and no metadata on how "
+                     f"to sample; train.py's networks or {', '.join(k.preset for k in known)} accepted")
 
 
 def locate(args: Namespace) -> tuple[Config, dict[str, Path]]:
     """(the recipe, the file of each role that is asked for)."""
     if args.checkpoint is not None:
-        path = checkpoint.model_file(args.checkpoint)
+        path = Path(args.checkpoint)
         values = checkpoint.load_metadata(path)
-        config, role = recipe(values, path), values.get("role")
+        role = values.get("role")
+        real = role is None or values.get("domain") == "sd3"           # a published network tells nothing
+        must(not real or args.encoders is not None, f"--encoders: found nothing; {path} is a network of real "
+             "images, a folder with SD3's text encoders and VAE expected")
+        must(real or args.encoders is None, f"--encoders: found {args.encoders}; {path} is a network of the "
+             "built-in world, which needs none")
+        if role is None:
+            config, role = published(path, args.encoders), "teacher"
+        else:
+            config = recipe(values, path, args.encoders if real else "")
         must(role in ROLES, f"{path}: found role {role!r}, {' or '.join(ROLES)} expected")
         must(args.model in (None, role), f"--model: found {args.model}, {path} is a {role}")
         return config, {role: path}
     run, stored = Path(args.run), Path(args.run) / "config.json"
     must(stored.exists(), f"--run {run}: found no config.json there, a run folder of train.py expected")
     values = read_json(stored)
-    config = recipe(values, stored)
+    encoders = values.get("encoders", "") if isinstance(values, dict) else ""
+    must(bool(encoders) or args.encoders is None,
+         f"--encoders: found {args.encoders}; {run} is of the built-in world, which needs none")
+    config = recipe(values, stored, encoders and args.encoders or encoders)
     files = {role: run / "checkpoints" / f"{role}.safetensors" for role in ROLES}
     if values.get("teacher"):
         files["teacher"] = Path(values["teacher"])        # a run with --teacher holds no copy of it
@@ -148,15 +194,32 @@ def locate(args: Namespace) -> tuple[Config, dict[str, Path]]:
     return config, asked
 
 
-def load(path: Path, args: Namespace, config: Config, hw: tuple[int, int]) -> MMDiT:
-    """The network, memory-mapped on the CPU; InputError unless it reads this text and takes this size."""
+def load(path: Path, args: Namespace, config: Config, sizes: list[tuple[int, int]]) -> MMDiT:
+    """The network, memory-mapped on the CPU; InputError unless it takes these sizes, and reads the world's
+    text if it is of the world."""
     model = checkpoint.load_mmdit(path, kernels.load(args.kernels))
     c, d, channels = model.config, config.text_dim, len(shapes.CHANNELS)
     widths, wanted = (c.in_channels, c.out_channels, c.context_dim, c.pooled_dim), (channels, channels, d, d)
+    if config.real:
+        widths, wanted = widths[:2], wanted[:2]
     must(widths == wanted, f"{path}: found {widths} channels (in, out, text, pooled), {wanted} expected")
     most = 8 * c.patch * c.pos_grid
-    must(max(hw) <= most, f"--size: found {hw[0]}x{hw[1]}, {path} takes at most {most}x{most}")
+    for h, w in sizes:
+        must(max(h, w) <= most, f"--size: found {h}x{w}, {path} takes at most {most}x{most}")
     return model
+
+
+def domain_of(args: Namespace, config: Config, device: torch.device, models: dict[str, MMDiT]) -> Domain:
+    """Encoders and decoder of these networks; InputError where their text has not the networks' width."""
+    if not config.real:
+        return world_domain(config)
+    cache = Path(args.text_cache) if args.text_cache else None
+    domain = sd3_domain(config.encoders, device, args.t5, args.t5_tokens, cache, args.tiled)
+    for role, model in models.items():
+        wanted = model.config.context_dim, model.config.pooled_dim
+        must(domain.widths == wanted, f"--encoders {config.encoders}: found text of widths {domain.widths} "
+             f"(tokens, pooled), the {role} reads {wanted}")
+    return domain
 
 
 # --- plan ---
@@ -223,8 +286,11 @@ def texts(args: Namespace, config: Config, columns: list[Column], files: dict[st
         return lambda prompts, seeds: {}
     models = {}
     for role, path in files.items():
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()[:10]
+        parts, digest = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path], hashlib.sha256()
+        for part in parts:
+            with part.open("rb") as file:
+                digest = hashlib.file_digest(file, lambda: digest)
+        digest = digest.hexdigest()[:10]
         name = f"{Path(args.run).resolve().name}-{role}" if args.run else path.stem
         models[role] = {"model": name, "model_hash": digest}
     described = [c._asdict() | models[c.role] for c in columns]
@@ -254,20 +320,47 @@ def sheet(args: Namespace, prompts: list[str], seeds: list[int],
 
 # --- main ---
 
+def save_latents(args: Namespace, config: Config, prompts: list[str], sizes: list[tuple[int, int]],
+                 model: MMDiT, domain: Domain, device: torch.device) -> None:
+    """Shards of the teacher's latents, the prompts in turn until each has --num."""
+    count = len(prompts) * args.num
+    plan = synthesize.prompt_plan(prompts, sizes, count, args.shard, args.seed)
+    if not config.real:
+        plan = plan._replace(codes=torch.tensor([shapes.parse(p, config.objects) for p in plan.prompts]))
+    steps = args.steps or config.sample_steps
+    guidance = config.guidance if args.guidance is None else args.guidance
+    begin, stopper = time.perf_counter(), Stopper()
+    prepare = lambda model: frozen(model, compute_dtype("auto", device), device)
+    whole = synthesize.synthesize(
+        Path(args.save_latents), plan, model, prepare, domain, steps, config.shift, guidance, args.batch,
+        *((torch.bfloat16, 256) if config.real else (torch.float32, 1024)), lambda: bool(stopper))
+    if ranks()[0] == 0:
+        print(f"{args.save_latents}: {f'{count} latents' if whole else 'stopped, the same call goes on'}, "
+              f"{time.perf_counter() - begin:.0f} s, {memory_gb(device):.2f} GB at peak")
+
+
 def main(argv: list[str]) -> None:
     args = parse(argv)
     config, files = locate(args)
-    prompts = [prompt for prompt in read_prompts(args, config.objects) for _ in range(args.num)]
-    seeds = [args.seed + i for i in range(len(prompts))]
-    hw = config.hw[0] if args.size is None else parse_size(args.size)
-    columns = plan(args, config, next(iter(files)))
-    models = {role: load(path, args, config, hw) for role, path in files.items()}
+    prompts = read_prompts(args, config)
+    sizes = [config.hw[0]] if args.size is None else [parse_size(size) for size in args.size.split(",")]
+    must(len(sizes) == 1 or bool(args.save_latents), f"--size: found {args.size}, one size expected")
+    models = {role: load(path, args, config, sizes) for role, path in files.items()}
     device = pick_device(args.device)
+    domain = domain_of(args, config, device, models)
+    if args.save_latents:
+        must("teacher" in models, "--save-latents: found a student; --model teacher expected")
+        return save_latents(args, config, prompts, sizes, models["teacher"], domain, device)
+    prompts, hw = [prompt for prompt in prompts for _ in range(args.num)], sizes[0]
+    seeds = [args.seed + i for i in range(len(prompts))]
+    columns = plan(args, config, next(iter(files)))
     paths = outputs(args, len(prompts))                              # the last check
     text_of = texts(args, config, [*columns.values()], files, hw, device)
 
+    domain.embed(["", *prompts])
+    domain.release()
     models = {role: frozen(model, compute_dtype("auto", device), device) for role, model in models.items()}
-    null = Text(*(t[0] for t in embed(config, [""], device)))
+    null = Text(*(t[0].to(device) for t in domain.embed([""])))
     shape = len(shapes.CHANNELS), hw[0] // 8, hw[1] // 8
     pictures: dict[str, list[Tensor]] = {title: [] for title in columns}
     bar = tqdm(total=len(columns) * len(prompts), desc="images", dynamic_ncols=True)
@@ -275,12 +368,12 @@ def main(argv: list[str]) -> None:
     for title, c in columns.items():
         for i in range(0, len(prompts), args.batch):
             part, drawn = prompts[i:i + args.batch], seeds[i:i + args.batch]
-            text = embed(config, part, device)
+            text = Text(*(t.to(device) for t in domain.embed(part)))
             noise = image_noise(drawn, shape).to(device)             # [b, c, h, w]
             start, sigmas = time.perf_counter(), torch.tensor(c.sigmas)
-            x0 = sample(models[c.role], noise, text, sigmas, c.sampler, drawn, null, c.guidance).cpu()
+            x0 = sample(models[c.role], noise, text, sigmas, c.sampler, drawn, null, c.guidance)
             seconds, steps = seconds + time.perf_counter() - start, steps + c.steps
-            images = shapes.decode(x0)                               # [b, 3, H, W]
+            images = domain.decode(x0)                               # [b, 3, H, W]
             if args.grid or args.compare:
                 pictures[title].extend(images)
             else:                                                    # at once: an interrupted call keeps them

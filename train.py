@@ -4,6 +4,10 @@
     python train.py --preset tiny --seed 1 --name tiny-1
     python train.py --dry-run                    sizes and costs, nothing written
 
+With an SD3 checkpoint the teacher is loaded, and prompts come from a file:
+
+    python train.py --preset sd3.5-medium --teacher FILE --encoders FOLDER --prompts FILE
+
 Everything lies in runs/<name>/. Stages that are done are skipped;
 the same command again resumes; Ctrl-C saves first.
 The file reads top to bottom: device, networks, teacher, synthetic data, distillation, report.
@@ -20,18 +24,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import kernels
-from ladd import checkpoint, cost, data, evaluate, flow, metrics, report, shapes
+from ladd import checkpoint, cost, data, encode, evaluate, flow, metrics, report, shapes, synthesize
 from ladd.config import Config, InputError, parse_config
 from ladd.discriminator import Discriminator, DiscriminatorConfig
 from ladd.distill import (DistillConfig, Text, draw, fake_pass, flow_loss, grid_of, heads_loss, student_loss,
                           taps_of)
-from ladd.evaluate import Prompts, draw_prompts, embed, generate, make_reference, measure, world_latents
+from ladd.domain import Domain, sd3_domain, world_domain
+from ladd.evaluate import Prompts, draw_prompts, given_prompts, make_reference, measure, world_latents
 from ladd.mmdit import MMDiT, MMDiTConfig, shrunk
 from ladd.run import (Log, Stopped, Stopper, check_finite, command, compute_dtype, curves, device_name,
-                      frozen, levels_of, memory_gb, open_run, pick_device, step_counts)
+                      frozen, levels_of, memory_gb, open_run, pick_device, progress, step_counts)
 
 # seeds of prompts: beyond any --seed, so never those of training
 VALIDATION, BEST, REPORT, REAL = range(2 ** 40, 2 ** 40 + 4)
@@ -41,8 +45,9 @@ VALIDATION, BEST, REPORT, REAL = range(2 ** 40, 2 ** 40 + 4)
 
 def teacher_config(config: Config) -> MMDiTConfig:
     patches = max(max(hw) for hw in config.hw) // 16                          # codec 8, patch 2
-    return MMDiTConfig(config.depth, config.width, config.text_dim, config.text_dim, qk_norm=config.qk_norm,
-                       pos_grid=patches, predicts=config.predicts)
+    return MMDiTConfig(config.depth, config.width, config.text_dim, config.pooled_dim or config.text_dim,
+                       qk_norm=config.qk_norm, dual_blocks=tuple(range(config.dual_blocks)),
+                       pos_grid=config.pos_grid or patches, predicts=config.predicts)
 
 
 def distill_config(config: Config) -> DistillConfig:
@@ -74,11 +79,6 @@ def step_generator(seed: int, *key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def progress(name: str, total: int, start: int = 0) -> tqdm:
-    return tqdm(total=total, initial=start, desc=f"{name:8}", dynamic_ncols=True, smoothing=0.1,
-                mininterval=0.5)
-
-
 def save_every(config: Config, folder: Path, step: int, done: int, stopper: Stopper, state,
                **terms: Tensor) -> None:
     """Saves at the interval, and on a signal or --stop-after before it raises Stopped. `done`: steps of this
@@ -99,14 +99,16 @@ def load_teacher(config: Config, path: Path) -> MMDiT:
     """The teacher in `path`, checked against the run:
     text width, channels, patch, positions, taps, student's depth."""
     teacher, want = checkpoint.load_mmdit(path, kernels.load(config.kernels)), teacher_config(config)
-    for name in ("context_dim", "pooled_dim", "in_channels", "out_channels", "patch"):
+    text = () if config.real else ("context_dim", "pooled_dim")
+    for name in (*text, "in_channels", "out_channels", "patch"):
         found, expected = getattr(teacher.config, name), getattr(want, name)
         if found != expected:
             raise InputError(f"{path}: found {name} {found}, the run takes {expected} "
                              "(text widths: --text-dim)")
-    if teacher.config.pos_grid < want.pos_grid:
+    patches = max(max(hw) for hw in config.hw) // 16
+    if teacher.config.pos_grid < patches:
         raise InputError(f"{path}: found positions for {teacher.config.pos_grid} patches a side, "
-                         f"--sizes takes {want.pos_grid}")
+                         f"--sizes takes {patches}")
     if config.taps[-1] >= teacher.config.depth or config.student_depth > teacher.config.depth:
         raise InputError(f"{path}: --taps {','.join(map(str, config.taps))} and "
                          f"--student-depth {config.student_depth}: "
@@ -114,12 +116,13 @@ def load_teacher(config: Config, path: Path) -> MMDiT:
     return teacher
 
 
-def load_data(config: Config, path: Path, text_dim: int) -> data.Latents:
-    """The latents in `path`, checked against the run: channels, text width, a batch of every size."""
+def load_data(config: Config, path: Path, teacher: MMDiTConfig) -> data.Latents:
+    """The latents in `path`, checked against the run: channels, text widths, a batch of every size."""
     latents = data.read_folder(path)
-    if latents.context.shape[-1] != text_dim or latents.pooled.shape[-1] != text_dim:
-        raise InputError(f"{path}: found text of width {latents.context.shape[-1]}, "
-                         f"the teacher reads {text_dim}")
+    found = latents.context.shape[-1], latents.pooled.shape[-1]
+    wanted = teacher.context_dim, teacher.pooled_dim
+    if found != wanted:
+        raise InputError(f"{path}: found text of widths {found} (tokens, pooled), the teacher reads {wanted}")
     for hw, (x0, _) in latents.buckets.items():
         if x0.shape[1] != 16 or len(x0) - holdout(latents) < config.batch:
             raise InputError(f"{path}: found {len(x0)} latents of {x0.shape[1]} channels and size "
@@ -183,49 +186,24 @@ def train_teacher(config: Config, run: Path, device: torch.device, stopper: Stop
 
 # --- stage 2: synthetic data ---
 
-def weights_sha(model: MMDiT) -> str:
-    """A fingerprint of the weights, so that latents of another teacher are not mistaken for its own."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def synthesize(config: Config, run: Path, teacher: MMDiT, device: torch.device,
-               stopper: Stopper) -> data.Latents:
-    """Latents that the teacher generates with guidance from captions of the world;
-    shard by shard, so it resumes anywhere."""
+def make_data(config: Config, run: Path, teacher: MMDiT, domain: Domain, device: torch.device,
+              stopper: Stopper) -> data.Latents:
+    """Latents that the teacher generates with guidance, from captions of the world or the run's prompts;
+    skipped where --data names a folder."""
     if config.data:
-        return load_data(config, Path(config.data), teacher.config.context_dim)
-    folder = run / "data"
-    plan = [(h // 8, w // 8) for h, w in (config.hw[i % len(config.hw)]
-                                          for i in range(-(-config.data_size // config.data_batch)))]
-    per_size = config.data_batch * -(-len(plan) // len(config.hw))
-    parts = {p.hw: p for p in draw_prompts(config, per_size * len(config.hw), config.seed + 1)}
-    prompts = sorted({c for p in parts.values() for c in p.captions})
-    number = {c: i for i, c in enumerate(prompts)}
-    text, null = embed(config, prompts, torch.device("cpu")), embed(config, [""], torch.device("cpu"))
-    codes = torch.tensor([shapes.parse(c, config.objects) for c in prompts])
-    provenance = {"sampler": "euler", "steps": config.sample_steps, "guidance": config.guidance,
-                  "shift": config.shift, "seed": config.seed, "teacher": weights_sha(teacher),
-                  "shards": len(plan), "shard": config.data_batch}
-    data.open_folder(folder, provenance, prompts, *text, codes, (null[0][0], null[1][0]))
-    missing = data.missing_shards(folder, plan)
-    if missing:
-        model = inference(teacher, config, device)
-        bar = progress("data", len(plan) * config.data_batch, (len(plan) - len(missing)) * config.data_batch)
-        sigmas = flow.euler_levels(config.sample_steps, config.shift)
-        for i in missing:
-            part, first = parts[config.hw[i % len(config.hw)]], i // len(config.hw) * config.data_batch
-            captions = part.captions[first:first + config.data_batch]
-            one = Prompts(part.hw, part.codes[:0], captions, part.latents[first:first + config.data_batch])
-            seed = config.seed * 10 ** 9 + 10 ** 8 + i * config.data_batch
-            (x0,), _ = generate(model, config, [one], sigmas, "euler", config.guidance, seed, bar.update)
-            data.write_shard(folder, i, x0, torch.tensor([number[c] for c in captions]))
-            if stopper:
-                raise Stopped(f"{stopper.signal}: shard {i} saved in {folder}; the same command resumes")
-        bar.close()
-    return data.read_folder(folder)
+        return load_data(config, Path(config.data), teacher.config)
+    if config.real:
+        prompts, _ = encode.read_prompts(config.prompts)
+        plan = synthesize.prompt_plan(prompts, config.hw, config.data_size, config.data_batch, config.seed)
+    else:
+        plan = synthesize.world_plan(config)
+    whole = synthesize.synthesize(
+        run / "data", plan, teacher, lambda model: inference(model, config, device), domain,
+        config.sample_steps, config.shift, config.guidance, config.eval_batch,
+        *((torch.bfloat16, 256) if config.real else (torch.float32, 1024)), lambda: bool(stopper))
+    if not whole:
+        raise Stopped(f"{stopper.signal}: shards saved in {run / 'data'}; the same command resumes")
+    return load_data(config, run / "data", teacher.config)
 
 
 # --- stage 3: distillation ---
@@ -299,10 +277,10 @@ def student_step(config: Config, dc: DistillConfig, p: Players, parts: list):
     return stats, norm
 
 
-def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, device: torch.device,
-            stopper: Stopper) -> None:
+def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, domain: Domain,
+            device: torch.device, stopper: Stopper) -> None:
     """LADD: heads' steps and student steps in turn; writes checkpoints/student.safetensors,
-    the best by the metric while training."""
+    the best by the metric while training, the last where there is no metric (real prompts)."""
     out = run / "checkpoints" / "student.safetensors"
     if out.exists():
         return
@@ -340,9 +318,12 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, devic
         return {**tensors, **checkpoint.optimizer_tensors(opt_g, "opt_g."),
                 **checkpoint.optimizer_tensors(opt_d, "opt_d.")}, {"best": best}
 
-    prompts = draw_prompts(config, config.eval_n, BEST)
-    reference = make_reference(config, prompts, config.eval_n, VALIDATION)
-    shown = draw_prompts(config, 4 * len(config.hw), VALIDATION)
+    if config.real:
+        shown, reference = given_prompts(config, report_prompts(config)), None
+    else:
+        shown = draw_prompts(config, 4 * len(config.hw), VALIDATION)
+        prompts = draw_prompts(config, config.eval_n, BEST)
+        reference = make_reference(config, prompts, config.eval_n, VALIDATION)
     viewer = inference(ema, config, device)
     total = config.heads_first + config.steps                  # the first steps move the heads alone
     # the evaluation at `start` comes after its state
@@ -354,14 +335,14 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, devic
         if every(config.grid_every) or every(config.eval_every):
             viewer.load_state_dict(ema.state_dict())
         if every(config.grid_every):
-            evaluate.save_grid(config, viewer, shown, run / "samples" / f"{step:06d}.png")
+            evaluate.save_grid(config, domain, viewer, shown, run / "samples" / f"{step:06d}.png")
         if every(config.eval_every):
-            values = evaluate.quality(config, viewer, prompts, reference)
+            values = evaluate.quality(config, domain, viewer, prompts, reference) if reference else {}
             values |= evaluate.duel(viewer, teacher, heads, latents, dc, config.eval_batch, holdout(latents))
             evals.write(it, **values)
             bar.write(f"step {step:5d}  " + "  ".join(
                 f"{k} {v:.3f}" for k, v in values.items() if k.startswith(("fd_", "prompt", "auc"))))
-            if values["fd_1"] + values[f"fd_{len(config.levels)}"] < best:
+            if reference and values["fd_1"] + values[f"fd_{len(config.levels)}"] < best:
                 best = values["fd_1"] + values[f"fd_{len(config.levels)}"]
                 checkpoint.save_mmdit(ema, out.with_name("best.safetensors"), describe(config, "student"))
         if it == total:
@@ -432,7 +413,8 @@ def calibrate(config: Config, dc: DistillConfig, teacher: MMDiT, heads: Discrimi
 def describe(config: Config, role: str) -> dict[str, str]:
     """What sampling needs beside the weights; levels are unshifted."""
     listed = lambda values: ",".join(map(str, values))
-    return {"role": role, "levels": listed(config.levels), "shift": str(config.shift),
+    return {"role": role, "domain": "sd3" if config.real else "world", "levels": listed(config.levels),
+            "shift": str(config.shift),
             "sampler": config.sampler, "guidance": str(config.guidance),
             "sample_steps": str(config.sample_steps), "objects": str(config.objects),
             "text_dim": str(config.text_dim), "sizes": listed(config.sizes)}
@@ -440,77 +422,88 @@ def describe(config: Config, role: str) -> dict[str, str]:
 
 # --- stage 4: report ---
 
-def write_report(config: Config, run: Path, base: MMDiT, device: torch.device,
+def report_prompts(config: Config) -> list[str]:
+    return encode.read_prompts(config.eval_prompts or config.prompts)[0][:None if config.eval_prompts else 8]
+
+
+def write_report(config: Config, run: Path, base: MMDiT, domain: Domain, device: torch.device,
                  seconds: dict[str, float]) -> None:
-    """report.json and report.png: the student against the teacher at equal evaluations, at equal n,
-    with the floor."""
+    """report.json and report.png: the student against the teacher at equal evaluations, at equal n, with the
+    floor. Real prompts have no grader: there it is pictures at equal seeds, and times."""
     start = time.perf_counter()
-    prompts = draw_prompts(config, config.n, REPORT)
-    reference = make_reference(config, prompts, config.n, REAL)
+    if config.real:
+        prompts, reference = given_prompts(config, report_prompts(config)), None
+        shown, floor = prompts, dict.fromkeys(("fd", "fd2"))
+    else:
+        prompts = draw_prompts(config, config.n, REPORT)
+        reference = make_reference(config, prompts, config.n, REAL)
+        shown = [p._replace(captions=p.captions[:2]) for p in prompts]
+        floor = reference.floor
+    n = sum(len(p.captions) for p in prompts)
     teacher = inference(base, config, device)
     student = inference(checkpoint.load_mmdit(run / "checkpoints" / "student.safetensors",
                                               kernels.load(config.kernels)), config, device)
     untrained = inference(shrunk(base, student.config.depth), config, device)
     counts = step_counts(config.levels)
     plan = [("teacher", teacher, "euler", config.sample_steps, config.guidance, None)]
-    plan += [("teacher", teacher, "euler", n, g, None)
-             for n in (4, 2, 1) for g in dict.fromkeys((config.guidance, 1.0))]
-    plan += [(name, model, config.sampler, n, 1.0, levels_of(config.levels, n))
-             for name, model in (("untrained", untrained), ("student", student)) for n in counts]
-    rows, bar = [], progress("report", len(plan) * config.n)
+    plan += [("teacher", teacher, "euler", k, g, None)
+             for k in (4, 2, 1) for g in dict.fromkeys((config.guidance, 1.0))]
+    plan += [(name, model, config.sampler, k, 1.0, levels_of(config.levels, k))
+             for name, model in (("untrained", untrained), ("student", student)) for k in counts]
+    rows, bar = [], progress("report", len(plan) * n)
     for name, model, sampler, steps, guidance, levels in plan:
-        row = measure(model, config, prompts, reference, steps, sampler, guidance, levels,
+        row = measure(model, config, domain, prompts, reference, steps, sampler, guidance, levels,
                       seed=REPORT * 10 ** 6, progress=bar.update)
         rows.append({"model": name, **row})
-    heldout = draw_prompts(config, config.eval_n, REPORT, heldout=True)
-    beyond, unseen = make_reference(config, heldout, config.eval_n, REAL), {}
-    for name, model, sampler, steps, guidance, levels in (plan[0], plan[-len(counts)]):
-        row = measure(model, config, heldout, beyond, steps, sampler, guidance, levels)
-        unseen[f"{name}_{steps}"] = row["prompt_accuracy"]
+    unseen = {} if config.real else unseen_accuracy(config, domain, (plan[0], plan[-len(counts)]))
     bar.close()
 
-    shown = [p._replace(captions=p.captions[:2], latents=p.latents[:2]) for p in prompts]
     many = flow.euler_levels(config.sample_steps, config.shift)
     columns = {f"teacher {config.sample_steps} x 2": evaluate.pictures(
-                   config, teacher, shown, many, "euler", config.guidance),
+                   config, domain, teacher, shown, many, "euler", config.guidance),
                "teacher 4": evaluate.pictures(
-                   config, teacher, shown, flow.euler_levels(4, config.shift), "euler"),
-               **evaluate.student_pictures(config, student, shown)}
-    sheet = report.contact_sheet(columns, [c for p in shown for c in p.captions])
+                   config, domain, teacher, shown, flow.euler_levels(4, config.shift), "euler"),
+               **evaluate.student_pictures(config, domain, student, shown)}
+    sheet = report.contact_sheet(columns, [c for p in shown for c in p.captions],
+                                 cell=max(128, *(side // 4 for p in shown for side in p.hw)))
     log = curves(run, "distill") | curves(run, "eval")
-    floor = {**reference.floor, "fd_curves": log.get("floor_fd", [(0, reference.floor["fd"])])[-1][1]}
+    floor = {**floor, "fd_curves": log.get("floor_fd", [(0, floor["fd"])])[-1][1]}
     seconds["report"] = time.perf_counter() - start
     report.write_report(run, sheet, {
         "preset": config.preset, "command": command(), "device": device_name(device), "world_size": 1,
-        "versions": report.versions(), "commit": report.commit(), "n": config.n, "seeds": [config.seed],
+        "versions": report.versions(), "commit": report.commit(), "n": n, "seeds": [config.seed],
         "seconds": seconds, "floor": floor, "curves": log, "heldout_prompt_accuracy": unseen, "rows": rows})
     print(report.table(rows, floor))
-    print(f"floor {floor['fd']:.3f}; prompts of held-out combinations: "
-          + ", ".join(f"{k} {v:.1%}" for k, v in unseen.items()))
+    if not config.real:
+        print(f"floor {floor['fd']:.3f}; prompts of held-out combinations: "
+              + ", ".join(f"{k} {v:.1%}" for k, v in unseen.items()))
     print("seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items())
           + f"; wrote {run / 'report.json'}, {run / 'report.png'}")
 
 
+def unseen_accuracy(config: Config, domain: Domain, plan) -> dict[str, float]:
+    """Prompt accuracy on combinations of attributes that neither teacher nor student ever saw."""
+    prompts, accuracy = draw_prompts(config, config.eval_n, REPORT, heldout=True), {}
+    reference = make_reference(config, prompts, config.eval_n, REAL)
+    for name, model, sampler, steps, guidance, levels in plan:
+        row = measure(model, config, domain, prompts, reference, steps, sampler, guidance, levels)
+        accuracy[f"{name}_{steps}"] = row["prompt_accuracy"]
+    return accuracy
+
+
 def dry_run(config: Config, device: torch.device) -> None:
-    """Prints the resolved configuration, parameters, memory and FLOPs of a step; allocates nothing."""
+    """Prints the resolved configuration, parameters, memory, FLOPs, hours and disk; allocates nothing."""
     ops, dtype = kernels.load(config.kernels), compute_dtype(config.precision, device)
+    sizes = load_teacher(config, Path(config.teacher)).config if config.teacher else teacher_config(config)
     with torch.device("meta"):
-        teacher = MMDiT(teacher_config(config), ops, dtype).to(dtype).requires_grad_(False)
-        student = shrunk(MMDiT(teacher_config(config), ops, dtype), config.student_depth or config.depth)
+        teacher = MMDiT(sizes, ops, dtype).to(dtype).requires_grad_(False)
+        student = shrunk(MMDiT(sizes, ops, dtype), config.student_depth or sizes.depth)
         heads = make_heads(config, teacher)
-    h, w = config.hw[0]
-    context = (shapes.max_words(config.objects), config.text_dim)
-    costs = cost.step_cost(student, teacher, heads, (16, h // 8, w // 8), context,
-                           config.batch // config.accumulate, distill_config(config))
-    print("\n".join(f"{k}: {v}" for k, v in asdict(config).items()))
-    print(f"\nparameters: teacher {cost.count(teacher):,}, student {cost.count(student):,}, "
-          f"heads {cost.count(heads):,}")
-    print(f"memory of distillation on {device_name(device)}, {dtype}:")
-    print("\n".join(f"  {v / 2 ** 30:8.3f} GiB  {k}" for k, v in cost.memory_plan(
-        student, teacher, heads, costs["bytes_saved"]).items()))
-    print(f"FLOPs: {config.accumulate * costs['flops_step']:.3e} a LADD step of {config.batch} pairs, "
-          f"{costs['flops_flow_step'] * config.teacher_batch * config.accumulate / config.batch:.3e} "
-          f"a teacher step of {config.teacher_batch}")
+    tokens = 77 + config.t5_tokens if config.real else shapes.max_words(config.objects)
+    prompts = encode.read_prompts(config.prompts)[0] if config.prompts else None
+    print("\n".join(f"{k}: {v}" for k, v in asdict(config).items()) + "\n")
+    print("\n".join(cost.plan(config, student, teacher, heads, distill_config(config), tokens,
+                              len(set(prompts)) if prompts else config.data_size, device)))
 
 
 # --- main ---
@@ -527,11 +520,18 @@ def main(argv: list[str]) -> None:
     for path, what in ((config.teacher, "--teacher"), (config.data, "--data")):
         if path and not Path(path).exists():
             raise InputError(f"{what}: {path} does not exist")
-    # both are looked at before the run folder is made: a failed attempt does not take the name from the next
-    if config.teacher:
-        load_teacher(config, Path(config.teacher))
+    # all are looked at before the run folder is made: a failed attempt does not take the name from the next
+    for path in filter(None, (config.prompts, config.eval_prompts)):
+        encode.read_prompts(path)
+    sizes = load_teacher(config, Path(config.teacher)).config if config.teacher else teacher_config(config)
     if config.data:
-        load_data(config, Path(config.data), config.text_dim)
+        load_data(config, Path(config.data), sizes)
+    domain = (sd3_domain(config.encoders, device, config.t5, config.t5_tokens,
+                         Path("runs") / config.run_name / "text.safetensors") if config.real
+              else world_domain(config))
+    if domain.widths != (sizes.context_dim, sizes.pooled_dim):
+        raise InputError(f"--encoders {config.encoders}: found text of widths {domain.widths}, the "
+                         f"teacher reads {(sizes.context_dim, sizes.pooled_dim)} (tokens, pooled)")
     run, stopper = open_run(config), Stopper()
     print(f"{run}: {device_name(device)}, {compute_dtype(config.precision, device)}")
     clock = run / "seconds.json"
@@ -547,10 +547,10 @@ def main(argv: list[str]) -> None:
             data.publish(clock, lambda path: data.write_json(path, seconds))
 
     teacher = timed("teacher", train_teacher, device, stopper)
-    latents = timed("data", synthesize, teacher, device, stopper)
-    timed("distill", distill, teacher, latents, device, stopper)
+    latents = timed("data", make_data, teacher, domain, device, stopper)
+    timed("distill", distill, teacher, latents, domain, device, stopper)
     if not (run / "report.json").exists():
-        write_report(config, run, teacher, device, seconds)
+        write_report(config, run, teacher, domain, device, seconds)
 
 
 if __name__ == "__main__":

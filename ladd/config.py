@@ -21,7 +21,8 @@ def option(default, help: str, choices: tuple = (), low: float = -math.inf, high
 @dataclass(frozen=True)
 class Config:
     """Everything that decides a run. Levels are unshifted; `shift` is applied by flow.shift alone."""
-    preset:          str = option("tiny", "name of the preset", ("tiny", "shapes"))
+    preset:          str = option("tiny", "name of the preset", (
+        "tiny", "shapes", "sd3-medium", "sd3.5-medium", "sd3.5-large"))
     name:            str = option("", "run folder runs/NAME; empty: the preset's name")
     seed:            int = option(0, "seed of everything", low=0, high=2 ** 31)
     device:          str = option("auto", "auto takes CUDA where there is one", ("auto", "cpu", "cuda"))
@@ -35,12 +36,24 @@ class Config:
     sizes:           tuple[str, ...] = option(
         ("48x80", "80x48"), "image sizes HxW in pixels, multiples of 16, of about one area")
     stated:          float = option(0.5, "probability that a caption states an attribute", low=0, high=0.95)
-    text_dim:        int = option(64, "width of the frozen word embeddings, one a word at least", low=23)
+    text_dim:        int = option(
+        64, "width of a text token; in the built-in world at least one a word", low=23)
+    # real prompts and images
+    encoders:        str = option("", "SD3 folder with text encoders and VAE; empty: the built-in world")
+    prompts:         str = option("", "prompts of the data, a .txt with one a line or a .jsonl")
+    eval_prompts:    str = option("", "prompts of grids and report; empty: the first 8 of --prompts")
+    t5:              str = option(
+        "device", "where T5 runs; none: its tokens are zeros", ("device", "cpu", "none"))
+    t5_tokens:       int = option(256, "T5 tokens a prompt", low=1, high=512)
     # teacher
     teacher:         str = option("", "checkpoint of a teacher; empty: train one")
     depth:           int = option(6, "blocks of the teacher", low=1)
     width:           int = option(128, "width of the teacher, a multiple of 64", low=64)
     qk_norm:         bool = option(False, "RMS norm of queries and keys")
+    dual_blocks:     int = option(
+        0, "first blocks, with a second, image-only attention (SD3.5-medium)", low=0)
+    pos_grid:        int = option(0, "side of the position table in patches; 0: as --sizes need", low=0)
+    pooled_dim:      int = option(0, "width of the pooled text; 0: --text-dim", low=0)
     predicts:        str = option("x0", "what the teacher's output layer gives; SD3's is v", ("v", "x0"))
     teacher_images:  int = option(16384, "rendered images the teacher learns from", low=1)
     teacher_steps:   int = option(960, "training steps of the teacher", low=1)
@@ -99,6 +112,8 @@ class Config:
     # this process alone
     stop_after:      int = option(0, "save and end after so many steps of this process; 0: never", low=0)
     dry_run:         bool = option(False, "print the resolved configuration, sizes and costs, then exit")
+    tflops:          float = option(
+        0.0, "rate for the dry run's hours; 0: a product timed on this device", low=0)
     profile:         str = option("", "file for a trace of the last 3 student steps")
     overfit_one_batch: bool = option(False, "train teacher and student on their first batch only")
 
@@ -107,12 +122,29 @@ class Config:
         return self.name or self.preset
 
     @property
+    def real(self) -> bool:
+        """Prompts, latents and pictures are SD3's, not the built-in world's."""
+        return bool(self.encoders) or self.preset.startswith("sd3")
+
+    @property
     def hw(self) -> tuple[tuple[int, int], ...]:
         """Image sizes in pixels."""
         return tuple(parse_size(s) for s in self.sizes)
 
 
-PROCESS_FIELDS = ("stop_after", "dry_run", "profile")    # may differ when a run resumes
+PROCESS_FIELDS = ("stop_after", "dry_run", "tflops", "profile")    # may differ when a run resumes
+
+# of the built-in world and of a teacher trained on it: refused where they would do nothing
+WORLD_FIELDS = ("objects", "stated", "teacher_images", "teacher_steps", "teacher_batch", "teacher_lr",
+                "teacher_means", "text_dropout", "n")
+REAL_FIELDS = "prompts", "eval_prompts", "t5", "t5_tokens", "pooled_dim"
+
+# SD3's own values where they are known (shift, guidance, sampling steps); the rest is our choice, unmeasured
+SD3 = dict(sizes=("1024x1024", "832x1216", "1216x832"), text_dim=4096, pooled_dim=2048, predicts="v",
+           data_size=16384, data_batch=64, sample_steps=28, steps=2000, batch=16, accumulate=8, lr=2e-6,
+           heads_lr=2e-5, beta2=0.99, warmup=100, ema=0.995, sampler="euler", probs=(0.7, 0.1, 0.1, 0.1),
+           easy_steps=500, shift=3.0, d_mean=1.0, heads_steps=1, head_width=512, eval_every=250,
+           grid_every=250, save_every=250, eval_batch=4)
 
 # fmt: off
 PRESETS = {
@@ -125,6 +157,11 @@ PRESETS = {
                    probs=(0.7, 0.1, 0.1, 0.1), shift=2.0, d_mean=0.7, taps=(2, 5, 8, 11), head_width=256,
                    heads_steps=1,
                    eval_every=500, grid_every=500, save_every=500, eval_n=512, eval_batch=128),
+    "sd3-medium":   dict(SD3, depth=24, width=1536, pos_grid=192, taps=tuple(range(24)), guidance=5.0),
+    "sd3.5-medium": dict(SD3, depth=24, width=1536, pos_grid=384, taps=tuple(range(24)), guidance=5.0,
+                         qk_norm=True, dual_blocks=13, sample_steps=40),
+    "sd3.5-large":  dict(SD3, depth=38, width=2432, pos_grid=192, taps=tuple(range(38)), guidance=4.5,
+                         qk_norm=True, sample_steps=40, lr=1e-6, heads_lr=1e-5),
 }
 # fmt: on
 
@@ -200,7 +237,21 @@ def parse_config(argv: list[str], preset: str, description: str = "") -> Config:
     preset = given.get("preset", preset)
     if preset not in PRESETS:
         raise InputError(f"--preset: found {preset!r}, accepted are {', '.join(PRESETS)}")
-    return validated(Config(**{**PRESETS[preset], **given, "preset": preset}))
+    config = Config(**{**PRESETS[preset], **given, "preset": preset})
+    for name in given:
+        if name in (WORLD_FIELDS if config.real else REAL_FIELDS):
+            where = ("of the built-in world, which --encoders and the sd3 presets leave" if config.real
+                     else "of real prompts: --encoders FOLDER expected beside it")
+            raise InputError(f"--{name.replace('_', '-')}: found {given[name]!r}, an option {where}")
+    if config.real and not config.dry_run:
+        needed = {"encoders": config.encoders, "teacher": config.teacher,
+                  "prompts": config.prompts or config.data,
+                  "eval-prompts": config.prompts or config.eval_prompts}
+        missing = [f"--{name}" for name, found in needed.items() if not found]
+        if missing:
+            raise InputError(f"--preset {preset}: found no {' '.join(missing)}; a teacher's file, an SD3 "
+                             "folder with encoders and VAE, and prompts expected; --dry-run needs none")
+    return validated(config)
 
 
 def describe(kind) -> str:
@@ -234,6 +285,11 @@ def validated(c: Config) -> Config:
          f"--sizes: found {','.join(c.sizes)}, different sizes expected, each once")
     must(c.run_name == Path(c.run_name).name and c.run_name not in (".", ".."),
          f"--name: found {c.run_name!r}, a folder name expected")
+    must(c.dual_blocks <= c.depth,
+         f"--dual-blocks: found {c.dual_blocks}, at most --depth {c.depth} expected")
+    patches = max(max(hw) for hw in c.hw) // 16
+    must(not c.pos_grid or c.pos_grid >= patches,
+         f"--pos-grid: found {c.pos_grid}, at least {patches} expected for --sizes")
     must(c.width % 64 == 0, f"--width: found {c.width}, a multiple of 64 expected")
     must(c.head_width % 16 == 0, f"--head-width: found {c.head_width}, a multiple of 16 expected")
     must(c.batch % c.accumulate == 0,

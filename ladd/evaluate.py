@@ -14,10 +14,14 @@ from ladd.config import Config
 from ladd.data import Latents
 from ladd.discriminator import Discriminator
 from ladd.distill import DistillConfig, Text, draw, fake_pass, grid_of, hinge_d, taps_of
+from ladd.domain import Domain, world_domain
 from ladd.mmdit import MMDiT
 from ladd.report import contact_sheet, save_png
 from ladd.run import levels_of, step_counts
 from ladd.sampler import image_noise, sample
+
+
+SCORES = "fd", "fd2", "prompt_accuracy", "coverage", "density"
 
 
 class Prompts(NamedTuple):
@@ -42,25 +46,27 @@ def draw_prompts(config: Config, n: int, seed: int, heldout: bool = False) -> li
     return parts
 
 
-def embed(config: Config, captions: list[str], device: torch.device) -> Text:
-    """Text of captions; the empty caption is the null prompt of guidance."""
-    return Text(*(t.to(device) for t in shapes.embed(captions, shapes.max_words(config.objects),
-                                                     config.text_dim)))
+def given_prompts(config: Config, captions: list[str]) -> list[Prompts]:
+    """Prompts from outside the world, the image sizes in turn: without codes, without renders."""
+    parts = [captions[i::len(config.hw)] for i in range(len(config.hw))]
+    empty = torch.empty(0, dtype=torch.int64)
+    return [Prompts(hw, empty, part, empty) for hw, part in zip(config.hw, parts) if part]
 
 
-def generate(model: MMDiT, config: Config, prompts: list[Prompts], sigmas: Tensor, sampler: str,
-             guidance: float, seed: int,
+def generate(model: MMDiT, domain: Domain, prompts: list[Prompts], sigmas: Tensor, sampler: str,
+             guidance: float, seed: int, batch: int,
              progress: Callable[[int], None] = lambda n: None) -> tuple[list[Tensor], float]:
     """(latents per size, seconds in the model); prompt i of all starts from the noise of seed + i."""
-    device = next(model.parameters()).device
-    null = Text(*(t[0] for t in embed(config, [""], device)))
+    device, channels = next(model.parameters()).device, model.config.in_channels
+    null = Text(*(t[0].to(device) for t in domain.embed([""])))
     out, seconds, first = [], 0.0, seed
     for part in prompts:
-        latents = []
-        for i in range(0, len(part.captions), config.eval_batch):
-            captions = part.captions[i:i + config.eval_batch]
-            text, seeds = embed(config, captions, device), list(range(first + i, first + i + len(captions)))
-            noise = image_noise(seeds, tuple(part.latents.shape[1:])).to(device)
+        latents, shape = [], (channels, part.hw[0] // 8, part.hw[1] // 8)
+        for i in range(0, len(part.captions), batch):
+            captions = part.captions[i:i + batch]
+            text = Text(*(t.to(device) for t in domain.embed(captions)))
+            seeds = list(range(first + i, first + i + len(captions)))
+            noise = image_noise(seeds, shape).to(device)
             start = time.perf_counter()
             latents.append(sample(model, noise, text, sigmas, sampler, seeds, null, guidance).cpu())
             seconds += time.perf_counter() - start
@@ -109,46 +115,52 @@ def make_reference(config: Config, prompts: list[Prompts], n: int, seed: int) ->
     return reference._replace(floor=score(own, prompts, config.objects, reference))
 
 
-def measure(model: MMDiT, config: Config, prompts: list[Prompts], reference: Reference, steps: int,
-            sampler: str, guidance: float = 1.0, levels: tuple[float, ...] | None = None, seed: int = 0,
+def measure(model: MMDiT, config: Config, domain: Domain, prompts: list[Prompts],
+            reference: Reference | None, steps: int, sampler: str, guidance: float = 1.0,
+            levels: tuple[float, ...] | None = None, seed: int = 0,
             progress: Callable[[int], None] = lambda n: None) -> dict:
-    """One row: `steps` levels evenly spaced, or the given unshifted ones; images by `sampler`."""
+    """One row: `steps` levels evenly spaced, or the given unshifted ones; images by `sampler`. Without a
+    reference, outside the built-in world, what would need one is None."""
     sigmas = flow.euler_levels(steps, config.shift) if levels is None else \
         flow.shift(torch.tensor((*levels, 0.0)), config.shift)
-    latents, seconds = generate(model, config, prompts, sigmas, sampler, guidance, seed, progress)
-    row = score(latents, prompts, config.objects, reference)
+    latents, seconds = generate(model, domain, prompts, sigmas, sampler, guidance, seed, config.eval_batch,
+                                progress)
+    row = score(latents, prompts, config.objects, reference) if reference else dict.fromkeys(SCORES)
     n = sum(len(p.captions) for p in prompts)
     return {"sampler": sampler, "steps": steps, "guidance": guidance,
             "nfe": steps * (1 if guidance == 1 else 2), **row, "ms_per_image": 1000 * seconds / n}
 
 
-def quality(config: Config, student: MMDiT, prompts: list[Prompts], reference: Reference) -> dict[str, float]:
+def quality(config: Config, domain: Domain, student: MMDiT, prompts: list[Prompts],
+            reference: Reference) -> dict[str, float]:
     """Frechet distance and prompt accuracy at 1 step and at all levels."""
     out = {"floor_fd": reference.floor["fd"]}
     for steps in (1, len(config.levels)):
-        row = measure(student, config, prompts, reference, steps, config.sampler,
+        row = measure(student, config, domain, prompts, reference, steps, config.sampler,
                       levels=levels_of(config.levels, steps))
         out |= {f"fd_{steps}": row["fd"], f"prompt_accuracy_{steps}": row["prompt_accuracy"],
                 f"entropy_{steps}": row["entropy"]}
     return out
 
 
-def pictures(config: Config, model: MMDiT, prompts: list[Prompts], sigmas: Tensor, sampler: str,
-             guidance: float = 1.0) -> list[Tensor]:
-    latents, _ = generate(model, config, prompts, sigmas, sampler, guidance, seed=0)
-    return [image for x in latents for image in shapes.decode(x)]
+def pictures(config: Config, domain: Domain, model: MMDiT, prompts: list[Prompts], sigmas: Tensor,
+             sampler: str, guidance: float = 1.0) -> list[Tensor]:
+    latents, _ = generate(model, domain, prompts, sigmas, sampler, guidance, 0, config.eval_batch)
+    return [image for x in latents for part in x.split(config.eval_batch) for image in domain.decode(part)]
 
 
-def student_pictures(config: Config, model: MMDiT, prompts: list[Prompts]) -> dict[str, list[Tensor]]:
+def student_pictures(config: Config, domain: Domain, model: MMDiT,
+                     prompts: list[Prompts]) -> dict[str, list[Tensor]]:
     sigmas = lambda n: flow.shift(torch.tensor((*levels_of(config.levels, n), 0.0)), config.shift)
-    return {f"student {n}": pictures(config, model, prompts, sigmas(n), config.sampler)
+    return {f"student {n}": pictures(config, domain, model, prompts, sigmas(n), config.sampler)
             for n in step_counts(config.levels)}
 
 
-def save_grid(config: Config, student: MMDiT, prompts: list[Prompts], path: Path) -> None:
+def save_grid(config: Config, domain: Domain, student: MMDiT, prompts: list[Prompts], path: Path) -> None:
     """The student's samples for fixed prompts and seeds."""
-    sheet = contact_sheet(student_pictures(config, student, prompts),
-                          [c for p in prompts for c in p.captions], cell=64)
+    sheet = contact_sheet(student_pictures(config, domain, student, prompts),
+                          [c for p in prompts for c in p.captions],
+                          cell=min(256, max(64, *(side // 2 for p in prompts for side in p.hw))))
     save_png(sheet, path, {"parameters": f"sampler: {config.sampler}, seeds from 0"})
 
 
@@ -196,8 +208,8 @@ def world_latents(config: Config, n: int, seed: int) -> Latents:
     parts = draw_prompts(config, n, seed)
     captions = sorted({c for p in parts for c in p.captions})
     number = {c: i for i, c in enumerate(captions)}
-    text = embed(config, captions, torch.device("cpu"))
-    null = tuple(t[0] for t in embed(config, [""], torch.device("cpu")))
+    domain = world_domain(config)
+    text, null = domain.embed(captions), tuple(t[0] for t in domain.embed([""]))
     buckets = {tuple(p.latents.shape[2:]): (p.latents, torch.tensor([number[c] for c in p.captions]))
                for p in parts}
     codes = torch.tensor([shapes.parse(c, config.objects) for c in captions])

@@ -223,7 +223,7 @@ class MMDiT(nn.Module):
 
     def __init__(self, config: MMDiTConfig, kernels: Kernels, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.config, self.compute_dtype = config, compute_dtype
+        self.config, self.kernels, self.compute_dtype = config, kernels, compute_dtype
         d = config.width
         self.register_buffer("pos_embed", position_table(config.pos_grid, d))
         self.x_embedder = PatchEmbed(config.patch, config.in_channels, d)

@@ -96,6 +96,8 @@ def validate_report(report: dict) -> None:
 
 def relative_excess(rows: list[dict], floor: dict) -> list[float | None]:
     """(fd - floor) / (fd of the untrained student at 1 step - floor) of each row; None without that one."""
+    if floor["fd"] is None:
+        return [None] * len(rows)
     base = [row["fd"] - floor["fd"] for row in rows if row["model"] == "untrained" and row["steps"] == 1]
     return [(row["fd"] - floor["fd"]) / base[0] if base and base[0] > 0 else None for row in rows]
 
@@ -210,27 +212,52 @@ def plot_report(path: str | Path, sheet: Image.Image, curves: dict[str, list], r
                 floor: dict) -> None:
     """report.png: the sheet, pixel for pixel, above losses, the duel, Frechet distance and prompt accuracy.
 
-    The last two show the teacher's row of most steps. Curves may be taken at a smaller n than the rows:
-    floor["fd_curves"] is the floor at theirs (else floor["fd"]); the teacher's line keeps its distance to it.
+    The last two, left out where floor["fd"] is None, show the teacher's row of most steps. Curves may be
+    taken at a smaller n than the rows: floor["fd_curves"] is the floor at theirs (else floor["fd"]); the
+    teacher's line keeps its distance to it.
     """
     from matplotlib.figure import Figure                          # half a second that only this function pays
-    from matplotlib.ticker import LogLocator, NullLocator
 
-    width, height = max(sheet.width, 960), sheet.height + 600              # at 100 dots an inch
+    measured = floor["fd"] is not None                                     # else losses and duel alone
+    width, below = max(sheet.width, 960), 600 if measured else 330         # at 100 dots an inch
+    height = sheet.height + below
     figure = Figure((width / 100, height / 100), dpi=100, facecolor="white")
-    figure.figimage(np.asarray(sheet), (width - sheet.width) // 2, 600)
-    box = dict(left=58 / width, right=1 - 20 / width, bottom=48 / height, top=552 / height)
-    losses, duel, fd, prompts = plots = [figure.add_subplot(cell) for cell in
-                                         figure.add_gridspec(2, 2, hspace=.36, wspace=.16, **box)]
+    figure.figimage(np.asarray(sheet), (width - sheet.width) // 2, below)
+    box = dict(left=58 / width, right=1 - 20 / width, bottom=48 / height, top=(below - 48) / height)
+    plots = [figure.add_subplot(cell) for cell in
+             figure.add_gridspec(1 + measured, 2, hspace=.36, wspace=.16, **box)]
+    losses, duel = plots[:2]
     for name, color, label in (("loss_d", REAL, "heads"), ("loss_g", FAKE, "student")):
         if name in curves:
             _noisy(losses, curves[name], 1, color, label)
     for name, color, label, style in DUEL:
         if name in curves:
             _noisy(duel, curves[name], 100, color, label, style)
+    if measured:
+        _quality(*plots[2:], curves, rows, floor)
+    duel.set_ylim(-2, 102)
+    titles = ("Hinge losses", "Active hinge margins and accuracy of the heads (%)", "Frechet distance",
+              "Prompt accuracy (%)")
+    for axes, title in zip(plots, titles):
+        axes.set_title(title, fontsize=10.5, color=INK, loc="left", pad=8)
+        axes.tick_params(labelsize=8.5, colors=GRAY, length=3)
+        axes.grid(color=PALE, linewidth=.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("#bbbbbb")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8.5, frameon=False, labelcolor=INK)
+    for axes in plots[-2:]:
+        axes.set_xlabel("iteration", fontsize=9, color=GRAY)
+    _replace(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def _quality(fd, prompts, curves: dict[str, list], rows: list[dict], floor: dict) -> None:
+    """Draws Frechet distance and prompt accuracy while training, with the floor and the teacher's row."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     _by_steps(fd, curves, "fd_", 1)
     _by_steps(prompts, curves, "prompt_accuracy_", 100)
-
     level = dict(color=GRAY, linewidth=1.1, zorder=1)
     base = floor.get("fd_curves", floor["fd"])
     teachers = [row for row in rows if row["model"] == "teacher"]
@@ -245,22 +272,7 @@ def plot_report(path: str | Path, sheet: Image.Image, curves: dict[str, list], r
     fd.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     fd.yaxis.set_major_formatter("{x:g}")
     fd.yaxis.set_minor_locator(NullLocator())
-    duel.set_ylim(-2, 102)
     prompts.set_ylim(bottom=0)
-    titles = ("Hinge losses", "Active hinge margins and accuracy of the heads (%)", "Frechet distance",
-              "Prompt accuracy (%)")
-    for axes, title in zip(plots, titles):
-        axes.set_title(title, fontsize=10.5, color=INK, loc="left", pad=8)
-        axes.tick_params(labelsize=8.5, colors=GRAY, length=3)
-        axes.grid(color=PALE, linewidth=.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color("#bbbbbb")
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8.5, frameon=False, labelcolor=INK)
-    fd.set_xlabel("iteration", fontsize=9, color=GRAY)
-    prompts.set_xlabel("iteration", fontsize=9, color=GRAY)
-    _replace(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
 def write_report(run: str | Path, sheet: Image.Image, report: dict) -> None:

@@ -1,5 +1,4 @@
 """The run folder: configuration, environment, log and the wish to stop."""
-import copy
 import json
 import os
 import shlex
@@ -8,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from ladd.config import Config, InputError, check_same, to_json
 from ladd.mmdit import MMDiT
@@ -35,10 +35,13 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 def frozen(model: MMDiT, dtype: torch.dtype, device: torch.device) -> MMDiT:
     """A copy for inference and for gradients through it:
-    weights in the compute dtype, none of them trains."""
-    out = copy.deepcopy(model).to(device, dtype).requires_grad_(False).eval()
-    out.compute_dtype = dtype
-    return out
+    weights in the compute dtype, none of them trains. Made tensor by tensor, so that a memory-mapped network
+    is never whole in the host's memory."""
+    with torch.device("meta"):
+        out = MMDiT(model.config, model.kernels, dtype)
+    state = {name: t.detach().to(device, dtype, copy=True) for name, t in model.state_dict().items()}
+    out.load_state_dict(state, assign=True)
+    return out.requires_grad_(False).eval()
 
 
 def step_counts(levels: tuple[float, ...]) -> list[int]:
@@ -74,6 +77,11 @@ def open_run(config: Config) -> Path:
 
 def command() -> str:
     return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def progress(name: str, total: int, start: int = 0, quiet: bool = False) -> tqdm:
+    return tqdm(total=total, initial=start, desc=f"{name:8}", dynamic_ncols=True, smoothing=0.1,
+                mininterval=0.5, disable=bool(quiet))
 
 
 class Log:

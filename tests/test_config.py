@@ -20,6 +20,7 @@ import kernels
 import train
 from ladd import data, evaluate
 from ladd.config import PRESETS, PROCESS_FIELDS, Config, check_same, parse_config, to_json, validated
+from ladd.mmdit import MMDiT
 
 FIELDS = {f.name: f for f in fields(Config)}
 NUMBERS = [name for name, f in FIELDS.items() if f.type in (int, float) and not f.metadata["choices"]]
@@ -30,16 +31,17 @@ flag_of = lambda name: "--" + name.replace("_", "-")
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_parse_and_a_flag_overrides_them(preset):
-    config = parse_config(["--preset", preset, "--seed", "7"], "tiny")
-    assert config == replace(Config(), **PRESETS[preset], preset=preset, seed=7)
-    assert parse_config([], preset) == replace(config, seed=0) and config.run_name == preset
-    assert parse_config(["--preset", preset, "--name", "mine"], "tiny").run_name == "mine"
-    changed = parse_config(["--preset", preset, "--width", "192"], "tiny")
+    dry = ["--dry-run"] * preset.startswith("sd3")                # else they want files
+    config = parse_config(["--preset", preset, "--seed", "7", *dry], "tiny")
+    assert config == replace(Config(), **PRESETS[preset], preset=preset, seed=7, dry_run=bool(dry))
+    assert parse_config(dry, preset) == replace(config, seed=0) and config.run_name == preset
+    assert parse_config(["--preset", preset, "--name", "mine", *dry], "tiny").run_name == "mine"
+    changed = parse_config(["--preset", preset, "--width", "192", *dry], "tiny")
     assert changed.width == 192 and replace(changed, width=config.width, seed=7) == config
 
 
 def test_presets_differ_and_name_only_fields():
-    assert len({parse_config(["--preset", p], "tiny").width for p in PRESETS}) == len(PRESETS)
+    assert len({json.dumps(values, sort_keys=True) for values in PRESETS.values()}) == len(PRESETS)
     assert all(set(values) <= set(FIELDS) for values in PRESETS.values())
 
 
@@ -140,6 +142,15 @@ BAD = {
     "--profile nowhere/trace.json": ("--profile", "nowhere"),
     "--teacher no.safetensors": ("--teacher", "no.safetensors", "not exist"),
     "--data nowhere": ("--data", "nowhere", "not exist"),
+    "--dual-blocks 7": ("--dual-blocks", "7", "at most --depth 6"),
+    "--pos-grid 4": ("--pos-grid", "4", "at least 5"),
+    "--prompts p.txt": ("--prompts", "p.txt", "--encoders FOLDER expected"),
+    "--t5 none": ("--t5", "'none'", "--encoders FOLDER expected"),
+    "--preset sd3-medium": ("--preset sd3-medium", "no --encoders --teacher --prompts", "expected"),
+    "--preset sd3.5-large --encoders e --teacher t --data d": ("--preset sd3.5-large", "no --eval-prompts"),
+    "--preset sd3-medium --dry-run --teacher-steps 5": ("--teacher-steps", "5", "built-in world"),
+    "--encoders nowhere --teacher t --prompts p --objects 2": ("--objects", "2", "built-in world"),
+    "--encoders nowhere --teacher nowhere --prompts p": ("--teacher", "nowhere", "not exist"),
 }
 
 
@@ -222,6 +233,8 @@ CASES = {    # field: (what changes, in which stage, with which value, beside wh
     "depth":          [("weights", "teacher", "1")],
     "width":          [("weights", "teacher", "128")],
     "qk_norm":        [("weights", "teacher", "on")],
+    "dual_blocks":    [("weights", "teacher", "1")],
+    "pos_grid":       [("weights", "teacher", "9")],
     "predicts":       [("weights", "teacher", "v")],
     "teacher_images": [("log", "teacher", "64")],
     "teacher_steps":  [("weights", "teacher", "8")],
@@ -284,11 +297,39 @@ def test_liveness(home, name, case):
 
 def test_preset_decides_the_sizes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    counts = []
+    counts = {}
     for preset in PRESETS:
-        train.main(["--dry-run", "--preset", preset])
-        counts.append(int(re.search(r"teacher ([\d,]+)", capsys.readouterr().out)[1].replace(",", "")))
-    assert 1e6 < counts[0] < 1e7 < 5e7 < counts[1] < 3e8 and not list(tmp_path.iterdir())
+        config = parse_config(["--dry-run", "--preset", preset], "tiny")
+        with torch.device("meta"):
+            model = MMDiT(train.teacher_config(config), kernels.load("torch"))
+        counts[preset] = sum(p.numel() for p in model.parameters())
+    assert 1e6 < counts.pop("tiny") < 1e7 < 5e7 < counts.pop("shapes") < 3e8
+    assert counts == {"sd3-medium": 2_028_328_000, "sd3.5-medium": 2_243_171_520,
+                      "sd3.5-large": 8_056_627_520}
+    train.main("--dry-run --preset sd3-medium --depth 2 --taps 0,1 --tflops 400".split())
+    said = capsys.readouterr().out
+    for pattern in ("on one device", "on each of 8 GPUs", r"at 400\.00 TFLOP/s \(given\)", "h +data",
+                    "h +distill", "16,384 latents to generate", "GiB +text", r"bytes: [\d.e+]+ kept",
+                    r"FLOPs: [\d.e+]+ a LADD"):
+        assert re.search(pattern, said), pattern
+    assert not list(tmp_path.iterdir())
+
+
+def test_tflops_decide_the_hours(capsys):
+    hours = []
+    for rate in ("100", "200", "0"):
+        train.main(["--dry-run", "--preset", "tiny", "--tflops", rate])
+        hours.append(float(re.search(r"([\d.]+) h +teacher", capsys.readouterr().out)[1]))
+    assert hours[2] > 10 * hours[0] >= 0 and hours[0] >= hours[1]                # this machine is slower
+
+
+def test_text_of_real_prompts_decides_sizes_and_costs(capsys):
+    said = []
+    for flags in ("", "--pooled-dim 1024", "--t5-tokens 77"):
+        train.main(f"--dry-run --preset sd3-medium --depth 1 --taps 0 --width 64 --tflops 1 {flags}".split())
+        said.append([re.search(p, text)[0] for text in [capsys.readouterr().out]
+                     for p in ("parameters: .*", "FLOPs: .*")])
+    assert said[0][0] != said[1][0] and said[0][0] == said[2][0] and said[0][1] != said[2][1]
 
 
 def test_name_decides_the_folder(home):
@@ -336,7 +377,11 @@ def test_eval_batch_bounds_what_is_sampled_at_once(home):
         assert max(len(call.args[1]) for call in sample.call_args_list) == size
 
 
-ELSEWHERE = {"preset": test_preset_decides_the_sizes, "name": test_name_decides_the_folder,
+ELSEWHERE = {"preset": test_preset_decides_the_sizes, "tflops": test_tflops_decide_the_hours,
+             "pooled_dim": test_text_of_real_prompts_decides_sizes_and_costs,
+             "t5_tokens": test_text_of_real_prompts_decides_sizes_and_costs,
+             **dict.fromkeys(("encoders", "prompts", "eval_prompts", "t5"), "tests/test_real.py"),
+             "name": test_name_decides_the_folder,
              "device": test_device_cuda_is_refused_where_there_is_none,
              "kernels": test_kernels_are_those_asked_for,
              "compile": test_compile_compiles_each_block_of_each_network,

@@ -352,9 +352,9 @@ BAD = {  # name: (flags or a function of a folder that gives them, what the mess
     "other role": (lambda f: checkpoint_of(f) + ["--model", "teacher"], "--model: found teacher, .* student"),
     "no prompt": (RUN, "--prompt, --prompt-file: found neither"),
     "two prompts": (lambda f: GOOD + file_with(f, b"circle"), "--prompt, --prompt-file: found both"),
-    "empty file": (lambda f: RUN + file_with(f, b"\n# none\n"), "p.txt: found no prompt in 2 lines"),
-    "no file": (RUN + ["--prompt-file", "nowhere.txt"], "nowhere.txt: found no text file"),
-    "no text": (lambda f: RUN + file_with(f, b"\xff\xfe\x00"), "p.txt: found no text file"),
+    "empty file": (lambda f: RUN + file_with(f, b"\n# none\n"), "p.txt: found no prompt"),
+    "no file": (RUN + ["--prompt-file", "nowhere.txt"], "nowhere.txt: found no"),
+    "no text": (lambda f: RUN + file_with(f, b"\xff\xfe\x00"), "p.txt: found .*UTF-8"),
     "unknown word": (RUN + ["--prompt", "large red circl"], "'circl', nearest known word is 'circle'"),
     "unknown word in a file": (lambda f: RUN + file_with(f, b"gren circle"), "'gren', nearest .* 'green'"),
     "word order": (RUN + ["--prompt", "circle red"], "found 'red' out of place"),
@@ -413,7 +413,7 @@ def test_cuda_where_there_is_none(run, tmp_path):
 
 
 def test_train_writes_what_a_checkpoint_must_say(run):
-    assert set(sample.RECIPE) | {"role"} == set(load_metadata(run))
+    assert set(sample.RECIPE) | {"role", "domain"} == set(load_metadata(run))
 
 
 def test_the_script_itself(run, tmp_path):

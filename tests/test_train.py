@@ -20,7 +20,7 @@ from PIL import Image
 
 import kernels
 import train
-from ladd import checkpoint, data, evaluate, report
+from ladd import checkpoint, data, evaluate, report, synthesize
 from ladd.config import InputError
 from ladd.mmdit import MMDiT, MMDiTConfig
 
@@ -60,7 +60,7 @@ def without_clock(row: dict) -> dict:
 
 def log_of(run: Path) -> list[dict]:
     """The log by stage and step; training and evaluation of one step are told apart. No line stands twice."""
-    key = lambda line: (line["stage"] != "teacher", "fd_1" in line, line["step"])
+    key = lambda line: (line["stage"] != "teacher", line["stage"] == "eval", line["step"])
     lines = sorted(map(json.loads, (run / "log.jsonl").read_text().splitlines()), key=key)
     assert len(lines) == len({key(line) for line in lines})
     return [without_clock(line) for line in lines]
@@ -158,7 +158,8 @@ def test_what_a_run_leaves(base):
     states = {f"checkpoints/{stage}/step_{step:06d}/{name}" for stage, step, name in
               product(("teacher", "distill"), (4, 6), ("state.safetensors", "meta.json"))}
     shards = {f"data/0000{i}-{size}.safetensors" for i, size in enumerate(("4x8", "8x4", "4x8", "8x4"))}
-    prompts = {f"data/{name}" for name in ("prompts.json", "prompts.safetensors", "provenance.json")}
+    prompts = {f"data/{name}" for name in ("prompts.json", "prompts.safetensors", "provenance.json",
+                                           "text-00000.safetensors")}
     grids = {f"samples/{step:06d}.png" for step in (0, 2, 4)}
     networks = {f"checkpoints/{name}.safetensors" for name in ("teacher", "student", "last")}
     rest = {"config.json", "env.txt", "log.jsonl", "report.json", "report.png"}
@@ -245,7 +246,8 @@ def test_another_seed_gives_another_run(home, base, flags):
 
 def test_prompts_of_training_of_choosing_and_of_the_report_are_never_the_same(home, monkeypatch):
     """Whatever --seed is: one of these near the numbers that train.py reserves for evaluation."""
-    seeds, purpose = {}, {"world_latents": "training", "synthesize": "training", "distill": "choosing"}
+    seeds, purpose = {}, {"world_latents": "training", "world_plan": "training", "distill": "choosing",
+                          "unseen_accuracy": "write_report"}
 
     def spy(config, n, seed, heldout=False):
         frame = sys._getframe(1)
@@ -254,7 +256,8 @@ def test_prompts_of_training_of_choosing_and_of_the_report_are_never_the_same(ho
         return drawn(config, n, seed, heldout)
 
     drawn = evaluate.draw_prompts
-    monkeypatch.setattr(evaluate, "draw_prompts", spy), monkeypatch.setattr(train, "draw_prompts", spy)
+    for module in (evaluate, synthesize, train):
+        monkeypatch.setattr(module, "draw_prompts", spy)
     monkeypatch.setattr(train.report, "write_report", lambda *args: None)
     for seed in (train.VALIDATION, train.BEST, train.REPORT - 1, train.REAL - 1):
         flags = f"--seed {min(seed, 10 ** 9)} --teacher-steps 1 --steps 1 --heads-first 1 --n 12 {QUIET}"
@@ -518,7 +521,7 @@ def test_a_teacher_that_does_not_fit_is_refused_before_a_run_is_made(tmp_path, c
 
 @pytest.mark.parametrize("flags, parts", [
     ("--teacher no.safetensors", ("--teacher", "no.safetensors", "not exist")),
-    ("--teacher empty", ("empty", "student.safetensors")),
+    ("--teacher empty", ("empty", "finished run")),
     ("--teacher junk.safetensors", ("junk.safetensors", "no whole safetensors file")),
     ("--data nowhere", ("--data", "nowhere", "not exist")),
     ("--data empty", ("empty", "provenance.json"))])

@@ -1,0 +1,66 @@
+"""What prompts and latents mean in a run: the built-in world, or SD3's text encoders and VAE."""
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ladd import data, encode, shapes
+from ladd.config import Config
+from ladd.distill import Text
+
+
+class Domain(NamedTuple):
+    encode: Callable[[list[str]], Text]     # prompts to text on the CPU; "" is the null prompt
+    embed: Callable[[list[str]], Text]      # the same, but what was asked for before is remembered
+    decode: Callable[[Tensor], Tensor]      # latents [b, 16, h, w] to images [b, 3, 8h, 8w] in [-1, 1]
+    release: Callable[[], None]             # frees the text encoders, until they are needed again
+    widths: tuple[int, int]                 # of a token of text and of the pooled text
+    provenance: dict                        # what tells its text from another's
+
+
+def world_domain(config: Config) -> Domain:
+    """The built-in world of ladd/shapes.py."""
+    embed = lambda captions: Text(*shapes.embed(captions, shapes.max_words(config.objects), config.text_dim))
+    return Domain(embed, embed, lambda x: shapes.decode(x.cpu()), lambda: None, (config.text_dim,) * 2, {})
+
+
+def text_widths(folder: Path) -> tuple[int, int]:
+    """(width of a token, of the pooled text) of SD3's encoders in `folder`, from their configurations."""
+    configs = [data.read_json(folder / f"text_encoder{i}" / "config.json") for i in ("", "_2")]
+    return encode._width(folder), sum(config["projection_dim"] for config in configs)
+
+
+def sd3_domain(folder: str | Path, device: torch.device, t5: str, t5_tokens: int, cache: Path | None = None,
+               tiled: bool = False) -> Domain:
+    """SD3's encoders and VAE from a pipeline folder, each loaded when it is first needed.
+
+    `embed` remembers text in memory and, given a `cache`, in that file too. Raises InputError for a folder
+    that holds no such parts, and for a cache that other encoders made.
+    """
+    identity, loaded, known = encode.encoder_identity(folder, t5, t5_tokens), {}, {}
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    def encoded(prompts: list[str]) -> Text:
+        if "encoders" not in loaded:
+            loaded["encoders"] = encode.load_encoders(folder, device, dtype, t5, t5_tokens)
+        text = encode.encode_prompts(loaded["encoders"], prompts)
+        return Text(*(t.to("cpu", torch.bfloat16) for t in text))
+
+    def embed(prompts: list[str]) -> Text:
+        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]:
+            text = encode.cached_text(cache, identity, new, encoded) if cache else encoded(new)
+            known.update(zip(new, zip(*text)))
+        return Text(*(torch.stack(rows) for rows in zip(*(known[prompt] for prompt in prompts))))
+
+    def decode(x0: Tensor) -> Tensor:
+        if "vae" not in loaded:
+            loaded["vae"] = encode.load_vae(folder, device)
+        return encode.decode_latents(loaded["vae"], x0.to(device), tiled).cpu()
+
+    def release() -> None:
+        if loaded.pop("encoders", None) and device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    return Domain(encoded, embed, decode, release, text_widths(Path(folder)), {"encoders": identity})

@@ -1,0 +1,342 @@
+"""Real models end to end, on a tiny random SD3: encode, synthesize, train, sample, in one chain."""
+import contextlib
+import io
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+
+import numpy as np
+from PIL import Image
+from sd3 import JOINT, POOLED, make_folder
+from test_train import log_of, refused, rows_of, weights
+
+import sample
+import train
+from ladd import checkpoint, data, domain, encode, synthesize
+from ladd.checkpoint import load_metadata, load_mmdit, save_mmdit
+from ladd.sampler import image_noise
+
+ROOT = Path(__file__).parents[1]
+PROMPTS = ["a red circle", "a blue square on gray", "green cross left of yellow circle", "large white square",
+           "a red circle"]                                        # one of them twice
+SHOWN = ["small red square", "a blue circle right"]
+FLAGS = ("--preset sd3-medium --device cpu --precision fp32 --sizes 32x48,48x32 --taps 0,1 --head-width 16 "
+         "--data-size 24 --data-batch 6 --sample-steps 2 --guidance 3 --steps 3 --heads-first 1 --batch 4 "
+         "--accumulate 1 --easy-steps 0 --warmup 1 --lr 1e-3 --eval-every 2 --grid-every 2 --log-every 1 "
+         "--save-every 2 --eval-batch 4 --t5-tokens 6")
+GIVEN = "--encoders sd3 --teacher sd3 --prompts prompts.txt"
+CPU = "--device cpu --t5-tokens 6"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder with an SD3 pipeline, prompt files, and runs/real, a whole run on them."""
+    folder = tmp_path_factory.mktemp("real")
+    make_folder(folder / "sd3", "qk_norm")
+    (folder / "prompts.txt").write_text("# comment\n" + "\n".join(PROMPTS) + "\n\n")
+    (folder / "shown.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in SHOWN))
+    call(folder, train.main, f"{FLAGS} --name real --encoders sd3 --teacher sd3 --prompts prompts.txt "
+                             "--eval-prompts shown.jsonl")
+    return folder
+
+
+def call(folder: Path, main, flags: str | list[str]) -> str:
+    printed, handlers = io.StringIO(), {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    with (contextlib.chdir(folder), contextlib.redirect_stdout(printed),
+          contextlib.redirect_stderr(io.StringIO())):
+        try:
+            main(flags.split() if isinstance(flags, str) else flags)
+        except train.Stopped as stopped:
+            print(stopped)
+        finally:
+            for s, handler in handlers.items():
+                signal.signal(s, handler)
+    return printed.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def fp32(monkeypatch):
+    monkeypatch.setattr(sample, "compute_dtype", lambda precision, device: torch.float32)
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def naive(home: Path, model, prompts: list[str], sigmas: list[float], seeds: list[int], hw: tuple[int, int],
+          guidance: float = 1.0) -> torch.Tensor:
+    """Latents by Euler steps written out; text straight from the encoders, in the bf16 that is stored."""
+    encoders = encode.load_encoders(home / "sd3", torch.device("cpu"), torch.float32, "device", 6)
+    words, null = (encode.encode_prompts(encoders, p) for p in (prompts, [""] * len(prompts)))
+    words, null = ([t.bfloat16() for t in text] for text in (words, null))
+    x = torch.stack([torch.randn(16, hw[0] // 8, hw[1] // 8, generator=torch.Generator().manual_seed(s))
+                     for s in seeds])
+    with torch.no_grad():
+        for now, then in zip(sigmas, sigmas[1:]):
+            v = model(x, torch.full((len(x),), now), *words)
+            if guidance != 1:
+                v_null = model(x, torch.full((len(x),), now), *null)
+                v = v_null + guidance * (v - v_null)
+            x = x + (then - now) * v
+    return x
+
+
+# one command
+
+def test_one_command_encodes_generates_distills_and_shows(home):
+    run = home / "runs" / "real"
+    d = data.read_folder(run / "data")
+    assert d.prompts == PROMPTS[:4]
+    assert d.context.shape == (4, 77 + 6, JOINT) and d.pooled.shape == (4, POOLED)
+    assert {hw: len(ids) for hw, (_, ids) in d.buckets.items()} == {(4, 6): 12, (6, 4): 12}
+    assert (d.provenance["guidance"], d.provenance["steps"]) == (3, 2)
+    assert "with T5, 6 tokens" in d.provenance["encoders"]
+    lines = [line for line in log_of(run) if "loss_g" in line]
+    assert len(lines) == 3 and [line["step"] for line in log_of(run) if "auc" in line]
+    rows = rows_of(run)
+    assert {(r["model"], r["steps"], r["guidance"]) for r in rows} == {
+        *(("teacher", k, g) for k in (4, 2, 1) for g in (3, 1)),
+        *((name, k, 1) for k in (4, 2, 1) for name in ("untrained", "student"))}
+    report = json.loads((run / "report.json").read_text())
+    assert report["n"] == 2 and report["floor"]["fd"] is None and all(r["fd"] is None for r in rows)
+    assert (run / "samples" / "000000.png").exists() and Image.open(run / "report.png").width > 600
+    changed, teacher = load_mmdit(run).state_dict(), load_mmdit(home / "sd3").state_dict()
+    assert any(not torch.equal(changed[k], v) for k, v in teacher.items())
+
+
+def test_the_data_are_the_teachers_guided_samples(home):
+    """Of the stored latents two, of different sizes and prompts, against Euler written out."""
+    d, teacher = data.read_folder(home / "runs/real/data"), load_mmdit(home / "sd3")
+    sigmas = [1.0, 3 * .5 / 2.0, 0.0]                              # .5 under shift 3
+    shards = synthesize.prompt_plan(PROMPTS, [(32, 48), (48, 32)], 24, 6, 0).shards
+    for hw, i in (((4, 6), 1), ((6, 4), 5)):
+        x0, ids = d.buckets[hw]
+        seed = next(s for s in shards if s.hw == hw).seed + i
+        assert d.prompts[ids[i]] == PROMPTS[seed % 5]              # the prompts in turn
+        expected = naive(home, teacher, [PROMPTS[seed % 5]], sigmas, [seed], (hw[0] * 8, hw[1] * 8), 3)
+        error = (x0[torch.tensor([i])].float() - expected).abs().max() / expected.abs().max()
+        assert error < 1e-2, error                                 # stored in bf16
+
+
+def test_the_same_command_again_does_nothing_and_data_can_be_given(home):
+    flags = "--encoders sd3 --teacher sd3 --prompts prompts.txt --eval-prompts shown.jsonl"
+    before = {p: p.stat().st_mtime_ns for p in (home / "runs/real").rglob("*.safetensors")}
+    call(home, train.main, f"{FLAGS} --name real {flags}")
+    assert {p: p.stat().st_mtime_ns for p in (home / "runs/real").rglob("*.safetensors")} == before
+    call(home, train.main, f"{FLAGS} --name given {flags} --data runs/real/data")
+    one, two = (weights(home / f"runs/{name}/checkpoints/student.safetensors") for name in ("real", "given"))
+    assert all(torch.equal(one[k], two[k]) for k in one) and not (home / "runs/given/data").exists()
+
+
+def test_without_eval_prompts_the_first_are_shown_and_t5_can_be_left_out(home):
+    flags = f"{FLAGS} --name none --encoders sd3 --teacher sd3 --prompts prompts.txt --t5 none --steps 1"
+    call(home, train.main, f"{flags} --eval-every 0 --grid-every 0")
+    assert json.loads((home / "runs/none/report.json").read_text())["n"] == len(PROMPTS)
+    d = data.read_folder(home / "runs/none/data")
+    every = torch.arange(4)
+    assert not d.context[every][:, 77:].any() and "without T5" in d.provenance["encoders"]
+    assert data.read_folder(home / "runs/real/data").context[every][:, 77:].any(-1).all()
+
+
+# sample.py
+
+@pytest.mark.parametrize("steps, sigmas", [(4, [1, .9, .75, .5, 0]), (2, [1, .75, 0]), (1, [1, 0])])
+def test_the_student_of_a_run_samples_at_its_levels(home, tmp_path, steps, sigmas):
+    out = tmp_path / "o.png"
+    flags = f"--run runs/real --steps {steps} --seed 3 --size 32x64 --out {out} {CPU}"
+    call(home, sample.main, [*flags.split(), "--prompt", PROMPTS[0]])
+    x0 = naive(home, load_mmdit(home / "runs/real"), [PROMPTS[0]], sigmas, [3], (32, 64))
+    vae = encode.load_vae(home / "sd3", torch.device("cpu"))
+    image = encode.decode_latents(vae, x0)[0].clamp(-1, 1).add(1).mul(127.5).round()
+    assert abs(pixels(out) - image.permute(1, 2, 0).numpy()).max() <= 1
+    assert pixels(out).std() > 1 and pixels(out).shape == (32, 64, 3)
+
+
+def test_a_text_cache_needs_no_encoder_the_second_time(home, tmp_path, monkeypatch):
+    flags = [*f"--run runs/real --text-cache {tmp_path / 'text.safetensors'} {CPU}".split(),
+             "--prompt", PROMPTS[1], "--out"]
+    call(home, sample.main, [*flags, str(tmp_path / "a.png")])
+    monkeypatch.setattr(encode, "load_encoders", lambda *args: pytest.fail("encoders are loaded"))
+    call(home, sample.main, [*flags, str(tmp_path / "b.png")])
+    assert (pixels(tmp_path / "a.png") == pixels(tmp_path / "b.png")).all()
+    with refused("text.safetensors", "without T5|with T5", "accepted"):        # of other encoders
+        call(home, sample.main, [*flags, str(tmp_path / "c.png"), "--t5", "none"])
+
+
+def test_a_published_checkpoint_says_how_to_sample_it_by_its_sizes(home, tmp_path, monkeypatch):
+    flags = f"--checkpoint sd3 --encoders sd3 --size 32x32 --out {tmp_path / 'o.png'} --prompt red {CPU}"
+    with refused("found an MMDiT of 3 blocks of width 128", "sd3-medium"):
+        call(home, sample.main, flags)
+    like = {**sample.PRESETS["sd3.5-large"], "depth": 3, "width": 128, "taps": (0,)}
+    monkeypatch.setitem(sample.PRESETS, "sd3.5-large", like)
+    call(home, sample.main, flags)
+    text = json.loads(Image.open(tmp_path / "o.png").text["ladd"])["columns"][0]
+    assert (text["role"], text["steps"], text["guidance"]) == ("teacher", 40, 4.5)
+    assert text["sigmas"][20] == pytest.approx(.75) and re.fullmatch(r"[0-9a-f]{10}", text["model_hash"])
+
+
+def test_compare_and_tiled_decoding(home, tmp_path):
+    for name, extra in (("a", ""), ("b", "--tiled")):
+        out = tmp_path / f"{name}.png"
+        call(home, sample.main, f"--run runs/real --compare --prompt red --out {out} {extra} {CPU}")
+    assert pixels(tmp_path / "a.png").shape == pixels(tmp_path / "b.png").shape
+    assert abs(pixels(tmp_path / "a.png") - pixels(tmp_path / "b.png")).max() <= 1  # smaller than a tile
+
+
+SAVE = f"--run runs/real --model teacher --prompt-file prompts.txt --guidance 3 --shard 6 --batch 4 {CPU}"
+
+
+def same_folder(a: Path, b: Path) -> None:
+    names = [sorted(p.name for p in folder.iterdir()) for folder in (a, b)]
+    assert names[0] == names[1]
+    for name in names[0]:
+        if name.endswith(".safetensors"):
+            one, two = weights(a / name), weights(b / name)
+            assert all(torch.equal(one[k], two[k]) for k in one), name
+        else:
+            assert (a / name).read_text() == (b / name).read_text()
+
+
+def test_saved_latents_are_those_of_the_training_run(home, tmp_path):
+    """sample.py --save-latents and train.py's own stage are one: the same files, byte for byte; also resumed
+    after half, and by two processes."""
+    flags = f"{SAVE} --steps 2 --size 32x48,48x32"
+    call(home, train.main, f"{FLAGS} {GIVEN} --name part --data-size 20 --steps 1 --eval-every 0 "
+                           "--grid-every 0 --stop-after 1")
+    said = call(home, sample.main, f"{flags} --num 4 --save-latents {tmp_path / 'one'}")
+    assert "20 latents" in said
+    same_folder(home / "runs/part/data", tmp_path / "one")
+
+    shutil.copytree(tmp_path / "one", tmp_path / "half")
+    for name in ("00001-6x4.safetensors", "00003-6x4.safetensors", "text-00000.safetensors"):
+        next((tmp_path / "half").glob(name.replace("6x4", "*"))).unlink()
+    call(home, sample.main, f"{flags} --num 4 --save-latents {tmp_path / 'half'}")
+    same_folder(tmp_path / "one", tmp_path / "half")
+
+
+@pytest.mark.slow
+def test_processes_share_the_shards(home, tmp_path):
+    flags = f"{SAVE} --steps 2 --size 32x48,48x32 --num 4"
+    call(home, sample.main, f"{flags} --save-latents {tmp_path / 'one'}")
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys, torch; sys.path.insert(0, {str(ROOT)!r}); import sample\n"
+                      "sample.compute_dtype = lambda *a: torch.float32; torch.set_num_threads(1)\n"
+                      "sample.main(sys.argv[1:])\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--", str(script),
+               *flags.split(), "--save-latents", str(tmp_path / "two")]
+    done = subprocess.run(command, cwd=home, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    same_folder(tmp_path / "one", tmp_path / "two")
+    assert done.stdout.count("20 latents") == 1
+
+
+def test_a_prompt_meets_every_size():
+    """Also where the shards of one round of prompts are a multiple of the sizes."""
+    for prompts, shard in ((12, 2), (5, 6), (6, 3), (4, 1)):
+        names, sizes = [f"{i}" for i in range(prompts)], [(16, 16), (16, 32), (32, 16)]
+        p = synthesize.prompt_plan(names, sizes, 90, shard, 7)
+        seen = {(int(i), s.hw) for s in p.shards for i in s.prompt_id}
+        assert len(seen) == 3 * prompts and sum(len(s.prompt_id) for s in p.shards) == 90
+        assert [s.seed for s in p.shards] == [7 + i for i in range(0, 90, shard)]
+
+
+def test_images_with_captions_are_data_too(home):
+    folder = home / "images"
+    folder.mkdir(exist_ok=True)
+    g = np.random.default_rng(0)
+    for i in range(24):
+        size = (48, 32) if i % 2 else (32, 48)
+        Image.fromarray(g.integers(0, 255, (*size, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(PROMPTS[i % 4])
+    call(home, encode.main, "--encoders sd3 --images images --out own --area 1536 --multiple 16 --device cpu "
+                            "--t5-tokens 6 --shard 6 --batch 4")
+    assert set(data.read_folder(home / "own").buckets) == {(4, 6), (6, 4)}
+    call(home, train.main, f"{FLAGS} --name own --encoders sd3 --teacher sd3 --data own --steps 1 "
+                           "--eval-prompts shown.jsonl --eval-every 0 --grid-every 0")
+    assert len([line for line in log_of(home / "runs/own") if "loss_g" in line]) == 1
+
+
+def test_the_exported_student_draws_the_same_picture_in_diffusers(home, tmp_path):
+    """The end of the chain: sample.py's picture, from the exported folder, by diffusers' own pipeline."""
+    from diffusers import StableDiffusion3Pipeline
+    call(home, checkpoint.main, f"export runs/real --layout pipeline --base sd3 --out {tmp_path / 'turbo'}")
+    pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "turbo", local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe(PROMPTS[0], height=32, width=64, num_inference_steps=4, sigmas=[1, .75, .5, .25],
+                 guidance_scale=0, latents=image_noise([3], (16, 4, 8)), max_sequence_length=6,
+                 output_type="np").images[0]
+    out = tmp_path / "ours.png"
+    flags = f"--run runs/real --steps 4 --seed 3 --size 32x64 --out {out} {CPU}"
+    call(home, sample.main, [*flags.split(), "--prompt", PROMPTS[0]])
+    difference = abs(pixels(out) - 255 * image)
+    assert difference.max() < 4 and difference.mean() < .6          # our text is stored in bf16
+
+
+# bad input
+
+BAD = {
+    "no encoders": ("train", "--teacher sd3 --prompts prompts.txt", "no --encoders"),
+    "no folder": ("train", "--teacher sd3 --prompts prompts.txt --encoders nowhere", "nowhere: found no"),
+    "no prompts": ("train", "--teacher sd3 --encoders sd3 --prompts nowhere.txt", "nowhere.txt: found"),
+    "no teacher": ("train", "--teacher nowhere --encoders sd3 --prompts prompts.txt", "nowhere does not"),
+    "few taps": ("train", f"{GIVEN} --taps 5", "has 3 blocks"),
+    "too large": ("train", f"{GIVEN} --sizes 512x512", "12 patches"),
+    "other text": ("train", "--teacher sd3 --encoders wide --prompts prompts.txt", r"widths .96, 64., the"),
+    "world's data": ("train", f"{GIVEN} --data thin", "text of widths"),
+    "sample without": ("sample", "--checkpoint sd3 --prompt red --out o.png", "--encoders: found nothing"),
+    "sample size": ("sample", "--run runs/real --prompt red --size 32x40 --out o.png", "multiples of 16"),
+    "sample large": ("sample", "--run runs/real --prompt red --size 512x512 --out o.png", "at most 192x192"),
+    "two sizes": ("sample", "--run runs/real --prompt red --size 32x32,32x48 --out o.png", "one size"),
+    "student's data": ("sample", "--run runs/real --prompt red --save-latents new", "--model teacher"),
+    "out beside": ("sample", f"{SAVE} --save-latents new --out o.png", "found --out beside"),
+    "another run's": ("sample", f"{SAVE} --save-latents runs/real/data", "take another folder"),
+    "another size": ("sample", f"{SAVE} --steps 2 --num 4 --size 48x48 --save-latents thin", "other folder"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named_and_nothing_is_written(home, case):
+    script, flags, message = BAD[case]
+    if not (home / "wide").exists():
+        shutil.copytree(home / "sd3", home / "wide")
+        path = home / "wide/text_encoder_2/config.json"
+        path.write_text(path.read_text().replace('"projection_dim": 48', '"projection_dim": 32'))
+        zeros = torch.zeros(3, 4)
+        data.open_folder(home / "thin", {}, ["a"], torch.zeros(1, 1), (zeros, zeros[0]))
+        data.write_text(home / "thin", 0, zeros[None], zeros[:1])
+        data.write_shard(home / "thin", 0, torch.zeros(9, 16, 4, 6), torch.zeros(9).long())
+    before = {p: p.stat().st_mtime_ns for p in home.rglob("*")}
+    flags = f"{FLAGS} --name bad {flags}" if script == "train" else f"{flags} {CPU}"
+    with refused(message):
+        call(home, (train if script == "train" else sample).main, flags)
+    assert {p: p.stat().st_mtime_ns for p in home.rglob("*")} == before
+
+
+def test_the_worlds_networks_take_no_encoders(home, tmp_path):
+    with refused("--encoders: found sd3", "built-in world"):
+        metadata = {**load_metadata(home / "runs/real"), "domain": "world"}
+        save_mmdit(load_mmdit(home / "runs/real"), tmp_path / "w.safetensors", metadata)
+        path = tmp_path / "w.safetensors"
+        call(home, sample.main, f"--checkpoint {path} --encoders sd3 --prompt red --out o.png")
+
+
+def test_encoders_are_loaded_when_needed_and_released(home, monkeypatch):
+    loads = []
+    load = encode.load_encoders
+    monkeypatch.setattr(encode, "load_encoders", lambda *args: loads.append(args) or load(*args))
+    d = domain.sd3_domain(home / "sd3", torch.device("cpu"), "device", 6)
+    one = d.embed(["a red circle", ""])
+    assert torch.equal(d.embed([""]).pooled[0], one.pooled[1]) and len(loads) == 1
+    d.release()
+    assert torch.equal(d.embed(["a red circle"]).context[0], one.context[0]) and len(loads) == 1
+    d.encode(["a red circle"])
+    assert len(loads) == 2 and d.widths == (JOINT, POOLED)
