@@ -29,7 +29,7 @@ def world_domain(config: Config) -> Domain:
 def text_widths(folder: Path) -> tuple[int, int]:
     """(width of a token, of the pooled text) of SD3's encoders in `folder`, from their configurations."""
     configs = [data.read_json(folder / f"text_encoder{i}" / "config.json") for i in ("", "_2")]
-    return encode._width(folder), sum(config["projection_dim"] for config in configs)
+    return encode.text_width(folder), sum(config["projection_dim"] for config in configs)
 
 
 def sd3_domain(folder: str | Path, device: torch.device, t5: str, t5_tokens: int, cache: Path | None = None,

@@ -94,7 +94,7 @@ def load_encoders(folder: str | Path, device: torch.device, dtype: torch.dtype, 
         model = _load(kind, folder / f"text_encoder{ending}", dtype=dtype).to(where)
         limit = t5_tokens if name == "T5" else model.config.max_position_embeddings
         loaded.append(Encoder(name, words, model, limit))
-    wide, sizes = _width(folder), [encoder.model.config.hidden_size for encoder in loaded[:2]]
+    wide, sizes = text_width(folder), [encoder.model.config.hidden_size for encoder in loaded[:2]]
     if sum(sizes) > wide:
         raise InputError(f"{folder}: found CLIPs of widths {sizes}, together at most T5's {wide} accepted")
     return Encoders(loaded[:2], loaded[2:], t5_tokens, wide, device)
@@ -119,7 +119,7 @@ def _load(kind, folder: Path, **options):
     return model.requires_grad_(False).eval()
 
 
-def _width(folder: Path) -> int:
+def text_width(folder: Path) -> int:
     """Width of T5's text, known without T5 too."""
     for part, key in (("text_encoder_3", "d_model"), ("transformer", "joint_attention_dim")):
         path = folder / part / "config.json"
@@ -350,7 +350,7 @@ def main(argv: list[str]) -> None:
         print(*notes, f"{args.prompt_file}: {len(found)} prompts, {len(prompts)} distinct", sep="\n")
         return write_texts(args, prompts, provenance, device)
     listed, skipped = find_images(args.images) if args.images else (find_listed(args.jsonl), {})
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         images = measured(listed, pool, skipped)
         if not images:
             path, reason = next(iter(skipped.items()), (args.jsonl, "found no line"))

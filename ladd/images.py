@@ -84,7 +84,8 @@ def image_size(path: Path) -> tuple[int, int]:
         w, h = image.size
         if min(h, w) < LEAST_SIDE:
             raise InputError(f"found {h}x{w} pixels, sides of at least {LEAST_SIDE} accepted")
-        return (w, h) if image.getexif().get(0x0112) in (5, 6, 7, 8) else (h, w)
+        known = image.format != "PNG" or "exif" in image.info      # else Pillow would decode all of a PNG
+        return (w, h) if known and image.getexif().get(0x0112) in (5, 6, 7, 8) else (h, w)
 
 
 def read_image(path: Path, hw: tuple[int, int]) -> Tensor:

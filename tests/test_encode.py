@@ -1,0 +1,568 @@
+"""Text and latents against transformers and diffusers on a tiny random SD3; the command and its bad input."""
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_close, rng
+from PIL import Image
+
+from ladd import data, encode, images
+from ladd.config import InputError
+from ladd.distill import Text
+
+for package in ("transformers", "diffusers"):
+    pytest.importorskip(package)
+from sd3 import JOINT, POOLED, make_folder    # noqa: E402, after the check for its packages
+
+ROOT, CPU = Path(__file__).parents[1], torch.device("cpu")
+PROMPTS = ["a red circle", "", "zebra! on black, 17", "small green cross " * 40, "A Red  Circle"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("sd3"))
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    encode.libraries()
+    from diffusers import StableDiffusion3Pipeline
+    return StableDiffusion3Pipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+
+
+@pytest.fixture(scope="module")
+def encoders(folder):
+    return encode.load_encoders(folder, CPU, torch.float32, t5_tokens=40)
+
+
+@pytest.fixture(scope="module")
+def vae(folder):
+    return encode.load_vae(folder, CPU)
+
+
+def no_report(line: str) -> None:
+    pass
+
+
+# text
+
+@pytest.mark.parametrize("t5, dtype", [("device", torch.float32), ("cpu", torch.float32),
+                                       ("none", torch.float32), ("device", torch.bfloat16)])
+def test_text_is_what_the_library_gives_its_transformer(folder, pipe, t5, dtype, monkeypatch):
+    encoders = encode.load_encoders(folder, CPU, dtype, t5, 40)
+    if t5 == "none":
+        monkeypatch.setattr(pipe, "text_encoder_3", None)
+    for part in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
+        if part is not None:
+            part.to(dtype)
+    with torch.no_grad():
+        context, _, pooled, _ = pipe.encode_prompt(PROMPTS, None, None, max_sequence_length=40,
+                                                   do_classifier_free_guidance=False)
+    got = encode.encode_prompts(encoders, PROMPTS, batch=5, report=no_report)
+    assert got.context.shape == (5, 77 + 40, JOINT) and got.pooled.shape == (5, POOLED)
+    assert_close("context", got.context, context, 0 if dtype == torch.float32 else None)
+    assert_close("pooled", got.pooled, pooled, 0 if dtype == torch.float32 else None)
+    assert got.context[:, :77, 80:].eq(0).all() and got.context[:, 77:].ne(0).any() == (t5 != "none")
+    for part in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
+        if part is not None:
+            part.float()
+
+
+def test_text_does_not_depend_on_the_batch_and_carries_no_gradient(encoders):
+    whole, one = (encode.encode_prompts(encoders, PROMPTS, batch, no_report) for batch in (5, 1))
+    assert_close("context", one.context, whole.context)
+    assert_close("pooled", one.pooled, whole.pooled)
+    assert not whole.context.requires_grad
+
+
+def test_cut_prompts_are_reported_with_the_encoder_its_limit_and_the_first(encoders):
+    lines = []
+    long = "red " * 50          # 52 tokens of CLIP, 51 of T5
+    encode.encode_prompts(encoders, ["a", long, PROMPTS[3]], report=lines.append)
+    clip = "1 of 3 prompts are cut to {}'s 77 tokens; the first, of 242: 'small green cross small"
+    assert len(lines) == 3 and lines[0].startswith(clip.format("CLIP-L"))
+    assert lines[1].startswith(clip.format("CLIP-G"))
+    assert lines[2].startswith("2 of 3 prompts are cut to T5's 40 tokens; the first, of 51: 'red red")
+    assert encode.truncations(encoders, ["red " * 39, "red " * 10]) == []      # 40 with T5's end: just fits
+
+
+def test_bad_encoders_are_refused(folder, tmp_path):
+    for options in (dict(t5="gpu"), dict(t5_tokens=0), dict(t5_tokens=513)):
+        with pytest.raises(InputError, match="device, cpu or none of 1 to 512"):
+            encode.load_encoders(folder, CPU, torch.float32, **options)
+    with pytest.raises(InputError, match="found no CLIPTokenizer"):
+        encode.load_encoders(tmp_path, CPU, torch.float32)
+    with pytest.raises(InputError, match="found no text_encoder"):
+        encode.encoder_identity(tmp_path)
+    with pytest.raises(InputError, match="prompts: found none"):
+        encode.encode_prompts(None, [])
+
+
+def copy_with(folder: Path, to: Path, **parts: str) -> Path:
+    """The pipeline folder again, by links, with some parts taken from other ones."""
+    to.mkdir()
+    for path in folder.iterdir():
+        (to / path.name).symlink_to(folder / parts.get(path.name, path.name))
+    return to
+
+
+@pytest.mark.parametrize("part, other, message", [
+    ("text_encoder", "text_encoder_3", "found no text_model.*all weights of CLIPTextModelWithProjection"),
+    ("text_encoder_3", "text_encoder", "found no .*all weights of T5EncoderModel"),
+    ("tokenizer_3", "scheduler", "found no T5Tokenizer"),
+    ("vae", "transformer", "found no .*all weights of AutoencoderKL")])
+def test_another_models_weights_are_refused_not_drawn_at_random(folder, tmp_path, part, other, message):
+    bad = copy_with(folder, tmp_path / "bad", **{part: other})
+    with pytest.raises(InputError, match=message):
+        encode.load_vae(bad, CPU) if part == "vae" else encode.load_encoders(bad, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["text_encoder/model.safetensors", "tokenizer/tokenizer.json",
+                                  "vae/diffusion_pytorch_model.safetensors"])
+def test_a_truncated_file_is_refused(folder, tmp_path, name):
+    part, file = name.split("/")
+    bad = copy_with(folder, tmp_path / "bad")
+    (bad / part).unlink()
+    (bad / part).mkdir()
+    for path in (folder / part).iterdir():
+        content = path.read_bytes()
+        (bad / part / path.name).write_bytes(content[:-100] if path.name == file else content)
+    with pytest.raises(InputError, match="found no whole"):
+        encode.load_vae(bad, CPU) if part == "vae" else encode.load_encoders(bad, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("package", ["transformers", "diffusers"])
+def test_an_absent_package_is_named_with_its_command(monkeypatch, folder, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=f"{package}: found no such package.*pip install {package}"):
+        encode.load_vae(folder, CPU)
+    assert sys.modules["kernels"].__file__ == str(ROOT / "kernels" / "__init__.py")
+
+
+# the libraries beside our folder kernels/
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_kernels_does_not_disturb_the_libraries(folder, tmp_path, installed):
+    """In a process of its own, the repository first on sys.path; also where the package kernels is installed,
+    whose name both libraries look up and whose version transformers believes."""
+    from transformers.utils import import_utils
+    version = getattr(import_utils, "KERNELS_MIN_VERSION", "0.18.2")       # one that it would take
+    about = tmp_path / "site" / f"kernels-{version}.dist-info"
+    if installed:
+        about.mkdir(parents=True)
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n")
+    code = ("import sys, importlib.metadata as m\n"
+            "assert sys.path[0] == ''\n"
+            f"sys.path.append({str(tmp_path / 'site')!r})\n"
+            "if {installed}: assert m.version('kernels')\n"
+            "import kernels\n"
+            "from ladd.encode import libraries\n"
+            "libraries()\n"
+            "assert sys.modules['kernels'] is kernels and kernels.load('torch')\n"
+            "import torch\n"
+            "from diffusers import StableDiffusion3Pipeline\n"
+            f"pipe = StableDiffusion3Pipeline.from_pretrained({str(folder)!r}, local_files_only=True)\n"
+            "out = pipe('a red circle', height=64, width=96, num_inference_steps=2, output_type='np')\n"
+            "assert out.images.shape == (1, 64, 96, 3)\n").replace("{installed}", str(installed))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+# the cache of text
+
+def test_the_cache_asks_for_each_prompt_once_and_gives_equal_text(tmp_path, encoders, folder):
+    path, name, asked = tmp_path / "text.safetensors", encode.encoder_identity(folder, t5_tokens=40), []
+
+    def ask(prompts):
+        asked.append(list(prompts))
+        return encode.encode_prompts(encoders, prompts, 1, no_report)
+
+    first = encode.cached_text(path, name, ["a", "b", "a"], ask)
+    again = encode.cached_text(path, name, ["b", "a", "a"], lambda prompts: pytest.fail("asked the encoders"))
+    more = encode.cached_text(path, name, ["c", "b"], ask)
+    assert asked == [["a", "b"], ["c"]]
+    direct = [t.bfloat16() for t in encode.encode_prompts(encoders, ["a", "b", "a"], 1, no_report)]
+    assert torch.equal(first.context, direct[0]) and torch.equal(first.pooled, direct[1])
+    for part in (0, 1):
+        assert torch.equal(again[part], first[part][[1, 0, 0]]) and torch.equal(more[part][1], first[part][1])
+    assert [path.name for path in tmp_path.iterdir()] == ["text.safetensors"]
+
+
+def test_the_cache_refuses_other_encoders_and_survives_a_failure(tmp_path):
+    path = tmp_path / "text.safetensors"
+    text = lambda prompts: Text(torch.ones(len(prompts), 2, 3), torch.ones(len(prompts), 4))
+    encode.cached_text(path, "these", ["a"], text)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="text of the encoders these, those accepted"):
+        encode.cached_text(path, "those", ["a"], text)
+    with pytest.raises(ZeroDivisionError):
+        encode.cached_text(path, "these", ["a", "b"], lambda prompts: 1 / 0)
+    assert path.read_bytes() == before
+    path.write_bytes(before[:50])
+    with pytest.raises(InputError, match="no whole safetensors"):
+        encode.cached_text(path, "these", ["a"], text)
+
+
+def test_identity_follows_weights_tokenizers_and_t5(folder, tmp_path):
+    names = {encode.encoder_identity(folder, t5, n) for t5, n in
+             [("device", 256), ("cpu", 256), ("device", 77), ("none", 256)]}
+    assert len(names) == 3                                          # where T5 runs makes no other text
+    for part, other in (("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2"),
+                        ("text_encoder_3", "text_encoder")):
+        bad = copy_with(folder, tmp_path / part, **{part: other})
+        assert encode.encoder_identity(bad) not in names
+        assert (encode.encoder_identity(bad, "none") in names) == (part == "text_encoder_3")
+
+
+# the VAE
+
+def test_latents_are_the_librarys_scaled_and_shifted(vae, pipe):
+    x = torch.rand(2, 3, 64, 96, generator=rng()) * 2 - 1
+    with torch.no_grad():
+        posterior = pipe.vae.encode(x).latent_dist
+    assert_close("mean", encode.encode_images(vae, x), (posterior.mean - .0609) * 1.5305)
+    sampled = (posterior.sample(rng(3)) - .0609) * 1.5305
+    assert_close("sample", encode.encode_images(vae, x, rng(3)), sampled)
+    x0 = torch.randn(2, 16, 8, 12, generator=rng(1))
+    with torch.no_grad():
+        expected = pipe.vae.decode(x0 / 1.5305 + .0609).sample.clamp(-1, 1)
+    assert_close("image", encode.decode_latents(vae, x0), expected)
+    assert_close("round trip", encode.from_x0(vae, encode.to_x0(vae, x0)), x0, 1e-6)
+
+
+def test_images_of_other_shapes_are_refused(vae):
+    for shape in ((1, 3, 64, 60), (3, 64, 64), (1, 1, 64, 64)):
+        with pytest.raises(InputError, match="images: found"):
+            encode.encode_images(vae, torch.zeros(shape))
+
+
+def test_tiles_are_near_the_whole_picture_without_seams(vae, monkeypatch):
+    """Tiles see no further than their border and normalise each for itself, so values differ, the less the
+    larger they are: 0.48, 0.24, 0.07 of the deviation at tiles of 64, 128, 256 pixels of this random VAE,
+    whose published sizes are 1024. Nowhere may the picture jump more than the whole one does."""
+    monkeypatch.setattr(vae, "tile_latent_min_size", 32)
+    monkeypatch.setattr(vae, "tile_sample_min_size", 256)
+    x0 = torch.randn(1, 16, 32, 40, generator=rng())
+    whole, tiles = encode.decode_latents(vae, x0), encode.decode_latents(vae, x0, tiled=True)
+    assert whole.shape == tiles.shape == (1, 3, 256, 320) and not torch.equal(whole, tiles)
+    assert torch.equal(whole, encode.decode_latents(vae, x0))      # the switch is off again
+    assert (whole - tiles).square().mean().sqrt() < .15 * whole.std()
+    jump = lambda image: image.diff(dim=-1).abs().max()
+    assert jump(tiles) < 1.2 * jump(whole)
+    small = x0[..., :32]
+    assert torch.equal(encode.decode_latents(vae, small, tiled=True), encode.decode_latents(vae, small))
+
+
+# buckets
+
+def test_buckets_have_about_the_area_and_every_shape_up_to_4_to_1():
+    sizes = images.buckets(1024 ** 2, 64)
+    assert {(1024, 1024), (896, 1152), (1152, 896), (768, 1344), (512, 2048)} <= set(sizes)
+    assert all(h % 64 == w % 64 == 0 and (w, h) in sizes for h, w in sizes)
+    assert all(.93 < h * w / 1024 ** 2 < 1.07 for h, w in sizes)
+    ratios = sorted(h / w for h, w in sizes)
+    assert ratios[0] == 1 / 4 and ratios[-1] == 4
+    assert max(b / a for a, b in zip(ratios, ratios[1:])) < 1.29      # so a crop loses at most 1 / 8
+
+
+@pytest.mark.parametrize("h, w, expected", [
+    (1024, 1024, (1024, 1024)), (10, 10, (1024, 1024)), (1080, 1920, (768, 1344)), (1920, 1080, (1344, 768)),
+    (3000, 4000, (896, 1152)), (100, 9000, (512, 2048)), (9000, 100, (2048, 512))])
+def test_an_image_takes_the_bucket_of_the_nearest_shape(h, w, expected):
+    assert images.bucket_of(h, w) == expected
+
+
+def test_every_bucket_is_its_own_and_bad_ones_are_refused():
+    assert all(images.bucket_of(*hw, 512 ** 2, 32) == hw for hw in images.buckets(512 ** 2, 32))
+    for area, multiple in ((1024 ** 2, 24), (1024 ** 2, 0), (63 ** 2, 64)):
+        with pytest.raises(InputError, match="--multiple: found"):
+            images.buckets(area, multiple)
+
+
+def test_a_small_bucket_gives_its_images_to_the_nearest_that_is_not():
+    sizes = [(64, 64)] * 5 + [(64, 128)] * 3 + [(64, 150)] + [(128, 64)]
+    listed = [images.Captioned(Path(f"{i}"), "", hw) for i, hw in enumerate(sizes)]
+    names = lambda plan: [(hw, [int(image.path.name) for image in part]) for hw, part in plan]
+    assert names(images.plan(listed, 4096, 16)) == [
+        ((48, 80), [5, 6, 7, 8]), ((64, 64), [0, 1, 2, 3, 4]), ((80, 48), [9])]
+    assert names(images.plan(listed, 4096, 16, least=3, shard=2)) == [
+        ((48, 80), [5, 6]), ((48, 80), [7, 8]), ((64, 64), [0, 1]), ((64, 64), [2, 3]), ((64, 64), [4, 9])]
+    assert {hw for hw, _ in images.plan(listed, 4096, 16, least=99)} == {(64, 64)}
+
+
+# reading images
+
+def quadrants(h: int = 40, w: int = 60) -> Image.Image:
+    """Red, green over blue, white."""
+    image = Image.new("RGB", (w, h), "white")
+    for colour, x, y in (("red", 0, 0), ("lime", w // 2, 0), ("blue", 0, h // 2)):
+        image.paste(colour, (x, y, x + w // 2, y + h // 2))
+    return image
+
+
+def corners(path: Path, hw: tuple[int, int] = (32, 48)) -> list[tuple[int, ...]]:
+    pixels = images.read_image(path, hw)
+    assert pixels.shape == (3, *hw) and pixels.dtype == torch.uint8
+    return [tuple(pixels[:, y, x].tolist()) for y, x in ((3, 3), (3, -4), (-4, 3), (-4, -4))]
+
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "CMYK", "RGBA"])
+def test_an_image_of_any_mode_keeps_its_colours(tmp_path, mode):
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    quadrants().convert(mode).save(path)
+    assert images.image_size(path) == (40, 60)
+    assert corners(path) == [RED, GREEN, BLUE, WHITE]
+
+
+def test_it_covers_its_bucket_and_is_cropped_to_its_centre(tmp_path):
+    picture = Image.new("RGB", (300, 40), "red")
+    picture.paste("blue", (120, 0, 180, 40))
+    picture.save(tmp_path / "a.png")
+    assert corners(tmp_path / "a.png") == [BLUE] * 4            # 60 of 300 columns are left
+    assert corners(tmp_path / "a.png", (32, 96)) == [RED] * 4   # 120 of them
+
+
+def test_exif_turns_an_image(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6                                            # to be turned right
+    quadrants().save(tmp_path / "a.png", exif=exif)
+    assert images.image_size(tmp_path / "a.png") == (60, 40)
+    assert corners(tmp_path / "a.png", (48, 32)) == [BLUE, RED, WHITE, GREEN]
+
+
+def test_what_is_transparent_is_white(tmp_path):
+    palette = quadrants().convert("P")
+    palette.save(tmp_path / "p.png", transparency=palette.getpixel((0, 0)))
+    clear = quadrants().convert("RGBA")
+    clear.putalpha(Image.linear_gradient("L").resize(clear.size).point(lambda a: 255 * (a > 127)))
+    clear.save(tmp_path / "a.png")
+    quadrants().convert("LA").save(tmp_path / "la.png")
+    assert corners(tmp_path / "p.png") == [WHITE, GREEN, BLUE, WHITE]
+    assert corners(tmp_path / "a.png") == [WHITE, WHITE, BLUE, WHITE]
+    assert corners(tmp_path / "la.png")[3] == WHITE
+
+
+def test_16_bit_gray_keeps_its_range(tmp_path):
+    gray = np.full((40, 60), 65535, np.uint16)
+    gray[:20, :30] = 128 * 256
+    Image.fromarray(gray).save(tmp_path / "a.png")
+    assert corners(tmp_path / "a.png")[0] == (128, 128, 128) and corners(tmp_path / "a.png")[3] == WHITE
+    Image.fromarray(gray.astype(np.float32)).save(tmp_path / "f.tif")
+    Image.fromarray(gray.astype(np.int32) * 2).save(tmp_path / "i.tif")
+    for name, message in (("f.tif", "floating-point"), ("i.tif", "gray of 65536 to 131070")):
+        with pytest.raises(InputError, match=message):
+            images.read_image(tmp_path / name, (32, 48))
+
+
+def test_of_an_animation_the_first_frame_counts(tmp_path):
+    quadrants().save(tmp_path / "a.gif", save_all=True, append_images=[Image.new("RGB", (60, 40), "black")])
+    assert corners(tmp_path / "a.gif") == [RED, GREEN, BLUE, WHITE]
+
+
+# lists of prompts
+
+@pytest.mark.parametrize("name, content, prompts, notes", [
+    ("a.txt", b"\xef\xbb\xbfa cat\r\n\n# no\n  \n a dog \na cat\n", ["a cat", "a dog", "a cat"],
+     ["2 empty lines skipped", "1 comments skipped"]),
+    ("a.txt", "größe".encode(), ["größe"], []),
+    ("a.jsonl", b'{"prompt": "a", "seed": 3}\n\n{"prompt": ""}\n', ["a", ""], ["1 empty lines skipped"])])
+def test_prompts_are_read_and_what_is_none_is_counted(tmp_path, name, content, prompts, notes):
+    (tmp_path / name).write_bytes(content)
+    found = images.read_prompts(tmp_path / name)
+    assert found == (prompts, [f"{tmp_path / name}: {note}" for note in notes])
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("none.txt", None, "found no file to read \\(No such file"),
+    ("a.txt", b"a\nb\xff", "found byte 3 that is no UTF-8"),
+    ("a.txt", b"# a\n\n", "found no prompt"),
+    ("a.jsonl", b"\n", "found no prompt"),
+    ("a.jsonl", b'{"prompt": "a"}\n\n["b"]\n',
+     "found '\\[\"b\"\\]' in line 3, {\"prompt\": \"...\"} accepted"),
+    ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "b"', "in line 2"),
+    ("a.jsonl", b'{"text": "a"}', "in line 1"),
+    ("a.jsonl", b'{"prompt": 3}', "in line 1"),
+    ("a.jsonl", b'{"prompt": "\\ud800"}', "in line 1")])
+def test_bad_lists_of_prompts_are_refused(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        images.read_prompts(tmp_path / name)
+
+
+# the command
+
+SMALL = ["--area", "4096", "--multiple", "16", "--shard", "3", "--batch", "2", "--t5-tokens", "8"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Nine captioned images of three shapes, and seven that cannot be used."""
+    root = tmp_path_factory.mktemp("pictures")
+    for i, hw in enumerate([(64, 64)] * 5 + [(40, 66)] * 3 + [(100, 60)]):
+        pixels = np.random.default_rng(i).integers(0, 256, (*hw, 3), np.uint8)
+        Image.fromarray(pixels).save(root / f"{i}.png")
+        caption = f"a red circle {i // 2}"
+        if i % 2:
+            (root / f"{i}.txt").write_text(caption + "\n")
+        else:
+            (root / f"{i}.json").write_text(json.dumps({"caption": caption}))
+    (root / "deep").mkdir()
+    whole = (root / "0.png").read_bytes()
+    (root / "deep" / "cut.png").write_bytes(whole[:-4000])      # the header is whole
+    (root / "deep" / "no-image.jpg").write_text("no image")
+    (root / "deep" / "empty.webp").write_bytes(b"")
+    Image.new("RGB", (1, 1)).save(root / "deep" / "dot.png")
+    for name in ("alone", "bad-text", "bad-json"):
+        (root / "deep" / f"{name}.png").write_bytes(whole)
+    for name in ("cut", "no-image", "empty", "dot"):
+        (root / "deep" / f"{name}.txt").write_text("a caption")
+    (root / "deep" / "bad-text.txt").write_bytes(b"\xff")
+    (root / "deep" / "bad-json.json").write_text('{"text": "a"}')
+    return root
+
+
+def command(folder: Path, out: Path, *more: str) -> None:
+    encode.main(["--encoders", str(folder), "--out", str(out), "--device", "cpu", *SMALL, *more])
+
+
+@pytest.fixture(scope="module")
+def done(folder, pictures, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("done") / "out"
+    command(folder, out, "--images", str(pictures))
+    return out
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_folder_holds_every_image_with_its_caption(done, folder, pictures, vae):
+    latents = data.read_folder(done)
+    assert {hw: len(ids) for hw, (_, ids) in latents.buckets.items()} == {(8, 8): 5, (6, 10): 3, (10, 6): 1}
+    assert latents.prompts == [f"a red circle {k}" for k in range(5)] + ["a caption"]
+    x0, prompt = latents.buckets[6, 10]
+    assert [latents.prompts[i] for i in prompt] == [f"a red circle {i // 2}" for i in (5, 6, 7)]
+    pixels = torch.stack([images.read_image(pictures / f"{i}.png", (48, 80)) for i in (5, 6, 7)])
+    expected = encode.encode_images(vae, pixels / 127.5 - 1)
+    assert_close("x0", x0[torch.arange(3)], expected.half(), 2e-3)
+    dtype = encode.compute_dtype("auto", CPU)
+    encoders = encode.load_encoders(folder, CPU, dtype, t5_tokens=8)
+    text = encode.encode_prompts(encoders, [*latents.prompts, ""])
+    every = torch.arange(6)
+    assert_close("context", latents.context[every], text.context[:6].bfloat16())
+    assert_close("pooled", latents.pooled[every], text.pooled[:6].bfloat16())
+    assert_close("null", latents.null[0], text.context[6].bfloat16())
+    assert latents.codes.tolist() == [[i] for i in range(6)]
+
+
+def test_what_cannot_be_used_is_listed_with_its_reason(done):
+    skipped = {Path(path).name: reason for path, reason in data.read_json(done / "skipped.json").items()}
+    reasons = {"cut.png": "no whole image", "no-image.jpg": "no whole image", "empty.webp": "no whole image",
+               "dot.png": "found 1x1 pixels, sides of at least 16", "alone.png": "no caption beside it",
+               "bad-text.png": "byte 0 that is no UTF-8", "bad-json.png": 'found no caption, {"caption"'}
+    assert set(skipped) == set(reasons) and all(reasons[name] in skipped[name] for name in reasons), skipped
+
+
+@pytest.mark.parametrize("writes", range(10))
+def test_a_killed_command_goes_on_to_equal_an_undisturbed_one(folder, pictures, done, tmp_path, writes,
+                                                              monkeypatch):
+    """Killed before each rename in turn: the folder's three files, text, four shards, skipped.json twice."""
+    class Killed(BaseException):
+        pass
+
+    left, publish, rename = [writes], data.publish, os.replace
+
+    def replace(source, target):
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data.os, "replace", replace)
+        with pytest.raises(Killed):
+            command(folder, tmp_path / "out", "--images", str(pictures))
+    command(folder, tmp_path / "out", "--images", str(pictures))
+    assert digests(tmp_path / "out") == digests(done)
+
+
+def test_a_finished_command_loads_no_network(folder, pictures, done, monkeypatch, capsys):
+    before = digests(done)
+    for name in ("load_encoders", "load_vae"):
+        monkeypatch.setattr(encode, name, lambda *args: pytest.fail("loaded a network"))
+    command(folder, done, "--images", str(pictures))
+    assert digests(done) == before
+    assert "9 images, 3 of them enlarged, 7 skipped" in capsys.readouterr().out
+
+
+def test_jsonl_names_images_relative_to_itself(folder, pictures, tmp_path, capsys):
+    (tmp_path / "list").mkdir()
+    lines = [("../a.png", "one"), (str(pictures / "6.png"), "two"), ("none.png", "three")]
+    (tmp_path / "a.png").write_bytes((pictures / "0.png").read_bytes())
+    (tmp_path / "list" / "l.jsonl").write_text(
+        "\n".join(json.dumps({"image": image, "caption": caption}) for image, caption in lines))
+    command(folder, tmp_path / "out", "--jsonl", str(tmp_path / "list" / "l.jsonl"), "--t5", "none")
+    latents = data.read_folder(tmp_path / "out")
+    assert latents.prompts == ["one", "two"] and set(latents.buckets) == {(8, 8), (6, 10)}
+    assert latents.context[torch.tensor([0])][:, 77:].eq(0).all()
+    printed = capsys.readouterr().out
+    assert "No such file" in printed and "waited" in printed and "48x80: 1  64x64: 1" in printed
+
+
+def test_a_prompt_file_gives_the_text_alone(folder, encoders, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(encode, "ROWS", 2)
+    (tmp_path / "p.txt").write_text("# c\na\nb\na\n" + "red " * 80 + "\n")
+    command(folder, tmp_path / "out", "--prompt-file", str(tmp_path / "p.txt"))
+    context, pooled = data.read_text(tmp_path / "out")
+    assert context.shape == (3, 77 + 8, JOINT) and pooled.shape == (3, POOLED)
+    assert sorted(path.name for path in (tmp_path / "out").glob("text-*")) == [
+        "text-00000.safetensors", "text-00001.safetensors"]
+    printed = capsys.readouterr().out
+    assert "4 prompts, 3 distinct" in printed and "1 comments skipped" in printed
+    assert printed.count("1 of 3 prompts are cut to") == 3
+
+
+def test_another_list_or_setting_is_refused_in_the_same_folder(folder, pictures, done):
+    for more, message in ((["--shard", "4"], "found shard 3, 4 accepted"),
+                          (["--t5", "none"], "found text .*with T5, 8 tokens"),
+                          (["--area", "6000"], "found area 4096")):
+        with pytest.raises(InputError, match=message):
+            command(folder, done, "--images", str(pictures), *more)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--images", "nowhere"], "nowhere: found no image"),
+    (["--jsonl", "nowhere.jsonl"], "nowhere.jsonl: found no file to read"),
+    (["--jsonl", "{bad}"], 'in line 1, {"image": "...", "caption": "..."} accepted'),
+    (["--images", "a", "--jsonl", "b"], "not allowed with argument"),
+    ([], "one of the arguments"),
+    (["--images", "a", "--batch", "0"], "--batch: found 0"),
+    (["--images", "a", "--multiple", "24"], "--multiple: found 24"),
+    (["--images", "a", "--t5", "gpu"], "invalid choice"),
+    (["--imags", "a"], "one of the arguments|unknown argument")])
+def test_a_bad_command_ends_in_one_line(folder, tmp_path, argv, message):
+    (tmp_path / "bad.jsonl").write_text('{"image": "a.png"}')
+    with pytest.raises(InputError) as error:
+        command(folder, tmp_path / "out", *(word.format(bad=tmp_path / "bad.jsonl") for word in argv))
+    assert any(part in str(error.value) for part in message.split("|")), error.value
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_the_module_runs_and_exits_with_code_2(folder, tmp_path):
+    run = lambda *argv: subprocess.run([sys.executable, "-m", "ladd.encode", *argv], cwd=ROOT,
+                                       capture_output=True, text=True)
+    bad = run("--encoders", str(folder), "--out", str(tmp_path / "out"), "--prompt-file", "nowhere.txt")
+    assert bad.returncode == 2 and bad.stderr.startswith("ladd.encode: nowhere.txt: found no file to read")
+    assert bad.stderr.count("\n") == 1
