@@ -1,7 +1,12 @@
 """Shared by the tests: one thread, a seed, tiny networks with every weight drawn, one table of tolerances."""
+import os
+
 import pytest
 import torch
 from torch import Tensor, nn
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")    # before triton is imported: kernels run on the CPU
 
 import kernels
 from ladd.mmdit import MMDiT, MMDiTConfig
