@@ -176,10 +176,11 @@ def student_loss(heads: Discriminator, text: Text, fake: Fake, draws: Draws, con
     plus the distillation loss where it is asked for.
 
     The distillation loss is (1 - sigma_d) |x0_hat - teacher's x0 estimate|^2, the weight that ADD calls
-    exponential (Sauer et al. 2023, Sec. 3.3, c(t) = alpha_t). Gradients reach the heads' parameters too;
-    take them for the student's alone.
+    exponential (Sauer et al. 2023, Sec. 3.3, c(t) = alpha_t). The heads' parameters are detached: they get no
+    gradient, and a fused kernel that sees this computes none.
     """
-    logits = heads(fake.feats, draws.sigma_d, text.pooled, grid)
+    frozen = {name: p.detach() for name, p in heads.named_parameters()}
+    logits = torch.func.functional_call(heads, frozen, (fake.feats, draws.sigma_d, text.pooled, grid))
     loss_g = -logits.mean()
     loss_distill = torch.zeros((), device=logits.device)
     if config.distill_weight:

@@ -147,11 +147,20 @@ def test_all_parameters_learn():
     assert all(p.grad is not None and bool(p.grad.any()) for p in heads.parameters())
 
 
-def test_bf16_features_are_read_in_fp32():
+def test_bf16_features_meet_bf16_weights_without_an_offset():
+    """A kernel rounds w_in to the features' dtype; a mean folded with other weights leaves (mean W - mean
+    W rounded), which for channels of large mean and small deviation is larger than the signal."""
     heads, (feats, sigma, pooled) = make(), inputs()
-    narrow = [f.bfloat16() for f in feats]
-    expected = heads([f.float() for f in narrow], sigma, pooled, GRID)
-    assert torch.equal(heads(narrow, sigma, pooled, GRID), expected)
+    heads.feat_mean += 100
+    seen = []
+    ops = heads.kernels._replace(discriminator_heads=lambda f, params, *rest: seen.append(params))
+    heads.kernels = ops
+    heads([f.bfloat16() for f in feats], sigma, pooled, GRID)
+    w_in = seen[0].w_in
+    assert torch.equal(w_in, w_in.bfloat16().float()) and not torch.equal(w_in, heads.w_in / heads.feat_std)
+    assert_close("bias", seen[0].b_in + (heads.feat_mean @ w_in).squeeze(1), heads.b_in, 1e-3)
+    seen.clear(), heads(feats, sigma, pooled, GRID)
+    assert torch.equal(seen[0].w_in, heads.w_in / heads.feat_std)
 
 
 def separation(seed: int, steps: int) -> tuple[float, float]:
