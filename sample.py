@@ -38,7 +38,8 @@ from ladd.distill import Text
 from ladd.domain import Domain, sd3_domain, world_domain
 from ladd.mmdit import MMDiT
 from ladd.parallel import ranks
-from ladd.run import Stopper, compute_dtype, device_name, frozen, levels_of, memory_gb, pick_device
+from ladd.run import (Stopper, compute_dtype, device_name, frozen, levels_of, memory_gb, pick_device,
+                      pick_kernels)
 from ladd.sampler import image_noise, sample
 
 ROLES = "student", "teacher"
@@ -82,7 +83,7 @@ def parse(argv: list[str]) -> Namespace:
     flag("--save-latents", metavar="DIR", help="no pictures: the teacher's latents, for train.py --data")
     flag("--shard", metavar="N", type=int, default=64, help="latents a shard")
     flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one")
-    flag("--kernels", choices=tuple(kernels.CHOICES), default="auto", help="implementation of the operations")
+    flag("--kernels", choices=kernels.NAMES, default="auto", help="implementation of the operations")
     flag("--no-metadata", action="store_true", help="PNGs without their parameters")
     args = parser.parse(argv)
     for a, b in ("run", "checkpoint"), ("prompt", "prompt_file"):
@@ -197,7 +198,7 @@ def locate(args: Namespace) -> tuple[Config, dict[str, Path]]:
 def load(path: Path, args: Namespace, config: Config, sizes: list[tuple[int, int]]) -> MMDiT:
     """The network, memory-mapped on the CPU; InputError unless it takes these sizes, and reads the world's
     text if it is of the world."""
-    model = checkpoint.load_mmdit(path, kernels.load(args.kernels))
+    model = checkpoint.load_mmdit(path, pick_kernels(args.kernels, args.device))
     c, d, channels = model.config, config.text_dim, len(shapes.CHANNELS)
     widths, wanted = (c.in_channels, c.out_channels, c.context_dim, c.pooled_dim), (channels, channels, d, d)
     if config.real:

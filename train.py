@@ -14,11 +14,14 @@ The file reads top to bottom: device, networks, teacher, synthetic data, distill
 """
 import copy
 import hashlib
+import json
 import math
 import os
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +29,9 @@ import torch
 from torch import Tensor
 
 import kernels
-from ladd import checkpoint, cost, data, encode, evaluate, flow, metrics, report, shapes, synthesize
-from ladd.config import Config, InputError, parse_config
+from kernels import Kernels
+from ladd import checkpoint, cost, data, encode, evaluate, flow, metrics, report, shapes, speed, synthesize
+from ladd.config import SCHEDULES, Config, InputError, parse_config
 from ladd.discriminator import Discriminator, DiscriminatorConfig
 from ladd.distill import (DistillConfig, Text, draw, fake_pass, flow_loss, grid_of, heads_loss, student_loss,
                           taps_of)
@@ -35,13 +39,18 @@ from ladd.domain import Domain, sd3_domain, world_domain
 from ladd.evaluate import Prompts, draw_prompts, given_prompts, make_reference, measure, world_latents
 from ladd.mmdit import MMDiT, MMDiTConfig, shrunk
 from ladd.run import (Log, Stopped, Stopper, check_finite, command, compute_dtype, curves, device_name,
-                      frozen, levels_of, memory_gb, open_run, pick_device, progress, step_counts)
+                      frozen, levels_of, memory_gb, open_run, pick_device, pick_kernels, progress,
+                      step_counts)
 
 # seeds of prompts: beyond any --seed, so never those of training
 VALIDATION, BEST, REPORT, REAL = range(2 ** 40, 2 ** 40 + 4)
 
 
 # --- networks ---
+
+def ops_of(config: Config) -> Kernels:
+    return pick_kernels(config.kernels, config.device, config.precision)
+
 
 def teacher_config(config: Config) -> MMDiTConfig:
     patches = max(max(hw) for hw in config.hw) // 16                          # codec 8, patch 2
@@ -98,7 +107,8 @@ def save_every(config: Config, folder: Path, step: int, done: int, stopper: Stop
 def load_teacher(config: Config, path: Path) -> MMDiT:
     """The teacher in `path`, checked against the run:
     text width, channels, patch, positions, taps, student's depth."""
-    teacher, want = checkpoint.load_mmdit(path, kernels.load(config.kernels)), teacher_config(config)
+    teacher = checkpoint.load_mmdit(path, ops_of(config))
+    want = teacher_config(config)
     text = () if config.real else ("context_dim", "pooled_dim")
     for name in (*text, "in_channels", "out_channels", "patch"):
         found, expected = getattr(teacher.config, name), getattr(want, name)
@@ -138,8 +148,7 @@ def train_teacher(config: Config, run: Path, device: torch.device, stopper: Stop
     if config.teacher or done.exists():
         return load_teacher(config, Path(config.teacher or done))
     torch.manual_seed(config.seed)
-    model = MMDiT(teacher_config(config), kernels.load(config.kernels),
-                  compute_dtype(config.precision, device)).to(device)
+    model = MMDiT(teacher_config(config), ops_of(config), compute_dtype(config.precision, device)).to(device)
     params = list(model.parameters())
     optimizer = torch.optim.AdamW(params, config.teacher_lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     folder, start = run / "checkpoints" / "teacher", 0
@@ -211,7 +220,7 @@ def make_data(config: Config, run: Path, teacher: MMDiT, domain: Domain, device:
 def make_heads(config: Config, teacher: MMDiT) -> Discriminator:
     sizes = DiscriminatorConfig(config.taps, teacher.config.width, teacher.config.pooled_dim,
                                 config.head_width)
-    return Discriminator(sizes, kernels.load(config.kernels))
+    return Discriminator(sizes, ops_of(config))
 
 
 def learning_rate(config: Config, step: int, steps_taken: int) -> float:
@@ -232,15 +241,28 @@ class Players(NamedTuple):
     opt_d: torch.optim.Optimizer
 
 
+def make_players(config: Config, base: MMDiT, device: torch.device) -> Players:
+    """Student and average in fp32 from the teacher `base`, the frozen teacher, new heads, two AdamWs."""
+    teacher = inference(base, config, device)
+    student = shrunk(base, config.student_depth or base.config.depth).float().to(device)
+    student.compute_dtype = compute_dtype(config.precision, device)
+    heads = make_heads(config, base).to(device)
+    ema = copy.deepcopy(student).requires_grad_(False)
+    adam = dict(betas=(config.beta1, config.beta2), weight_decay=0.0, fused=True)
+    return Players(student, ema, teacher, heads, torch.optim.AdamW(student.parameters(), config.lr, **adam),
+                   torch.optim.AdamW(heads.parameters(), config.heads_lr, **adam))
+
+
 def heads_step(config: Config, dc: DistillConfig, p: Players, latents: data.Latents, it: int, j: int,
-               share: bool, device: torch.device):
+               share: bool, device: torch.device, lap: Callable[[str], None] = lambda name: None):
     """(loss_d, gradient norm, stats, micro-batches) of the j-th step of the heads in iteration `it`,
     on a batch of its own.
 
     With `share` the student's step follows on the same fakes, so their graphs stay alive: one teacher forward
     serves both losses. With accumulation a graph a micro-batch would cost the memory that accumulation saves:
-    the student's step then makes its own.
+    the student's step then makes its own, as it does in the common schedule (--schedule two-forward).
     """
+    share = share and config.accumulate == 1 and config.schedule == "one-forward"
     index, micro = (0 if config.overfit_one_batch else it * config.heads_steps + j,
                     config.batch // config.accumulate)
     x0, text, codes = to_device(latents.batch(index, config.batch, config.seed, holdout(latents)), device)
@@ -248,32 +270,40 @@ def heads_step(config: Config, dc: DistillConfig, p: Players, latents: data.Late
     draws = draw(x0, max(it - config.heads_first, 0), dc, g)
     p.opt_d.zero_grad()
     parts = []
+    lap("batch and noise")
     for i in range(0, config.batch, micro):
         cut = lambda tensors: type(tensors)(*(t[i:i + micro] for t in tensors))
         part = x0[i:i + micro], cut(text), cut(draws)
-        with torch.set_grad_enabled(share and config.accumulate == 1):
+        with torch.set_grad_enabled(share):
             fake = fake_pass(p.student, p.teacher, p.heads, *part, dc)
+        lap("fake, forward")
         loss_d, stats = heads_loss(p.teacher, p.heads, part[0], part[1], codes[i:i + micro], fake.feats,
                                    part[2], dc, g)
         (loss_d / config.accumulate).backward()
-        parts.append((part, fake if config.accumulate == 1 else None))
+        parts.append((part, fake if share else None))
+        lap("real forward, heads")
     norm = torch.nn.utils.clip_grad_norm_(list(p.heads.parameters()), config.clip)
     p.opt_d.step()
+    lap("heads' optimizer")
     return loss_d, norm, stats, parts
 
 
-def student_step(config: Config, dc: DistillConfig, p: Players, parts: list):
+def student_step(config: Config, dc: DistillConfig, p: Players, parts: list,
+                 lap: Callable[[str], None] = lambda name: None):
     """(stats, gradient norm) of the student's step on the micro-batches of the last heads' step;
     moves the average too."""
     params = list(p.student.parameters())
     p.opt_g.zero_grad()
     for (x0, text, draws), fake in parts:
         fake = fake or fake_pass(p.student, p.teacher, p.heads, x0, text, draws, dc)
+        lap("fake, forward")
         loss_g, stats = student_loss(p.heads, text, fake, draws, dc, grid_of(p.teacher, x0))
         (loss_g / config.accumulate).backward(inputs=params)  # the heads get nothing from the student's loss
+        lap("heads again, backward to the student")
     norm = torch.nn.utils.clip_grad_norm_(params, config.clip)
     p.opt_g.step()
     torch._foreach_lerp_(list(p.ema.parameters()), params, 1 - config.ema)
+    lap("student's optimizer, average")
     return stats, norm
 
 
@@ -285,16 +315,8 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, domai
     if out.exists():
         return
     torch.manual_seed(config.seed + 1)
-    dtype, dc = compute_dtype(config.precision, device), distill_config(config)
-    teacher = inference(base, config, device)
-    student = shrunk(base, config.student_depth or base.config.depth).float().to(device)
-    student.compute_dtype = dtype
-    heads = make_heads(config, base).to(device)
-    ema = copy.deepcopy(student).requires_grad_(False)
-    adam = dict(betas=(config.beta1, config.beta2), weight_decay=0.0, fused=True)
-    opt_g = torch.optim.AdamW(student.parameters(), config.lr, **adam)
-    opt_d = torch.optim.AdamW(heads.parameters(), config.heads_lr, **adam)
-    p = Players(student, ema, teacher, heads, opt_g, opt_d)
+    dc, p = distill_config(config), make_players(config, base, device)
+    student, ema, teacher, heads, opt_g, opt_d = p
 
     # resume: every random draw is a function of the step,
     # so weights, optimizers and the best value are all there is
@@ -441,8 +463,8 @@ def write_report(config: Config, run: Path, base: MMDiT, domain: Domain, device:
         floor = reference.floor
     n = sum(len(p.captions) for p in prompts)
     teacher = inference(base, config, device)
-    student = inference(checkpoint.load_mmdit(run / "checkpoints" / "student.safetensors",
-                                              kernels.load(config.kernels)), config, device)
+    stored = checkpoint.load_mmdit(run / "checkpoints" / "student.safetensors", ops_of(config))
+    student = inference(stored, config, device)
     untrained = inference(shrunk(base, student.config.depth), config, device)
     counts = step_counts(config.levels)
     plan = [("teacher", teacher, "euler", config.sample_steps, config.guidance, None)]
@@ -493,7 +515,7 @@ def unseen_accuracy(config: Config, domain: Domain, plan) -> dict[str, float]:
 
 def dry_run(config: Config, device: torch.device) -> None:
     """Prints the resolved configuration, parameters, memory, FLOPs, hours and disk; allocates nothing."""
-    ops, dtype = kernels.load(config.kernels), compute_dtype(config.precision, device)
+    ops, dtype = ops_of(config), compute_dtype(config.precision, device)
     sizes = load_teacher(config, Path(config.teacher)).config if config.teacher else teacher_config(config)
     with torch.device("meta"):
         teacher = MMDiT(sizes, ops, dtype).to(dtype).requires_grad_(False)
@@ -504,6 +526,52 @@ def dry_run(config: Config, device: torch.device) -> None:
     print("\n".join(f"{k}: {v}" for k, v in asdict(config).items()) + "\n")
     print("\n".join(cost.plan(config, student, teacher, heads, distill_config(config), tokens,
                               len(set(prompts)) if prompts else config.data_size, device)))
+
+
+def bench(config: Config, device: torch.device) -> None:
+    """Times --bench-steps LADD steps of random networks on random latents, under both schedules in turn."""
+    ops, (h, w), n = ops_of(config), config.hw[0], 2 * config.batch
+    tokens = 77 + config.t5_tokens if config.real else shapes.max_words(config.objects)
+    torch.manual_seed(config.seed)
+    with device:
+        base = MMDiT(teacher_config(config), ops, compute_dtype(config.precision, device))
+    c = base.config
+    text = torch.randn(n, tokens, c.context_dim).bfloat16(), torch.randn(n, c.pooled_dim).bfloat16()
+    x0 = torch.randn(n, 16, h // 8, w // 8)
+    latents = data.Latents([str(i) for i in range(n)], *text, torch.arange(n)[:, None],
+                           (text[0][0], text[1][0]), {(h // 8, w // 8): (x0, torch.arange(n))}, {})
+    dc, p = distill_config(config), make_players(config, base, device)
+    calibrate(config, dc, p.teacher, p.heads, latents, device)
+    compiled(p.student, config, device)
+    with torch.device("meta"):
+        meta = [MMDiT(c, kernels.load("torch")).to(p.teacher.compute_dtype) for _ in range(2)]
+        heads = Discriminator(p.heads.config, kernels.load("torch"))
+
+    def step(schedule: str, it: int, lap: Callable[[str], None] = lambda name: None) -> None:
+        run = replace(config, schedule=schedule, heads_first=0)
+        for j in range(run.heads_steps):
+            parts = heads_step(run, dc, p, latents, it, j, j == run.heads_steps - 1, device, lap)[-1]
+        student_step(run, dc, p, parts, lap)
+
+    seconds = speed.interleaved({s: partial(step, s) for s in SCHEDULES}, config.bench_steps, device)
+    peak, rows = speed.peak_flops(device_name(device)), []
+    for schedule in SCHEDULES:
+        with speed.forwards(student=p.student, teacher=p.teacher) as count:
+            laps = speed.Laps(device)
+            step(schedule, 0, laps)
+        costs = cost.step_cost(*meta, heads, (16, h // 8, w // 8), (tokens, c.context_dim),
+                               config.batch // config.accumulate, dc, schedule)
+        flops = costs["flops_step"] + (config.heads_steps - 1) * costs["flops_heads_step"]
+        flops *= config.accumulate
+        rate = flops / seconds[schedule]
+        rows.append({"schedule": schedule, "pairs_per_second": config.batch / seconds[schedule],
+                     "seconds": seconds[schedule], "flops": flops, "mfu": rate / peak if peak else None,
+                     "forwards": count, "memory_gb": memory_gb(device), "bytes_saved": costs["bytes_saved"],
+                     "stages": {k: v / sum(laps.seconds.values()) for k, v in laps.seconds.items()}})
+    gain = rows[0]["pairs_per_second"] / rows[1]["pairs_per_second"]
+    print(json.dumps({"preset": config.preset, "device": device_name(device), "versions": report.versions(),
+                      "commit": report.commit(), "batch": config.batch, "accumulate": config.accumulate,
+                      "size": config.sizes[0], "gain": gain, "rows": rows}, indent=1))
 
 
 # --- main ---
@@ -517,6 +585,8 @@ def main(argv: list[str]) -> None:
               f"{'a CUDA device was' if default == 'shapes' else 'no CUDA device was'} found")
     if config.dry_run:
         return dry_run(config, device)
+    if config.bench_steps:
+        return bench(config, device)
     for path, what in ((config.teacher, "--teacher"), (config.data, "--data")):
         if path and not Path(path).exists():
             raise InputError(f"{what}: {path} does not exist")

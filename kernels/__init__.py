@@ -1,8 +1,13 @@
 """The operations that the networks are built on, behind one switch."""
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
+import torch
+
 from kernels import attention, heads, modulation
+
+NAMES = "auto", "triton", "torch"
 
 
 class Kernels(NamedTuple):
@@ -16,18 +21,28 @@ class Kernels(NamedTuple):
     discriminator_heads: Callable
 
 
-TORCH = Kernels(attention.reference_joint_attention, modulation.reference_modulate,
-                modulation.reference_modulate2, modulation.reference_gate_modulate,
-                modulation.reference_gate, heads.reference_discriminator_heads)
-CHOICES = {"auto": TORCH, "torch": TORCH}
-
-
 def load(name: str = "auto") -> Kernels:
-    """The operations called `name`: "torch" are the references;
-    "auto" picks the fastest that this checkout has.
+    """The operations called `name`: "torch" are the references, "triton" the kernels, "auto" the kernels
+    where there is a CUDA device, else the references; which of them and why is said once.
 
-    Raises ValueError for another name.
+    Raises ValueError for another name, and for "triton" where it cannot run.
     """
-    if name not in CHOICES:
-        raise ValueError(f"kernels: found {name!r}, accepted are {', '.join(CHOICES)}")
-    return CHOICES[name]
+    if name not in NAMES:
+        raise ValueError(f"kernels: found {name!r}, accepted are {', '.join(NAMES)}")
+    cuda, installed = torch.cuda.is_available(), attention.triton is not None
+    lacking = "" if cuda and installed else "triton is not installed" if cuda else "no CUDA device was found"
+    if name == "auto":
+        name = "torch" if lacking else "triton"
+        announce(name, lacking or torch.cuda.get_device_name())
+    elif name == "triton" and lacking and not (installed and attention.INTERPRET):
+        raise ValueError(f"kernels: found 'triton', but {lacking}; TRITON_INTERPRET=1 runs the kernels "
+                         "slowly without one, auto and torch run everywhere")
+    kind = "reference_" if name == "torch" else ""
+    homes = dict.fromkeys(Kernels._fields, modulation) | {"joint_attention": attention,
+                                                          "discriminator_heads": heads}
+    return Kernels(*(getattr(home, kind + field) for field, home in homes.items()))
+
+
+@cache
+def announce(name: str, why: str) -> None:
+    print(f"kernels: {name} ({why})")

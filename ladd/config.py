@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 SAMPLERS = ("euler", "renoise")
+SCHEDULES = ("one-forward", "two-forward")
 
 
 class InputError(ValueError):
@@ -26,7 +27,8 @@ class Config:
     name:            str = option("", "run folder runs/NAME; empty: the preset's name")
     seed:            int = option(0, "seed of everything", low=0, high=2 ** 31)
     device:          str = option("auto", "auto takes CUDA where there is one", ("auto", "cpu", "cuda"))
-    kernels:         str = option("auto", "implementation of the fused operations", ("auto", "torch"))
+    kernels:         str = option("auto", "implementation of the fused operations", (
+        "auto", "triton", "torch"))
     precision:       str = option(
         "auto", "compute dtype; weights that train stay fp32. auto: bf16 where the device has it",
         ("auto", "fp32", "bf16"))
@@ -92,6 +94,8 @@ class Config:
     d_std:           float = option(1.0, "its standard deviation", low=0)
     taps:            tuple[int, ...] = option((0, 1, 2), "teacher blocks that the heads read")
     head_width:      int = option(64, "channels inside a head, a multiple of 16", low=16)
+    schedule:        str = option("one-forward", "fakes of the student's step: the heads' own, or made anew",
+                                  SCHEDULES)
     heads_steps:     int = option(2, "heads' steps a student step", low=1)
     heads_first:     int = option(40, "heads-only steps at the start", low=0)
     misaligned:      float = option(
@@ -112,6 +116,7 @@ class Config:
     # this process alone
     stop_after:      int = option(0, "save and end after so many steps of this process; 0: never", low=0)
     dry_run:         bool = option(False, "print the resolved configuration, sizes and costs, then exit")
+    bench_steps:     int = option(0, "time so many LADD steps of random networks, then exit", low=0)
     tflops:          float = option(
         0.0, "rate for the dry run's hours; 0: a product timed on this device", low=0)
     profile:         str = option("", "file for a trace of the last 3 student steps")
@@ -132,7 +137,8 @@ class Config:
         return tuple(parse_size(s) for s in self.sizes)
 
 
-PROCESS_FIELDS = ("stop_after", "dry_run", "tflops", "profile")    # may differ when a run resumes
+# may differ when a run resumes
+PROCESS_FIELDS = ("stop_after", "dry_run", "bench_steps", "tflops", "profile")
 
 # of the built-in world and of a teacher trained on it: refused where they would do nothing
 WORLD_FIELDS = ("objects", "stated", "teacher_images", "teacher_steps", "teacher_batch", "teacher_lr",
@@ -243,7 +249,7 @@ def parse_config(argv: list[str], preset: str, description: str = "") -> Config:
             where = ("of the built-in world, which --encoders and the sd3 presets leave" if config.real
                      else "of real prompts: --encoders FOLDER expected beside it")
             raise InputError(f"--{name.replace('_', '-')}: found {given[name]!r}, an option {where}")
-    if config.real and not config.dry_run:
+    if config.real and not config.dry_run and not config.bench_steps:
         needed = {"encoders": config.encoders, "teacher": config.teacher,
                   "prompts": config.prompts or config.data,
                   "eval-prompts": config.prompts or config.eval_prompts}

@@ -38,10 +38,10 @@ def count(model: torch.nn.Module) -> int:
 
 
 def step_cost(student: MMDiT, teacher: MMDiT, heads: Discriminator, latent: tuple[int, int, int],
-              context: tuple[int, int], batch: int,
-              config: DistillConfig) -> dict[str, int]:
+              context: tuple[int, int], batch: int, config: DistillConfig,
+              schedule: str = "one-forward") -> dict[str, int]:
     """Of one LADD step of `batch` samples the FLOPs, the bytes kept for backward and the bytes of weights;
-    FLOPs of one teacher training step and of one evaluation (flops_v, a sample).
+    FLOPs of a further step of the heads, of one teacher training step, of one evaluation (flops_v, a sample).
 
     All networks on the meta device; latent (c, h, w), context (l, dim).
     FLOPs are the matrix products that torch counts.
@@ -54,15 +54,23 @@ def step_cost(student: MMDiT, teacher: MMDiT, heads: Discriminator, latent: tupl
     with FlopCounterMode(display=False) as counter, kept:
         fake = fake_pass(student, teacher, heads, x0, text, drawn, config)
         heads_loss(teacher, heads, x0, text, codes, fake.feats, drawn, config, g)[0].backward()
+        if schedule == "two-forward":
+            kept.bytes, kept.kept = 0, []                          # the heads' fakes need no graph
+            fake = fake_pass(student, teacher, heads, x0, text, drawn, config)
         student_loss(heads, text, fake, drawn, config, grid_of(teacher, x0))[0].backward(
             inputs=list(student.parameters()))
+    with FlopCounterMode(display=False) as heads_counter:
+        with torch.no_grad():
+            fake = fake_pass(student, teacher, heads, x0, text, drawn, config)
+        heads_loss(teacher, heads, x0, text, codes, fake.feats, drawn, config, g)[0].backward()
     with FlopCounterMode(display=False) as flow_counter:
         flow_loss(student, x0, x0, drawn.sigma_s, text).mean().backward()
     with FlopCounterMode(display=False) as evaluation, torch.no_grad():
         teacher(x0, drawn.sigma_s, *text)
     weights = sum(p.numel() * teacher.final_layer.linear.weight.element_size()
                   for model in (student, teacher) for p in model.parameters())
-    return {"flops_step": counter.get_total_flops(), "flops_flow_step": flow_counter.get_total_flops(),
+    return {"flops_step": counter.get_total_flops(), "flops_heads_step": heads_counter.get_total_flops(),
+            "flops_flow_step": flow_counter.get_total_flops(),
             "flops_v": evaluation.get_total_flops() / batch, "bytes_saved": kept.bytes,
             "bytes_weights": weights}
 
@@ -122,7 +130,7 @@ def plan(config: Config, student: MMDiT, teacher: MMDiT, heads: Discriminator, d
         yield f"memory of distillation {where}, {dtype}, {micro} samples at a time:"
         for name, size in memory_plan(student, teacher, heads, costs["bytes_saved"], gpus).items():
             yield f"  {size / 2 ** 30:9.3f} GiB  {name}"
-    step = config.accumulate * costs["flops_step"]
+    step = config.accumulate * (costs["flops_step"] + (config.heads_steps - 1) * costs["flops_heads_step"])
     flow_step = costs["flops_flow_step"] * config.teacher_batch / micro
     loaded = config.teacher or config.real
     yield (f"FLOPs: {step:.3e} a LADD step of {config.batch} pairs"

@@ -70,7 +70,7 @@ class Discriminator(nn.Module):
         dtype = self.w_in.dtype
         cond = F.silu(self.level_embedder(sinusoid(sigma_d).to(dtype)) + self.text_embedder(pooled.to(dtype)))
         p = HeadParams(*(getattr(self, name) for name in HeadParams._fields))
-        # (F - mean) / std, folded into the product; mean W with the W that is multiplied, rounded as it is there
+        # (F - mean) / std, folded into the product; with the W that is multiplied, rounded as it is there
         w_in = (p.w_in / self.feat_std).to(feats[0].dtype).to(dtype)
         b_in = p.b_in - (self.feat_mean @ w_in).squeeze(1)
         return self.kernels.discriminator_heads(feats, p._replace(w_in=w_in, b_in=b_in), cond, grid)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import kernels
 from ladd.config import Config, InputError, check_same, to_json
 from ladd.mmdit import MMDiT
 from ladd.report import commit, versions
@@ -19,6 +20,21 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device: found cuda without a CUDA device, accepted is cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def pick_kernels(name: str, device: str, precision: str = "auto") -> kernels.Kernels:
+    """The operations called auto, triton or torch for the device of that name. auto is torch on the CPU,
+    whatever else the machine has, and where fp32 is asked for, which the kernels on a GPU do not compute in.
+    InputError where they cannot run."""
+    if name == "auto" and (device == "cpu" or precision == "fp32"):
+        kernels.announce("torch", "--device cpu" if device == "cpu" else "--precision fp32")
+        name = "torch"
+    if name == "triton" and precision == "fp32" and pick_device(device).type == "cuda":
+        raise InputError("--kernels: found triton with --precision fp32, bf16 accepted on a GPU")
+    try:
+        return kernels.load(name)
+    except ValueError as error:
+        raise InputError(f"--{error}") from None
 
 
 def device_name(device: torch.device) -> str:

@@ -348,10 +348,13 @@ def test_device_cuda_is_refused_where_there_is_none(tmp_path, monkeypatch):
 
 
 def test_kernels_are_those_asked_for(home):
-    for name in ("auto", "torch"):
+    for name, loaded in (("auto", "torch"), ("torch", "torch")):                 # of the CPU, as TINY says
         with mock.patch.object(kernels, "load", wraps=kernels.load) as load:
             main(home, f"--name kernels-{name} --kernels {name} --stop-after 1 {STAGES['student']}")
-        assert load.call_count >= 2 and {call.args for call in load.call_args_list} == {(name,)}
+        assert load.call_count >= 2 and {call.args for call in load.call_args_list} == {(loaded,)}
+    with mock.patch.object(kernels, "load", return_value=kernels.load("torch")) as load:
+        main(home, f"--name kernels-triton --kernels triton --stop-after 1 {STAGES['student']}")
+    assert {call.args for call in load.call_args_list} == {("triton",)}
 
 
 def test_compile_compiles_each_block_of_each_network(home):
@@ -380,6 +383,7 @@ def test_eval_batch_bounds_what_is_sampled_at_once(home):
 ELSEWHERE = {"preset": test_preset_decides_the_sizes, "tflops": test_tflops_decide_the_hours,
              "pooled_dim": test_text_of_real_prompts_decides_sizes_and_costs,
              "t5_tokens": test_text_of_real_prompts_decides_sizes_and_costs,
+             **dict.fromkeys(("schedule", "bench_steps"), "tests/test_speed.py"),
              **dict.fromkeys(("encoders", "prompts", "eval_prompts", "t5"), "tests/test_real.py"),
              "name": test_name_decides_the_folder,
              "device": test_device_cuda_is_refused_where_there_is_none,

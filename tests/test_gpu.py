@@ -1,0 +1,133 @@
+"""On a GPU: bf16 numerics of every kernel by the 2x rule, the whole step, compiled. python -m pytest -m gpu
+
+The rule (FlashAttention's): against fp32, the kernel's error is at most twice that of a plain computation in
+bf16. cuDNN is no oracle here.
+"""
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_close, rng
+from test_triton import ladd_step, networks
+from torch import Tensor
+
+import kernels
+from kernels import attention, bench, heads, modulation
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+BF16 = torch.bfloat16
+
+
+def rand(*shape: int, seed: int = 0, dtype=BF16) -> Tensor:
+    return torch.randn(shape, generator=rng(seed)).to("cuda", dtype)
+
+
+def twice(names, ours, plain, exact) -> None:
+    """The 2x rule for each tensor; atol is what rounding of the exact values themselves costs."""
+    for name, a, p, e in zip(names, ours, plain, exact, strict=True):
+        e = e.float()
+        limit = 2 * (p.float() - e).abs().max() + 2 * (e.to(BF16).float() - e).abs().max()
+        error = (a.float() - e).abs().max()
+        assert error <= limit, f"{name}: error {error:.3g}, at most {limit:.3g}"
+
+
+def both_ways(function, tensors: list[Tensor], *rest) -> list[Tensor]:
+    """Outputs and gradients of all tensors, for upstream gradients drawn once for all."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    out = function(*leaves, *rest)
+    out = [o for o in (out if isinstance(out, tuple) else (out,)) if o is not None]
+    up = [torch.randn(o.shape, generator=rng(90 + i)).to(o) for i, o in enumerate(out)]
+    return [*out, *torch.autograd.grad(out, leaves, up)]
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("dh", [64, 128])
+@pytest.mark.parametrize("l_txt, l_img", [(154, 4096), (333, 1024), (77, 113), (1, 799)])
+def test_attention(l_txt, l_img, dh, norm):
+    tensors = [rand(2, l, 3, 3, dh, seed=i) for i, l in enumerate((l_txt, l_img))]
+    tensors += [1 + .3 * rand(dh, seed=5 + i) for i in range(4)] if norm else []
+    pairs = lambda w: ((w[0], w[1]), (w[2], w[3])) if w else (None, None)
+    run = lambda attend: lambda txt, img, *w: attend(txt, img, *pairs(w))
+    plain = bench.library_attention(F.scaled_dot_product_attention)
+    exact = both_ways(run(attention.reference_joint_attention), [t.float() for t in tensors])
+    results = [both_ways(run(f), tensors) for f in (attention.joint_attention, plain)]
+    twice([f"tensor {i}" for i in range(len(exact))], *results, exact)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0, 9.0])
+def test_attention_chooses_its_softmax(scale):
+    """Norm weights from small scores to scores beyond the offset-free branch's bound."""
+    txt, img = rand(1, 77, 3, 2, 64), rand(1, 500, 3, 2, 64, seed=1)
+    norm = tuple(scale * torch.ones(64, device="cuda", dtype=BF16) for _ in range(2))
+    wide = tuple(w.float() for w in norm)
+    exact = attention.reference_joint_attention(txt.float(), img.float(), wide, wide)
+    plain = bench.library_attention(F.scaled_dot_product_attention)(txt, img, norm, norm)
+    twice(("text", "image"), attention.joint_attention(txt, img, norm, norm), plain, exact)
+
+
+def test_attention_is_repeatable_where_torch_asks_for_it():
+    tensors = [rand(2, l, 3, 3, 64, seed=i) for i, l in enumerate((154, 1024))]
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        one, two = (both_ways(attention.joint_attention, tensors) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert all(torch.equal(a, b) for a, b in zip(one, two))
+
+
+@pytest.mark.parametrize("d", [64, 1536, 2432])
+@pytest.mark.parametrize("name, count", [("modulate", 2), ("modulate2", 4), ("gate_modulate", 3),
+                                         ("gate", 1)])
+def test_modulation(name, count, d):
+    gated = name.startswith("gate")
+    tensors = [rand(3, 333, d, seed=i) for i in range(1 + gated)]
+    vectors = rand(3, 6 * d, seed=9)
+    run = lambda f: lambda *t: f(*t[:-1], *t[-1].chunk(6, -1)[:count])
+    ours = both_ways(run(getattr(modulation, name)), [*tensors, vectors])
+    reference = run(getattr(modulation, f"reference_{name}"))
+    plain = both_ways(reference, [*tensors, vectors])
+    exact = both_ways(reference, [t.float() for t in (*tensors, vectors)])
+    twice([f"tensor {i}" for i in range(len(exact))], ours, plain, exact)
+
+
+@pytest.mark.parametrize("k, d, c, grid", [(3, 128, 64, (3, 5)), (4, 512, 256, (16, 16)),
+                                           (24, 1536, 512, (64, 64)), (5, 2432, 512, (52, 76))])
+def test_heads(k, d, c, grid):
+    b, e = 2, 64
+    sizes = ((k, d, c), *3 * [(k, c)], (k, 3, 3, c, c), *3 * [(k, c)], (k, e, c), (k, c), (k,))
+    params = [rand(*s, seed=i, dtype=torch.float32) * (s[-2] ** -.5 if len(s) > 2 else 1)
+              for i, s in enumerate(sizes)]
+    feats = [rand(b, grid[0] * grid[1], d, seed=40 + i) for i in range(k)]
+    cond = rand(b, e, seed=99, dtype=torch.float32)
+
+    def run(f):
+        return lambda *t: f(list(t[:k]), heads.HeadParams(*t[k:-1]), t[-1], grid)
+
+    tensors = [*feats, *params, cond]
+    ours = both_ways(run(heads.discriminator_heads), tensors)
+    reference = run(heads.reference_discriminator_heads)
+    plain = both_ways(bench.lower(reference, torch.device("cuda"), BF16), tensors)
+    exact = both_ways(reference, [t.float() for t in tensors])
+    names = ["logits", *(f"feats {i}" for i in range(k)), *heads.HeadParams._fields, "cond"]
+    twice(names, ours, plain, exact)
+
+
+def test_a_ladd_step_in_bf16_is_near_the_one_in_fp32():
+    """Losses to a percent, and every gradient of some size in the same direction."""
+    ours = ladd_step(kernels.load("triton"), True, (0,), "cuda", BF16)
+    exact = ladd_step(kernels.load("torch"), True, (0,), "cuda", torch.float32)
+    for name, e in exact.items():
+        if name.startswith("loss"):
+            assert_close(name, ours[name], e, 1e-2)
+        elif e.norm() > 1e-4 * max(g.norm() for g in exact.values()):
+            assert F.cosine_similarity(ours[name].flatten(), e.flatten(), 0) > .97, name
+
+
+def test_a_block_compiles_with_inductor_in_bf16():
+    model, _, _ = networks(kernels.load("triton"), True, (0,), "cuda", BF16)
+    block = model.joint_blocks[0].to(BF16)
+    inputs = [rand(*s, seed=i) for i, s in enumerate(((2, 60, 64), (2, 154, 64), (2, 64)))]
+    plain = both_ways(lambda *t: block(*t, True), inputs)
+    fused = both_ways(lambda *t: torch.compile(block, fullgraph=True)(*t, True), inputs)
+    for i, (a, e) in enumerate(zip(fused, plain)):
+        assert_close(f"tensor {i}", a.float(), e.float(), 3e-2)

@@ -1,0 +1,188 @@
+"""The kernels in place: load's choice, one whole LADD step on them, compiled, checkpointed, offline."""
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_close, randomise, rng
+from torch import Tensor
+
+import kernels
+from ladd.config import InputError
+from ladd.discriminator import Discriminator, DiscriminatorConfig
+from ladd.distill import DistillConfig, Text, draw, fake_pass, grid_of, heads_loss, student_loss
+from ladd.mmdit import MMDiT, MMDiTConfig
+from ladd.run import pick_kernels
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[1]
+STEP = DistillConfig((1.0, 0.5), (0.5, 0.5), 0, 3.0, 0.0, 1.0, False, 0.5, "teacher", 0.1, 0.05, 0.3)
+
+
+# load
+
+def test_load_takes_the_kernels():
+    assert kernels.load("triton") == kernels.Kernels(
+        kernels.attention.joint_attention, kernels.modulation.modulate, kernels.modulation.modulate2,
+        kernels.modulation.gate_modulate, kernels.modulation.gate, kernels.heads.discriminator_heads)
+
+
+@pytest.mark.parametrize("cuda, triton, interpret, auto, refused", [
+    (True, True, False, "triton", False), (True, False, False, "torch", True),
+    (False, True, False, "torch", True), (False, True, True, "torch", False),
+    (False, False, False, "torch", True)])
+def test_which_path_is_taken_and_why_is_said_once(monkeypatch, capsys, cuda, triton, interpret, auto,
+                                                  refused):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    monkeypatch.setattr(kernels.attention, "triton", object() if triton else None)
+    monkeypatch.setattr(kernels.attention, "INTERPRET", interpret)
+    kernels.announce.cache_clear()
+    found = [kernels.load() for _ in range(3)]
+    said = capsys.readouterr().out
+    why = "H100" if auto == "triton" else "triton is not installed" if cuda else "no CUDA device was found"
+    assert said == f"kernels: {auto} ({why})\n"
+    name = "modulate" if auto == "triton" else "reference_modulate"
+    assert all(k.modulate is getattr(kernels.modulation, name) for k in found)
+    if refused:
+        with pytest.raises(ValueError, match="'triton', but (triton is not installed|no CUDA device)"):
+            kernels.load("triton")
+    else:
+        kernels.load("triton")
+    assert capsys.readouterr().out == "" and kernels.load("torch").gate is kernels.modulation.reference_gate
+
+
+def test_the_cpu_is_for_the_references_even_beside_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    assert pick_kernels("auto", "cpu") == kernels.load("torch")
+    assert pick_kernels("auto", "auto") == kernels.load("triton")
+    assert pick_kernels("auto", "auto", "fp32") == kernels.load("torch")
+    with pytest.raises(InputError, match="triton with --precision fp32"):
+        pick_kernels("triton", "auto", "fp32")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(kernels.attention, "INTERPRET", False)
+    with pytest.raises(InputError, match="--kernels: found 'triton', but no CUDA device"):
+        pick_kernels("triton", "auto")
+
+
+# one LADD step
+
+def networks(ops: kernels.Kernels, qk_norm: bool, dual: tuple[int, ...], device: str = "cpu",
+             dtype: torch.dtype = torch.float32) -> tuple[MMDiT, MMDiT, Discriminator]:
+    sizes = MMDiTConfig(2, 64, 24, 20, 4, 4, qk_norm=qk_norm, dual_blocks=dual, pos_grid=12)
+    torch.manual_seed(0)
+    student, teacher = (randomise(MMDiT(sizes, ops, dtype), seed).to(device) for seed in (1, 2))
+    heads = randomise(Discriminator(DiscriminatorConfig((0, 1), 64, 20, width=32), ops), 3).to(device)
+    return student, teacher.requires_grad_(False), heads
+
+
+def ladd_step(ops: kernels.Kernels, qk_norm: bool = True, dual: tuple[int, ...] = (), device: str = "cpu",
+              dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Losses and all gradients of one step."""
+    student, teacher, heads = networks(ops, qk_norm, dual, device, dtype)
+    g = rng(5)
+    x0 = torch.randn(2, 4, 6, 10, generator=g)
+    text = Text(torch.randn(2, 5, 24, generator=g).to(device), torch.randn(2, 20, generator=g).to(device))
+    drawn = draw(x0.to(device), 10, STEP, g)
+    codes = torch.arange(2)[:, None]
+    fake = fake_pass(student, teacher, heads, x0.to(device), text, drawn, STEP)
+    loss_d, _ = heads_loss(teacher, heads, x0.to(device), text, codes, fake.feats, drawn, STEP, rng(6))
+    loss_d.backward()
+    out = {"loss_d": loss_d} | {f"heads.{k}": p.grad.clone() for k, p in heads.named_parameters()}
+    loss_g, _ = student_loss(heads, text, fake, drawn, STEP, grid_of(teacher, x0))
+    loss_g.backward(inputs=list(student.parameters()))
+    zero = lambda p: torch.zeros_like(p) if p.grad is None else p.grad       # of queries that are not there
+    out |= {"loss_g": loss_g} | {f"student.{k}": zero(p) for k, p in student.named_parameters()}
+    return {k: v.detach().cpu() for k, v in out.items()}
+
+
+@pytest.mark.parametrize("qk_norm, dual", [(False, ()), (True, ()), (True, (0,))],
+                         ids=["sd3", "sd3.5-large", "sd3.5-medium"])
+def test_a_ladd_step_on_the_kernels_is_the_one_on_the_references(qk_norm, dual):
+    ours, reference = (ladd_step(kernels.load(name), qk_norm, dual) for name in ("triton", "torch"))
+    assert ours.keys() == reference.keys() and len(ours) > 50
+    for name, expected in reference.items():
+        assert_close(name, ours[name], expected, 1e-4)
+
+
+def test_the_teacher_gets_nothing_and_the_frozen_norms_nothing(monkeypatch):
+    """The frozen teacher's pass computes no gradient of weights, norms or modulation."""
+    student, teacher, heads = networks(kernels.load("triton"), True, ())
+    x, sigma = torch.randn(2, 4, 6, 10, requires_grad=True), torch.rand(2)
+    context, pooled = torch.randn(2, 5, 24), torch.randn(2, 20)
+    _, feats = teacher(x, sigma, context, pooled, taps=(0, 1), stop_at_last_tap=True)
+    sum(f.square().sum() for f in feats).backward()
+    assert x.grad.abs().sum() > 0 and all(p.grad is None for p in teacher.parameters())
+
+
+# compile, checkpoint
+
+@pytest.mark.parametrize("dual", [(), (0,)], ids=["joint", "dual"])
+def test_a_block_compiles_whole_and_both_ways(dual):
+    """fullgraph: no graph break; the gradients are those of the uncompiled block."""
+    model, _, _ = networks(kernels.load("triton"), True, dual)
+    block, other = model.joint_blocks[0], copy.deepcopy(model.joint_blocks[0])
+    inputs = [torch.randn(s, generator=rng(i)).requires_grad_()
+              for i, s in enumerate(((2, 15, 64), (2, 5, 64), (2, 64)))]
+    results = []
+    for run in (other, torch.compile(block, fullgraph=True, backend="aot_eager")):
+        out = run(*inputs, True)
+        grads = torch.autograd.grad([o.square().sum() for o in out], inputs)
+        results.append([*out, *grads])
+    for i, (a, e) in enumerate(zip(*results)):
+        assert_close(f"value {i}", a.cpu(), e.cpu(), 1e-4)
+
+
+def test_a_selective_checkpoint_keeps_attention(monkeypatch):
+    """Attention's output is saved, the rest is computed again: the forward op runs once, modulation twice."""
+    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+    model, _, _ = networks(kernels.load("triton"), True, ())
+    inputs = [torch.randn(s, requires_grad=True)
+              for s in ((2, 15, 64), (2, 5, 64), (2, 64))]
+    keep = torch.ops.ladd.joint_attention_forward.default
+    calls: dict[str, int] = {}
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls[str(function)] = calls.get(str(function), 0) + 1
+            return function(*args, **(kwargs or {}))
+
+    def policy(ctx, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if op is keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    with Count():
+        out = checkpoint(model.joint_blocks[0], *inputs, True, use_reentrant=False,
+                         context_fn=lambda: create_selective_checkpoint_contexts(policy))
+        sum(o.square().sum() for o in out).backward()
+    counted = {name: n for name, n in calls.items() if name.startswith("ladd.") and "forward" in name}
+    assert counted.pop(str(keep)) == 1
+    assert sum(n for name, n in counted.items() if "modulat" in name) == 2 * 6     # two of three kinds, twice
+
+
+# offline
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_every_gpu_without_spills(tmp_path):
+    """python -m kernels.aot: all kernels at real shapes, sm_80 to sm_100. On sm_90: no spills; products by
+    wgmma, not serialised; in the attention forward exponentials between a product and its wait."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "kernels.aot", "--arch", "80", "89", "90", "100", "--json",
+               str(tmp_path / "aot.json")]
+    env["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads((tmp_path / "aot.json").read_text())
+    assert {row["arch"] for row in rows} == {80, 89, 90, 100}
+    hopper = [row for row in rows if row["arch"] == 90]
+    assert not [(row["kernel"], row["config"], row["spills"]) for row in hopper if row["spills"]]
+    assert all(row["ctas"] >= 1 for row in rows)
+    for row in hopper:
+        if row["products"]:
+            assert row["waits"] < row["order"].count("MMA") + sum(
+                int(n) for n in __import__("re").findall(r"MMAx(\d+)", row["order"])), row
