@@ -168,21 +168,24 @@ def test_a_selective_checkpoint_keeps_attention(monkeypatch):
 # offline
 
 @pytest.mark.slow
-def test_every_kernel_compiles_for_every_gpu_without_spills(tmp_path):
-    """python -m kernels.aot: all kernels at real shapes, sm_80 to sm_100. On sm_90: no spills; products by
-    wgmma, not serialised; in the attention forward exponentials between a product and its wait."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "kernels.aot", "--arch", "80", "89", "90", "100", "--json",
-               str(tmp_path / "aot.json")]
-    env["CUDA_VISIBLE_DEVICES"] = ""
+def test_aot_compiles_every_kernel_without_spills(tmp_path):
+    """python -m kernels.aot for sm_90 (the kernels' own tests compile for the others): products by wgmma, not
+    serialised; in attention's forward exponentials between a product and its wait; operands by TMA."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "kernels.aot", "--arch", "90", "--json", str(tmp_path / "aot.json")]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads((tmp_path / "aot.json").read_text())
-    assert {row["arch"] for row in rows} == {80, 89, 90, 100}
-    hopper = [row for row in rows if row["arch"] == 90]
-    assert not [(row["kernel"], row["config"], row["spills"]) for row in hopper if row["spills"]]
-    assert all(row["ctas"] >= 1 for row in rows)
-    for row in hopper:
-        if row["products"]:
-            assert row["waits"] < row["order"].count("MMA") + sum(
-                int(n) for n in __import__("re").findall(r"MMAx(\d+)", row["order"])), row
+    assert {row["kernel"].split(".")[0] for row in rows} == {"attention", "modulation", "heads"}
+    assert not [(row["kernel"], row["config"], row["spills"]) for row in rows if row["spills"]]
+    assert all(row["ctas"] >= 1 for row in rows) and len(done.stdout.splitlines()) == len(rows) + 1
+    for row in rows:
+        if not row["products"]:
+            assert row["kernel"] not in ("attention.forward", "attention.backward", "heads.product")
+            continue
+        products = sum(int(word[4:] or 1) for word in row["order"].replace("MMA ", "MMAx1 ").split()
+                       if word.startswith("MMAx"))
+        assert row["waits"] < max(products, 3) and row["bulk"], row
+        if row["kernel"] == "attention.forward" and row["config"]["DH"] == 64:
+            cycles = [row[f"cycles_{name}"] for name in ("issue", "mufu", "product", "shared")]
+            assert row["bound"] == max(cycles), row                    # a sum where nothing overlaps
