@@ -18,7 +18,6 @@ overwritten. The script reads top to bottom: parse, load, plan, write, main (tex
 import hashlib
 import json
 import os
-import sys
 import time
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
@@ -32,7 +31,8 @@ from tqdm import tqdm
 
 import kernels
 from ladd import checkpoint, encode, flow, report, shapes, synthesize
-from ladd.config import PRESETS, Config, InputError, Parser, parse_size, parse_value, validated
+from ladd.config import (PRESETS, Config, InputError, Parser, parse_size, parse_value, run_script,
+                         validated)
 from ladd.data import read_json
 from ladd.distill import Text
 from ladd.domain import Domain, sd3_domain, world_domain
@@ -112,7 +112,7 @@ def read_prompts(args: Namespace, config: Config) -> list[str]:
     if prompts is None:
         prompts, notes = encode.read_prompts(args.prompt_file)
         for note in notes:
-            print(f"--prompt-file {args.prompt_file}: {note}")
+            print(note)
     if config.real:
         return prompts
     prompts = [" ".join(prompt.lower().split()) for prompt in prompts]
@@ -391,7 +391,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        sys.exit(print(f"sample.py: {error}", file=sys.stderr) or 2)
+    run_script("sample.py", main)

@@ -17,7 +17,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -31,19 +30,18 @@ from torch import Tensor
 import kernels
 from kernels import Kernels
 from ladd import checkpoint, cost, data, encode, evaluate, flow, metrics, report, shapes, speed, synthesize
-from ladd.config import SCHEDULES, Config, InputError, parse_config
+from ladd.config import SCHEDULES, Config, InputError, parse_config, run_script
 from ladd.discriminator import Discriminator, DiscriminatorConfig
 from ladd.distill import (DistillConfig, Text, draw, fake_pass, flow_loss, grid_of, heads_loss, student_loss,
                           taps_of)
 from ladd.domain import Domain, sd3_domain, world_domain
-from ladd.evaluate import Prompts, draw_prompts, given_prompts, make_reference, measure, world_latents
+from ladd.evaluate import (BEST, VALIDATION, draw_prompts, given_prompts, make_reference, report_prompts,
+                           world_latents)
 from ladd.mmdit import MMDiT, MMDiTConfig, shrunk
-from ladd.run import (Log, Stopped, Stopper, check_finite, command, compute_dtype, curves, device_name,
-                      frozen, levels_of, memory_gb, open_run, pick_device, pick_kernels, progress,
-                      step_counts)
+from ladd.parallel import ranks
+from ladd.run import (Log, Stopped, Stopper, check_finite, compute_dtype, device_name, frozen, memory_gb,
+                      open_run, pick_device, pick_kernels, progress)
 
-# seeds of prompts: beyond any --seed, so never those of training
-VALIDATION, BEST, REPORT, REAL = range(2 ** 40, 2 ** 40 + 4)
 
 
 # --- networks ---
@@ -444,73 +442,14 @@ def describe(config: Config, role: str) -> dict[str, str]:
 
 # --- stage 4: report ---
 
-def report_prompts(config: Config) -> list[str]:
-    return encode.read_prompts(config.eval_prompts or config.prompts)[0][:None if config.eval_prompts else 8]
-
-
 def write_report(config: Config, run: Path, base: MMDiT, domain: Domain, device: torch.device,
                  seconds: dict[str, float]) -> None:
-    """report.json and report.png: the student against the teacher at equal evaluations, at equal n, with the
-    floor. Real prompts have no grader: there it is pictures at equal seeds, and times."""
+    """report.json and report.png of the run's student beside its teacher and the untrained student."""
     start = time.perf_counter()
-    if config.real:
-        prompts, reference = given_prompts(config, report_prompts(config)), None
-        shown, floor = prompts, dict.fromkeys(("fd", "fd2"))
-    else:
-        prompts = draw_prompts(config, config.n, REPORT)
-        reference = make_reference(config, prompts, config.n, REAL)
-        shown = [p._replace(captions=p.captions[:2]) for p in prompts]
-        floor = reference.floor
-    n = sum(len(p.captions) for p in prompts)
-    teacher = inference(base, config, device)
     stored = checkpoint.load_mmdit(run / "checkpoints" / "student.safetensors", ops_of(config))
-    student = inference(stored, config, device)
-    untrained = inference(shrunk(base, student.config.depth), config, device)
-    counts = step_counts(config.levels)
-    plan = [("teacher", teacher, "euler", config.sample_steps, config.guidance, None)]
-    plan += [("teacher", teacher, "euler", k, g, None)
-             for k in (4, 2, 1) for g in dict.fromkeys((config.guidance, 1.0))]
-    plan += [(name, model, config.sampler, k, 1.0, levels_of(config.levels, k))
-             for name, model in (("untrained", untrained), ("student", student)) for k in counts]
-    rows, bar = [], progress("report", len(plan) * n)
-    for name, model, sampler, steps, guidance, levels in plan:
-        row = measure(model, config, domain, prompts, reference, steps, sampler, guidance, levels,
-                      seed=REPORT * 10 ** 6, progress=bar.update)
-        rows.append({"model": name, **row})
-    unseen = {} if config.real else unseen_accuracy(config, domain, (plan[0], plan[-len(counts)]))
-    bar.close()
-
-    many = flow.euler_levels(config.sample_steps, config.shift)
-    columns = {f"teacher {config.sample_steps} x 2": evaluate.pictures(
-                   config, domain, teacher, shown, many, "euler", config.guidance),
-               "teacher 4": evaluate.pictures(
-                   config, domain, teacher, shown, flow.euler_levels(4, config.shift), "euler"),
-               **evaluate.student_pictures(config, domain, student, shown)}
-    sheet = report.contact_sheet(columns, [c for p in shown for c in p.captions],
-                                 cell=max(128, *(side // 4 for p in shown for side in p.hw)))
-    log = curves(run, "distill") | curves(run, "eval")
-    floor = {**floor, "fd_curves": log.get("floor_fd", [(0, floor["fd"])])[-1][1]}
-    seconds["report"] = time.perf_counter() - start
-    report.write_report(run, sheet, {
-        "preset": config.preset, "command": command(), "device": device_name(device), "world_size": 1,
-        "versions": report.versions(), "commit": report.commit(), "n": n, "seeds": [config.seed],
-        "seconds": seconds, "floor": floor, "curves": log, "heldout_prompt_accuracy": unseen, "rows": rows})
-    print(report.table(rows, floor))
-    if not config.real:
-        print(f"floor {floor['fd']:.3f}; prompts of held-out combinations: "
-              + ", ".join(f"{k} {v:.1%}" for k, v in unseen.items()))
-    print("seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items())
-          + f"; wrote {run / 'report.json'}, {run / 'report.png'}")
-
-
-def unseen_accuracy(config: Config, domain: Domain, plan) -> dict[str, float]:
-    """Prompt accuracy on combinations of attributes that neither teacher nor student ever saw."""
-    prompts, accuracy = draw_prompts(config, config.eval_n, REPORT, heldout=True), {}
-    reference = make_reference(config, prompts, config.eval_n, REAL)
-    for name, model, sampler, steps, guidance, levels in plan:
-        row = measure(model, config, domain, prompts, reference, steps, sampler, guidance, levels)
-        accuracy[f"{name}_{steps}"] = row["prompt_accuracy"]
-    return accuracy
+    networks = (base, stored, shrunk(base, stored.config.depth))
+    evaluate.compare(config, run, domain, *(inference(network, config, device) for network in networks),
+                     seconds, start)
 
 
 def dry_run(config: Config, device: torch.device) -> None:
@@ -580,6 +519,9 @@ def main(argv: list[str]) -> None:
     default = "shapes" if torch.cuda.is_available() else "tiny"
     config = parse_config(argv, default, __doc__)
     device = pick_device(config.device)
+    if ranks()[1] > 1:
+        raise InputError(f"torchrun: found {ranks()[1]} processes, one accepted; sample.py --save-latents "
+                         "takes more, and --data what they made")
     if not any(a.startswith("--preset") for a in argv):
         print(f"preset {config.preset}: "
               f"{'a CUDA device was' if default == 'shapes' else 'no CUDA device was'} found")
@@ -592,7 +534,8 @@ def main(argv: list[str]) -> None:
             raise InputError(f"{what}: {path} does not exist")
     # all are looked at before the run folder is made: a failed attempt does not take the name from the next
     for path in filter(None, (config.prompts, config.eval_prompts)):
-        encode.read_prompts(path)
+        for note in encode.read_prompts(path)[1]:
+            print(note)
     sizes = load_teacher(config, Path(config.teacher)).config if config.teacher else teacher_config(config)
     if config.data:
         load_data(config, Path(config.data), sizes)
@@ -625,8 +568,6 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
-    except InputError as error:
-        sys.exit(print(f"train.py: {error}", file=sys.stderr) or 2)
+        run_script("train.py", main)
     except Stopped as stopped:
         print(stopped)

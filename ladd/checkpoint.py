@@ -2,7 +2,6 @@
 import os
 import re
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from kernels import Kernels
 from kernels import load as load_kernels
 from ladd import formats
-from ladd.config import InputError, Parser
+from ladd.config import InputError, Parser, run_script
 from ladd.data import publish, read_json, read_tensors, sync, write_json, write_tensors
 from ladd.mmdit import MMDiT
 
@@ -209,7 +208,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        sys.exit(print(f"ladd.checkpoint: {error}", file=sys.stderr) or 2)
+    run_script("ladd.checkpoint", main)

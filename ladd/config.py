@@ -3,6 +3,8 @@ import argparse
 import difflib
 import json
 import math
+import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -12,6 +14,14 @@ SCHEDULES = ("one-forward", "two-forward")
 
 class InputError(ValueError):
     """Input that we refuse; the scripts print it as one line and exit with code 2."""
+
+
+def run_script(name: str, main: Callable[[list[str]], None]) -> None:
+    """main(the command line); an InputError becomes one line and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        sys.exit(print(f"{name}: {error}", file=sys.stderr) or 2)
 
 
 def option(default, help: str, choices: tuple = (), low: float = -math.inf, high: float = math.inf):

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ladd import data
-from ladd.config import InputError, Parser
+from ladd.config import InputError, Parser, run_script
 from ladd.distill import Text
 from ladd.images import ahead, buckets, find_images, find_listed, measured, plan, read_image, read_prompts
 from ladd.run import compute_dtype, pick_device, progress
@@ -388,7 +388,4 @@ def summary(out: Path, pieces: list, skipped: dict[str, str], share: float) -> N
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        sys.exit(print(f"ladd.encode: {error}", file=sys.stderr) or 2)
+    run_script("ladd.encode", main)

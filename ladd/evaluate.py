@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ladd import flow, metrics, shapes
+from ladd import encode, flow, metrics, report, shapes
 from ladd.config import Config
 from ladd.data import Latents
 from ladd.discriminator import Discriminator
@@ -17,10 +17,12 @@ from ladd.distill import DistillConfig, Text, draw, fake_pass, grid_of, hinge_d,
 from ladd.domain import Domain, world_domain
 from ladd.mmdit import MMDiT
 from ladd.report import contact_sheet, save_png
-from ladd.run import levels_of, step_counts
+from ladd.run import command, curves, device_name, levels_of, progress, step_counts
 from ladd.sampler import image_noise, sample
 
 
+# seeds of prompts: beyond any --seed, so never those of training
+VALIDATION, BEST, REPORT, REAL = range(2 ** 40, 2 ** 40 + 4)
 SCORES = "fd", "fd2", "prompt_accuracy", "coverage", "density"
 
 
@@ -214,3 +216,71 @@ def world_latents(config: Config, n: int, seed: int) -> Latents:
                for p in parts}
     codes = torch.tensor([shapes.parse(c, config.objects) for c in captions])
     return Latents(captions, *text, codes, null, buckets, {})
+
+
+# --- the report ---
+
+def report_prompts(config: Config) -> list[str]:
+    return encode.read_prompts(config.eval_prompts or config.prompts)[0][:None if config.eval_prompts else 8]
+
+
+def compare(config: Config, run: Path, domain: Domain, teacher: MMDiT, student: MMDiT, untrained: MMDiT,
+            seconds: dict[str, float], start: float) -> None:
+    """report.json and report.png: the student against the teacher at equal evaluations, at equal n, with the
+    floor. Real prompts have no grader: there it is pictures at equal seeds, and times. `start`: when the
+    stage began, by time.perf_counter."""
+    if config.real:
+        prompts, reference = given_prompts(config, report_prompts(config)), None
+        shown, floor = prompts, dict.fromkeys(("fd", "fd2"))
+    else:
+        prompts = draw_prompts(config, config.n, REPORT)
+        reference = make_reference(config, prompts, config.n, REAL)
+        shown = [p._replace(captions=p.captions[:2]) for p in prompts]
+        floor = reference.floor
+    n = sum(len(p.captions) for p in prompts)
+    counts = step_counts(config.levels)
+    plan = [("teacher", teacher, "euler", config.sample_steps, config.guidance, None)]
+    plan += [("teacher", teacher, "euler", k, g, None)
+             for k in (4, 2, 1) for g in dict.fromkeys((config.guidance, 1.0))]
+    plan += [(name, model, config.sampler, k, 1.0, levels_of(config.levels, k))
+             for name, model in (("untrained", untrained), ("student", student)) for k in counts]
+    rows, bar = [], progress("report", len(plan) * n)
+    for name, model, sampler, steps, guidance, levels in plan:
+        row = measure(model, config, domain, prompts, reference, steps, sampler, guidance, levels,
+                      seed=REPORT * 10 ** 6, progress=bar.update)
+        rows.append({"model": name, **row})
+    unseen = {} if config.real else unseen_accuracy(config, domain, (plan[0], plan[-len(counts)]))
+    bar.close()
+
+    many = flow.euler_levels(config.sample_steps, config.shift)
+    few = flow.euler_levels(4, config.shift)
+    columns = {f"teacher {config.sample_steps} x 2": pictures(config, domain, teacher, shown, many, "euler",
+                                                              config.guidance),
+               "teacher 4": pictures(config, domain, teacher, shown, few, "euler"),
+               **student_pictures(config, domain, student, shown)}
+    sheet = contact_sheet(columns, [c for p in shown for c in p.captions],
+                                 cell=max(128, *(side // 4 for p in shown for side in p.hw)))
+    log = curves(run, "distill") | curves(run, "eval")
+    floor = {**floor, "fd_curves": log.get("floor_fd", [(0, floor["fd"])])[-1][1]}
+    seconds["report"] = time.perf_counter() - start
+    report.write_report(run, sheet, {
+        "preset": config.preset, "command": command(),
+        "device": device_name(next(student.parameters()).device), "world_size": 1,
+        "versions": report.versions(), "commit": report.commit(), "n": n, "seeds": [config.seed],
+        "seconds": seconds, "floor": floor, "curves": log, "heldout_prompt_accuracy": unseen, "rows": rows})
+    print(report.table(rows, floor))
+    if not config.real:
+        print(f"floor {floor['fd']:.3f}; prompts of held-out combinations: "
+              + ", ".join(f"{k} {v:.1%}" for k, v in unseen.items()))
+    print("seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items())
+          + f"; wrote {run / 'report.json'}, {run / 'report.png'}")
+
+
+def unseen_accuracy(config: Config, domain: Domain, plan) -> dict[str, float]:
+    """Prompt accuracy on combinations of attributes that neither teacher nor student ever saw."""
+    prompts, accuracy = draw_prompts(config, config.eval_n, REPORT, heldout=True), {}
+    reference = make_reference(config, prompts, config.eval_n, REAL)
+    for name, model, sampler, steps, guidance, levels in plan:
+        row = measure(model, config, domain, prompts, reference, steps, sampler, guidance, levels)
+        accuracy[f"{name}_{steps}"] = row["prompt_accuracy"]
+    return accuracy

@@ -1,7 +1,6 @@
 """The command line: what it takes, what it refuses, how it says so; every field of Config does something."""
 import json
 import math
-import os
 import re
 import resource
 import subprocess

@@ -482,7 +482,7 @@ def test_a_killed_command_goes_on_to_equal_an_undisturbed_one(folder, pictures, 
     class Killed(BaseException):
         pass
 
-    left, publish, rename = [writes], data.publish, os.replace
+    left, rename = [writes], os.replace
 
     def replace(source, target):
         if not left[0]:

@@ -1,10 +1,7 @@
 """Real models end to end, on a tiny random SD3: encode, synthesize, train, sample, in one chain."""
-import contextlib
-import io
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +12,7 @@ import torch
 pytest.importorskip("diffusers"), pytest.importorskip("transformers")
 
 import numpy as np
+import test_train
 from PIL import Image
 from sd3 import JOINT, POOLED, make_folder
 from test_train import log_of, refused, rows_of, weights
@@ -50,17 +48,7 @@ def home(tmp_path_factory) -> Path:
 
 
 def call(folder: Path, main, flags: str | list[str]) -> str:
-    printed, handlers = io.StringIO(), {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    with (contextlib.chdir(folder), contextlib.redirect_stdout(printed),
-          contextlib.redirect_stderr(io.StringIO())):
-        try:
-            main(flags.split() if isinstance(flags, str) else flags)
-        except train.Stopped as stopped:
-            print(stopped)
-        finally:
-            for s, handler in handlers.items():
-                signal.signal(s, handler)
-    return printed.getvalue()
+    return test_train.call(folder, main, flags.split() if isinstance(flags, str) else flags)
 
 
 @pytest.fixture(autouse=True)
@@ -213,7 +201,7 @@ def test_saved_latents_are_those_of_the_training_run(home, tmp_path):
     call(home, train.main, f"{FLAGS} {GIVEN} --name part --data-size 20 --steps 1 --eval-every 0 "
                            "--grid-every 0 --stop-after 1")
     said = call(home, sample.main, f"{flags} --num 4 --save-latents {tmp_path / 'one'}")
-    assert "20 latents" in said
+    assert "20 latents" in said and said.count("prompts.txt: 1 comments skipped") == 1
     same_folder(home / "runs/part/data", tmp_path / "one")
 
     shutil.copytree(tmp_path / "one", tmp_path / "half")

@@ -35,23 +35,26 @@ CLOCK = ("seconds", "gb", "ms_per_image")        # what depends on the machine
 ROOT = Path(train.__file__).parent
 
 
-def main(folder: Path, flags: str, report: bool = False) -> str:
-    """What `train.py` with TINY and `flags` prints, run in `folder`; without the report, half of its time."""
+def call(folder: Path, script, flags: list[str]) -> str:
+    """What `script` prints, called in `folder`; the handlers of signals are put back."""
     printed, handlers = io.StringIO(), {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.chdir(folder))
-        stack.enter_context(contextlib.redirect_stdout(printed))
-        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        if not report:
-            stack.enter_context(mock.patch.object(train, "write_report", lambda *args: None))
+    with (contextlib.chdir(folder), contextlib.redirect_stdout(printed),
+          contextlib.redirect_stderr(io.StringIO())):
         try:
-            train.main(f"{TINY} {flags}".split())
+            script(flags)
         except train.Stopped as stopped:
             print(stopped)
         finally:
             for s, handler in handlers.items():
                 signal.signal(s, handler)
     return printed.getvalue()
+
+
+def main(folder: Path, flags: str, report: bool = False) -> str:
+    """What `train.py` with TINY and `flags` prints, run in `folder`; without the report, half of its time."""
+    write = train.write_report if report else lambda *args: None
+    with mock.patch.object(train, "write_report", write):
+        return call(folder, train.main, f"{TINY} {flags}".split())
 
 
 def without_clock(row: dict) -> dict:
@@ -247,7 +250,7 @@ def test_another_seed_gives_another_run(home, base, flags):
 def test_prompts_of_training_of_choosing_and_of_the_report_are_never_the_same(home, monkeypatch):
     """Whatever --seed is: one of these near the numbers that train.py reserves for evaluation."""
     seeds, purpose = {}, {"world_latents": "training", "world_plan": "training", "distill": "choosing",
-                          "unseen_accuracy": "write_report"}
+                          "unseen_accuracy": "report", "compare": "report"}
 
     def spy(config, n, seed, heldout=False):
         frame = sys._getframe(1)
@@ -259,11 +262,19 @@ def test_prompts_of_training_of_choosing_and_of_the_report_are_never_the_same(ho
     for module in (evaluate, synthesize, train):
         monkeypatch.setattr(module, "draw_prompts", spy)
     monkeypatch.setattr(train.report, "write_report", lambda *args: None)
-    for seed in (train.VALIDATION, train.BEST, train.REPORT - 1, train.REAL - 1):
+    for seed in (evaluate.VALIDATION, evaluate.BEST, evaluate.REPORT - 1, evaluate.REAL - 1):
         flags = f"--seed {min(seed, 10 ** 9)} --teacher-steps 1 --steps 1 --heads-first 1 --n 12 {QUIET}"
-        main(home, f"--name prompts{seed} {flags}", report=seed == train.BEST)
-    assert seeds.keys() == {"training", "choosing", "write_report"}
+        main(home, f"--name prompts{seed} {flags}", report=seed == evaluate.BEST)
+    assert seeds.keys() == {"training", "choosing", "report"}
     assert sum(map(len, seeds.values())) == len(set.union(*seeds.values())), seeds
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    """Until training is sharded: each would write the others' run."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with refused("torchrun: found 2 processes, one accepted"):
+        main(tmp_path, "")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_smaller_student_goes_through_to_the_report(home):
