@@ -13,12 +13,11 @@ the same command again resumes; Ctrl-C saves first.
 The file reads top to bottom: device, networks, teacher, synthetic data, distillation, report.
 """
 import copy
-import hashlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -29,14 +28,15 @@ from torch import Tensor
 
 import kernels
 from kernels import Kernels
-from ladd import checkpoint, cost, data, encode, evaluate, flow, metrics, report, shapes, speed, synthesize
+from ladd import checkpoint, cost, data, encode, evaluate, feed, flow, metrics, report, shapes, speed, synthesize
 from ladd.config import SCHEDULES, Config, InputError, parse_config, run_script
 from ladd.discriminator import Discriminator, DiscriminatorConfig
-from ladd.distill import (DistillConfig, Text, draw, fake_pass, flow_loss, grid_of, heads_loss, student_loss,
-                          taps_of)
+from ladd.distill import (DistillConfig, Fake, Text, draw, fake_pass, flow_loss, grid_of, heads_loss,
+                          student_loss, taps_of)
 from ladd.domain import Domain, sd3_domain, world_domain
 from ladd.evaluate import (BEST, VALIDATION, draw_prompts, given_prompts, make_reference, report_prompts,
                            world_latents)
+from ladd.feed import Feed, Part, moved
 from ladd.mmdit import MMDiT, MMDiTConfig, shrunk
 from ladd.parallel import ranks
 from ladd.run import (Log, Stopped, Stopper, check_finite, compute_dtype, device_name, frozen, memory_gb,
@@ -74,16 +74,6 @@ def compiled(model: MMDiT, config: Config, device: torch.device) -> MMDiT:
 
 def inference(model: MMDiT, config: Config, device: torch.device) -> MMDiT:
     return compiled(frozen(model, compute_dtype(config.precision, device), device), config, device)
-
-
-def to_device(batch: data.Batch, device: torch.device) -> tuple[Tensor, Text, Tensor]:
-    return batch.x0.to(device), Text(batch.context.to(device), batch.pooled.to(device)), batch.codes
-
-
-def step_generator(seed: int, *key: int) -> torch.Generator:
-    """The randomness of one step is a function of (seed, key): resuming needs no saved generator."""
-    digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def save_every(config: Config, folder: Path, step: int, done: int, stopper: Stopper, state,
@@ -132,10 +122,10 @@ def load_data(config: Config, path: Path, teacher: MMDiTConfig) -> data.Latents:
     if found != wanted:
         raise InputError(f"{path}: found text of widths {found} (tokens, pooled), the teacher reads {wanted}")
     for hw, (x0, _) in latents.buckets.items():
-        if x0.shape[1] != 16 or len(x0) - holdout(latents) < config.batch:
+        if x0.shape[1] != 16 or len(x0) - latents.holdout < config.batch:
             raise InputError(f"{path}: found {len(x0)} latents of {x0.shape[1]} channels and size "
                              f"{hw[0]}x{hw[1]}, 16 channels and at least --batch {config.batch} beside "
-                             f"{holdout(latents)} held out expected")
+                             f"{latents.holdout} held out expected")
     return latents
 
 
@@ -160,15 +150,19 @@ def train_teacher(config: Config, run: Path, device: torch.device, stopper: Stop
     compiled(model, config, device)
     log, bar, since = (Log(run, "teacher", start), progress("teacher", config.teacher_steps, start),
                        time.perf_counter())
-    for step in range(start, config.teacher_steps):
-        x0, text, _ = to_device(latents.batch(0 if config.overfit_one_batch else step, config.teacher_batch,
-                                              config.seed), device)
-        g = step_generator(config.seed, 1, step)
-        empty = (torch.rand(len(x0), generator=g) < config.text_dropout).to(device)
-        text = Text(torch.where(empty[:, None, None], null.context, text.context),
-                    torch.where(empty[:, None], null.pooled, text.pooled))
-        sigma = flow.logit_normal_mixture(len(x0), config.teacher_means, 1.0, g).to(device)
-        loss = flow_loss(model, x0, torch.randn(x0.shape, generator=g).to(device), sigma, text).mean()
+    def make(step: int) -> tuple[Tensor, ...]:
+        """x0, noise, levels, text and which captions are left out, of one step."""
+        batch = latents.batch(0 if config.overfit_one_batch else step, config.teacher_batch, config.seed)
+        g, n = flow.generator(config.seed, 1, step), len(batch.x0)
+        empty = torch.rand(n, generator=g) < config.text_dropout
+        sigma = flow.logit_normal_mixture(n, config.teacher_means, 1.0, g)
+        return batch.x0, torch.randn(batch.x0.shape, generator=g), sigma, batch.context, batch.pooled, empty
+
+    steps = range(start, config.teacher_steps)
+    for step, (x0, eps, sigma, *text, empty) in zip(steps, Feed(make, ((i,) for i in steps), device)):
+        text = Text(torch.where(empty[:, None, None], null.context, text[0]),
+                    torch.where(empty[:, None], null.pooled, text[1]))
+        loss = flow_loss(model, x0, eps, sigma, text).mean()
         rate = (min(1, (step + 1) / max(1, config.warmup))
                 * (1 + math.cos(math.pi * step / config.teacher_steps)) / 2)
         for group in optimizer.param_groups:
@@ -251,53 +245,62 @@ def make_players(config: Config, base: MMDiT, device: torch.device) -> Players:
                    torch.optim.AdamW(heads.parameters(), config.heads_lr, **adam))
 
 
-def heads_step(config: Config, dc: DistillConfig, p: Players, latents: data.Latents, it: int, j: int,
-               share: bool, device: torch.device, lap: Callable[[str], None] = lambda name: None):
-    """(loss_d, gradient norm, stats, micro-batches) of the j-th step of the heads in iteration `it`,
-    on a batch of its own.
+def step_keys(config: Config, start: int, total: int) -> Iterator[tuple[int, int]]:
+    """(iteration, heads' step) of every batch from iteration `start` on."""
+    return ((it, j) for it in range(start, total) for j in range(config.heads_steps))
+
+
+def step_parts(config: Config, dc: DistillConfig, latents: data.Latents, it: int, j: int) -> list[Part]:
+    """This process's micro-batches for the j-th heads' step of iteration `it`; every one has its own batch."""
+    return feed.parts(latents, 0 if config.overfit_one_batch else it * config.heads_steps + j,
+                      max(it - config.heads_first, 0), (config.seed, 2, it, j), config.seed, config.batch,
+                      config.micro(1), dc)
+
+
+def heads_step(config: Config, dc: DistillConfig, p: Players, parts: list[Part], share: bool,
+               lap: Callable[[str], None] = lambda name: None):
+    """(loss_d, gradient norm, stats, fakes) of one step of the heads on the micro-batches `parts`.
 
     With `share` the student's step follows on the same fakes, so their graphs stay alive: one teacher forward
     serves both losses. With accumulation a graph a micro-batch would cost the memory that accumulation saves:
     the student's step then makes its own, as it does in the common schedule (--schedule two-forward).
     """
-    share = share and config.accumulate == 1 and config.schedule == "one-forward"
-    index, micro = (0 if config.overfit_one_batch else it * config.heads_steps + j,
-                    config.batch // config.accumulate)
-    x0, text, codes = to_device(latents.batch(index, config.batch, config.seed, holdout(latents)), device)
-    g = step_generator(config.seed, 2, it, j)
-    draws = draw(x0, max(it - config.heads_first, 0), dc, g)
+    share = share and len(parts) == 1 and config.schedule == "one-forward"
     p.opt_d.zero_grad()
-    parts = []
-    lap("batch and noise")
-    for i in range(0, config.batch, micro):
-        cut = lambda tensors: type(tensors)(*(t[i:i + micro] for t in tensors))
-        part = x0[i:i + micro], cut(text), cut(draws)
+
+    def backward(part: Part) -> tuple[Tensor, dict[str, Tensor], Fake | None]:
         with torch.set_grad_enabled(share):
-            fake = fake_pass(p.student, p.teacher, p.heads, *part, dc)
+            fake = fake_pass(p.student, p.teacher, p.heads, part.x0, part.text, part.draws, dc)
         lap("fake, forward")
-        loss_d, stats = heads_loss(p.teacher, p.heads, part[0], part[1], codes[i:i + micro], fake.feats,
-                                   part[2], dc, g)
-        (loss_d / config.accumulate).backward()
-        parts.append((part, fake if share else None))
+        loss_d, stats = heads_loss(p.teacher, p.heads, part.x0, part.text, part.wrong, fake.feats, part.draws,
+                                   dc)
+        (loss_d / len(parts)).backward()
         lap("real forward, heads")
+        return loss_d.detach(), stats, fake if share else None
+
+    losses, stats, fakes = zip(*map(backward, parts))       # a function: what a part leaves is freed
     norm = torch.nn.utils.clip_grad_norm_(list(p.heads.parameters()), config.clip)
     p.opt_d.step()
     lap("heads' optimizer")
-    return loss_d, norm, stats, parts
+    return sum(losses) / len(parts), norm, stats[-1], list(fakes)
 
 
-def student_step(config: Config, dc: DistillConfig, p: Players, parts: list,
+def student_step(config: Config, dc: DistillConfig, p: Players, parts: list[Part], fakes: list[Fake | None],
                  lap: Callable[[str], None] = lambda name: None):
-    """(stats, gradient norm) of the student's step on the micro-batches of the last heads' step;
-    moves the average too."""
+    """(stats, gradient norm) of the student's step on the micro-batches of the last heads' step, which takes
+    their `fakes` away; moves the average too."""
     params = list(p.student.parameters())
     p.opt_g.zero_grad()
-    for (x0, text, draws), fake in parts:
-        fake = fake or fake_pass(p.student, p.teacher, p.heads, x0, text, draws, dc)
+
+    def backward(part: Part) -> dict[str, Tensor]:
+        fake = fakes.pop(0) or fake_pass(p.student, p.teacher, p.heads, part.x0, part.text, part.draws, dc)
         lap("fake, forward")
-        loss_g, stats = student_loss(p.heads, text, fake, draws, dc, grid_of(p.teacher, x0))
-        (loss_g / config.accumulate).backward(inputs=params)  # the heads get nothing from the student's loss
+        loss_g, stats = student_loss(p.heads, part.text, fake, part.draws, dc, grid_of(p.teacher, part.x0))
+        (loss_g / len(parts)).backward(inputs=params)       # the heads get nothing from the student's loss
         lap("heads again, backward to the student")
+        return stats
+
+    stats = [backward(part) for part in parts][-1]
     norm = torch.nn.utils.clip_grad_norm_(params, config.clip)
     p.opt_g.step()
     torch._foreach_lerp_(list(p.ema.parameters()), params, 1 - config.ema)
@@ -349,6 +352,8 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, domai
     # the evaluation at `start` comes after its state
     log, evals = Log(run, "distill", start), Log(run, "eval", start - 1)
     bar, since = progress("distill", total, start), time.perf_counter()
+    stream = Feed(partial(step_parts, config, dc, latents), step_keys(config, start, total), device)
+    batches = iter(stream)
     for it in range(start, total + 1):
         step = it - config.heads_first                         # the student's own count
         every = lambda n: n and (step >= 0 and step % n == 0 or it == total)
@@ -358,7 +363,7 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, domai
             evaluate.save_grid(config, domain, viewer, shown, run / "samples" / f"{step:06d}.png")
         if every(config.eval_every):
             values = evaluate.quality(config, domain, viewer, prompts, reference) if reference else {}
-            values |= evaluate.duel(viewer, teacher, heads, latents, dc, config.eval_batch, holdout(latents))
+            values |= evaluate.duel(viewer, teacher, heads, latents, dc, config.eval_batch)
             evals.write(it, **values)
             bar.write(f"step {step:5d}  " + "  ".join(
                 f"{k} {v:.3f}" for k, v in values.items() if k.startswith(("fd_", "prompt", "auc"))))
@@ -374,10 +379,10 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, domai
         opt_g.param_groups[0]["lr"] = config.lr * learning_rate(config, step, max(step, 0))
         opt_d.param_groups[0]["lr"] = config.heads_lr * learning_rate(config, step, it)
         for j in range(config.heads_steps):
-            share = step >= 0 and j == config.heads_steps - 1
-            loss_d, norm_d, stats, parts = heads_step(config, dc, p, latents, it, j, share, device)
+            share, parts = step >= 0 and j == config.heads_steps - 1, next(batches)
+            loss_d, norm_d, stats, fakes = heads_step(config, dc, p, parts, share)
         if step >= 0:
-            stats_g, norm_g = student_step(config, dc, p, parts)
+            stats_g, norm_g = student_step(config, dc, p, parts, fakes)
 
         bar.update()
         if (it + 1) % config.log_every == 0:
@@ -386,7 +391,8 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, domai
                 line |= {"loss_g": stats_g["loss_g"].item(), "loss_distill": stats_g["loss_distill"].item(),
                          "norm_g": norm_g.item()}
             check_finite(it + 1, **line)
-            log.write(it + 1, **line, seconds=time.perf_counter() - since, gb=memory_gb(device))
+            log.write(it + 1, **line, seconds=time.perf_counter() - since, waited=stream.waited,
+                      gb=memory_gb(device))
             bar.set_postfix({k: f"{line[k]:.2f}" for k in ("loss_d", "loss_g") if k in line},
                             gb=f"{memory_gb(device):.1f}")
         terms = {"loss_d": loss_d, "norm_d": norm_d} | (
@@ -415,19 +421,14 @@ def duel_line(stats: dict[str, Tensor]) -> dict[str, float]:
     return {k: v.item() for k, v in line.items()}
 
 
-def holdout(latents: data.Latents) -> int:
-    """Latents of each size that never train, a sixteenth and at least two: what the heads are tested on."""
-    return max(2, min(len(ids) for _, ids in latents.buckets.values()) // 16)
-
-
 def calibrate(config: Config, dc: DistillConfig, teacher: MMDiT, heads: Discriminator,
               latents: data.Latents, device) -> None:
     """Sets the heads' standardisation from one batch of renoised reals."""
-    x0, text, _ = to_device(latents.batch(0, config.batch, config.seed, holdout(latents)), device)
-    drawn = draw(x0, dc.easy_steps, dc, step_generator(config.seed, 3))
+    batch = moved(latents.batch(0, config.batch, config.seed, latents.holdout), device)
+    drawn = draw(batch.x0, dc.easy_steps, dc, (config.seed, 3))
+    xt = flow.noised(batch.x0, drawn.eps_r, drawn.sigma_r)
     with torch.no_grad():
-        heads.calibrate(taps_of(
-            teacher, heads, flow.noised(x0, drawn.eps_r, drawn.sigma_r), drawn.sigma_r, text))
+        heads.calibrate(taps_of(teacher, heads, xt, drawn.sigma_r, Text(batch.context, batch.pooled)))
 
 
 def describe(config: Config, role: str) -> dict[str, str]:
@@ -489,8 +490,10 @@ def bench(config: Config, device: torch.device) -> None:
     def step(schedule: str, it: int, lap: Callable[[str], None] = lambda name: None) -> None:
         run = replace(config, schedule=schedule, heads_first=0)
         for j in range(run.heads_steps):
-            parts = heads_step(run, dc, p, latents, it, j, j == run.heads_steps - 1, device, lap)[-1]
-        student_step(run, dc, p, parts, lap)
+            parts = moved(step_parts(run, dc, latents, it, j), device)
+            lap("batch and noise")
+            fakes = heads_step(run, dc, p, parts, j == run.heads_steps - 1, lap)[-1]
+        student_step(run, dc, p, parts, fakes, lap)
 
     seconds = speed.interleaved({s: partial(step, s) for s in SCHEDULES}, config.bench_steps, device)
     peak, rows = speed.peak_flops(device_name(device)), []

@@ -83,7 +83,7 @@ class Config:
     student_depth:   int = option(0, "blocks of the student, taken evenly from the teacher's; 0: all", low=0)
     steps:           int = option(180, "training steps of the student", low=1)
     batch:           int = option(64, "pairs a step", low=1)
-    accumulate:      int = option(1, "micro-batches a step", low=1)
+    micro_batch:     int = option(0, "pairs at a time on a device; 0: all of its share of the batch", low=0)
     lr:              float = option(1.5e-4, "student's learning rate", low=0)
     heads_lr:        float = option(3e-3, "heads' learning rate", low=0)
     beta1:           float = option(0.0, "Adam's beta1 of student and heads", low=0, high=0.9999)
@@ -141,6 +141,21 @@ class Config:
         """Prompts, latents and pictures are SD3's, not the built-in world's."""
         return bool(self.encoders) or self.preset.startswith("sd3")
 
+    def micro(self, world: int) -> int:
+        """Pairs at a time on each of `world` devices; InputError where the batch cannot be split so."""
+        if self.batch % world:
+            raise InputError(f"--batch: found {self.batch}, a multiple of the {world} processes expected")
+        share = self.batch // world
+        micro = min(self.micro_batch or share, share)
+        if share % micro:
+            raise InputError(f"--micro-batch: found {self.micro_batch}, a divisor of each process's share of "
+                             f"the batch, {share}, expected")
+        return micro
+
+    @property
+    def accumulate(self) -> int:
+        return self.batch // self.micro(1)
+
     @property
     def hw(self) -> tuple[tuple[int, int], ...]:
         """Image sizes in pixels."""
@@ -148,7 +163,7 @@ class Config:
 
 
 # may differ when a run resumes
-PROCESS_FIELDS = ("stop_after", "dry_run", "bench_steps", "tflops", "profile")
+PROCESS_FIELDS = ("micro_batch", "stop_after", "dry_run", "bench_steps", "tflops", "profile")
 
 # of the built-in world and of a teacher trained on it: refused where they would do nothing
 WORLD_FIELDS = ("objects", "stated", "teacher_images", "teacher_steps", "teacher_batch", "teacher_lr",
@@ -157,7 +172,7 @@ REAL_FIELDS = "prompts", "eval_prompts", "t5", "t5_tokens", "pooled_dim"
 
 # SD3's own values where they are known (shift, guidance, sampling steps); the rest is our choice, unmeasured
 SD3 = dict(sizes=("1024x1024", "832x1216", "1216x832"), text_dim=4096, pooled_dim=2048, predicts="v",
-           data_size=16384, data_batch=64, sample_steps=28, steps=2000, batch=16, accumulate=8, lr=2e-6,
+           data_size=16384, data_batch=64, sample_steps=28, steps=2000, batch=16, micro_batch=2, lr=2e-6,
            heads_lr=2e-5, beta2=0.99, warmup=100, ema=0.995, sampler="euler", probs=(0.7, 0.1, 0.1, 0.1),
            easy_steps=500, shift=3.0, d_mean=1.0, heads_steps=1, head_width=512, eval_every=250,
            grid_every=250, save_every=250, eval_batch=4)
@@ -308,10 +323,7 @@ def validated(c: Config) -> Config:
          f"--pos-grid: found {c.pos_grid}, at least {patches} expected for --sizes")
     must(c.width % 64 == 0, f"--width: found {c.width}, a multiple of 64 expected")
     must(c.head_width % 16 == 0, f"--head-width: found {c.head_width}, a multiple of 16 expected")
-    must(c.batch % c.accumulate == 0,
-         f"--accumulate: found {c.accumulate}, a divisor of --batch {c.batch} expected")
-    must(not c.misaligned or c.batch // c.accumulate > 1,
-         f"--batch: found {c.batch // c.accumulate} a micro-batch; --misaligned needs at least 2")
+    c.micro(1)
     must(len(c.probs) == len(c.levels), f"--probs: found {len(c.probs)} values for {len(c.levels)} --levels")
     must(abs(sum(c.probs) - 1) < 1e-6 and min(c.probs) >= 0,
          f"--probs: found sum {sum(c.probs):g}, probabilities that add up to 1 expected")

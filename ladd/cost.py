@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ladd.config import Config
 from ladd.discriminator import Discriminator
-from ladd.distill import DistillConfig, Text, draw, fake_pass, flow_loss, grid_of, heads_loss, student_loss
+from ladd.distill import (DistillConfig, Text, Wrong, draw, fake_pass, flow_loss, grid_of, heads_loss,
+                          student_loss)
 from ladd.mmdit import MMDiT
 
 
@@ -46,14 +47,15 @@ def step_cost(student: MMDiT, teacher: MMDiT, heads: Discriminator, latent: tupl
     All networks on the meta device; latent (c, h, w), context (l, dim).
     FLOPs are the matrix products that torch counts.
     """
-    x0, g = torch.empty(batch, *latent, device="meta"), torch.Generator().manual_seed(0)
+    x0 = torch.empty(batch, *latent, device="meta")
     text = Text(torch.empty(batch, *context, device="meta"),
                 torch.empty(batch, student.config.pooled_dim, device="meta"))
-    codes, drawn = torch.arange(batch)[:, None], draw(x0, config.easy_steps, config, g)
+    drawn, m = draw(x0, config.easy_steps, config, (0,)), round(config.misaligned * batch)
+    wrong = Wrong(torch.arange(m, device="meta"), Text(*(t[:m] for t in text)), x0.new_ones(m), m) if m else None
     kept = SavedBytes(student, teacher, heads)
     with FlopCounterMode(display=False) as counter, kept:
         fake = fake_pass(student, teacher, heads, x0, text, drawn, config)
-        heads_loss(teacher, heads, x0, text, codes, fake.feats, drawn, config, g)[0].backward()
+        heads_loss(teacher, heads, x0, text, wrong, fake.feats, drawn, config)[0].backward()
         if schedule == "two-forward":
             kept.bytes, kept.kept = 0, []                          # the heads' fakes need no graph
             fake = fake_pass(student, teacher, heads, x0, text, drawn, config)
@@ -62,7 +64,7 @@ def step_cost(student: MMDiT, teacher: MMDiT, heads: Discriminator, latent: tupl
     with FlopCounterMode(display=False) as heads_counter:
         with torch.no_grad():
             fake = fake_pass(student, teacher, heads, x0, text, drawn, config)
-        heads_loss(teacher, heads, x0, text, codes, fake.feats, drawn, config, g)[0].backward()
+        heads_loss(teacher, heads, x0, text, wrong, fake.feats, drawn, config)[0].backward()
     with FlopCounterMode(display=False) as flow_counter:
         flow_loss(student, x0, x0, drawn.sigma_s, text).mean().backward()
     with FlopCounterMode(display=False) as evaluation, torch.no_grad():

@@ -13,7 +13,6 @@ Letters: p distinct prompts, n samples, b batch, c channels, h w latent size, l 
 of context and pooled, a attributes. codes are -1 where a prompt leaves an attribute open; data without
 attributes has one column, the prompt's own number.
 """
-import hashlib
 import json
 import math
 import os
@@ -31,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ladd import flow
 from ladd.config import InputError
 
 
@@ -38,7 +38,6 @@ class Batch(NamedTuple):
     x0: Tensor        # [b, c, h, w] fp32
     context: Tensor   # [b, l, dc] as stored
     pooled: Tensor    # [b, dp] as stored
-    codes: Tensor     # [b, a] int64
     index: Tensor     # [b] int64, position in the dataset: bucket after bucket, by (h, w)
 
 
@@ -77,11 +76,20 @@ class Latents:
         x0, prompt_id = self.buckets[bucket]
         offset = sum(len(ids) for hw, (_, ids) in self.buckets.items() if hw < bucket)
         prompt = prompt_id[index]
-        text = self.context[prompt], self.pooled[prompt], self.codes[prompt]
-        return Batch(x0[index].float(), *text, offset + index)
+        return Batch(x0[index].float(), self.context[prompt], self.pooled[prompt], offset + index)
+
+    @property
+    def holdout(self) -> int:
+        """Latents of each size that never train, a sixteenth and at least two: what the heads are tested on."""
+        return max(2, min(len(ids) for _, ids in self.buckets.values()) // 16)
 
     def batch(self, step: int, batch: int, seed: int, exclude: int = 0) -> Batch:
-        """The batch of `step`, a function of its arguments alone: permutations by (seed, epoch). Our choice.
+        """The batch of `step`: gather(*choose(...))."""
+        return self.gather(*self.choose(step, batch, seed, exclude))
+
+    def choose(self, step: int, batch: int, seed: int, exclude: int = 0) -> tuple[tuple[int, int], Tensor]:
+        """(bucket, index [batch]) of the batch of `step`, a function of its arguments alone: permutations by
+        (seed, epoch). Our choice.
 
         One size a batch, every sample once an epoch; what a bucket has left below `batch` waits for the next
         epoch. The last `exclude` samples of each bucket stay out (held-out reals, for `gather`).
@@ -98,14 +106,28 @@ class Latents:
         bucket = max(hw for hw, start in starts.items() if start <= number)
         first = (number - starts[bucket]) * batch
         order = permutation(len(self.buckets[bucket][1]) - exclude, seed, epoch, bucket)
-        return self.gather(bucket, order[first:first + batch])
+        return bucket, order[first:first + batch]
 
 
 @lru_cache(maxsize=64)
 def permutation(n: int, *key) -> Tensor:
     """A permutation of n that is a function of `key` alone, the same on every machine."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.randperm(n, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
+    return torch.randperm(n, generator=flow.generator(*key))
+
+
+def misfits(codes: Tensor, prompt: Tensor, generator: torch.Generator,
+            tries: int = 32) -> tuple[Tensor, Tensor]:
+    """(others, found): for each prompt of `prompt` [m] another one among all whose caption does not fit it.
+
+    codes [p, a]: stated attributes, -1 where open; two captions exclude each other where both state an
+    attribute and differ. A caption that happens to fit is redrawn, up to `tries` times; found [m] is False
+    where none was found, as for a caption that states nothing, and `others` is then the prompt itself.
+    """
+    drawn = torch.randint(len(codes), (len(prompt), tries), generator=generator)
+    a, b = codes[prompt, None], codes[drawn]                                             # [m, tries, a]
+    excludes = ((a != b) & (a >= 0) & (b >= 0)).any(-1)
+    first = excludes.byte().argmax(1, keepdim=True)
+    return torch.where(excludes.any(1), drawn.gather(1, first)[:, 0], prompt), excludes.any(1)
 
 
 def open_folder(folder: str | Path, provenance: dict[str, Any], prompts: Sequence[str], codes: Tensor,

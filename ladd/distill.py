@@ -11,6 +11,7 @@ One step: `fake_pass`, `heads_loss` and the heads' optimizer, then `student_loss
 and the student's optimizer. The fake teacher forward thus serves both losses; its gradients equal those of
 two forwards. Source: Sauer et al. 2024, Sec. 3.
 """
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,6 +62,14 @@ class Draws(NamedTuple):
     eps_r1: Tensor     # direction of the R1 perturbation
 
 
+class Wrong(NamedTuple):
+    """Captions that do not fit: m samples of the batch count as fake under them too."""
+    rows: Tensor       # [m] which samples
+    text: Text         # [m, ...] the other captions
+    weight: Tensor     # [m] 1, or 0 where every caption fits the sample
+    count: float       # sum of the weights, on average over the micro-batches and processes of a step
+
+
 class Fake(NamedTuple):
     """One fake sample and its teacher features, graph attached."""
     x0_hat: Tensor         # [b, c, h, w]
@@ -68,32 +77,23 @@ class Fake(NamedTuple):
     target: Tensor | None  # the teacher's own x0 estimate of the renoised fake, for the distillation loss
 
 
-def draw(x0: Tensor, step: int, config: DistillConfig, generator: torch.Generator) -> Draws:
-    """All random numbers for a batch like x0, drawn on the CPU in fp32 so that devices agree."""
-    b = x0.shape[0]
+def draw(x0: Tensor, step: int, config: DistillConfig, key: Sequence[int], first: int = 0,
+         batch: int | None = None) -> Draws:
+    """All random numbers of samples `first`, `first` + 1, ... of a batch of `batch` (default: x0 is all of it).
+
+    Functions of `key` and of the sample's number alone, drawn on the CPU in fp32: devices agree, and however
+    many processes or micro-batches share a batch, each sample keeps its noise.
+    """
+    n, part, g = batch or len(x0), slice(first, first + len(x0)), flow.generator(*key)
     probs = flow.student_probs(step, config.probs, config.easy_steps)
-    sigma_s = flow.shift(flow.student_levels(b, config.levels, probs, generator), config.shift)
-    sigma_d, sigma_r = (flow.logit_normal(b, config.d_mean, config.d_std, generator) for _ in range(2))
-    eps_s, eps_d, eps_r, eps_r1 = (torch.randn(x0.shape, generator=generator) for _ in range(4))
+    sigma_s = flow.shift(flow.student_levels(n, config.levels, probs, g), config.shift)[part]
+    sigma_d, sigma_r = (flow.logit_normal(n, config.d_mean, config.d_std, g)[part] for _ in range(2))
+    eps = torch.stack([torch.randn(4, *x0.shape[1:], generator=flow.generator(*key, i))
+                       for i in range(first, first + len(x0))], 1)
+    eps_s, eps_d, eps_r, eps_r1 = eps
     if config.shared_noise:
         sigma_r, eps_r = sigma_d, eps_d
     return Draws(*(t.to(x0.device) for t in (sigma_s, eps_s, sigma_d, eps_d, sigma_r, eps_r, eps_r1)))
-
-
-def misfits(codes: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(rows, others): for `count` samples of the batch, another sample whose caption does not fit them.
-
-    codes [b, A]: stated attributes, -1 where open; two captions exclude each other where both state an
-    attribute and differ. A caption that happens to fit is redrawn, i.e. never taken; rows for which the
-    batch holds no misfit are left out.
-    """
-    codes = codes.cpu()
-    a, b = codes[:count, None], codes[None]
-    score = (torch.rand(a.shape[0], codes.shape[0], generator=generator)
-             * ((a != b) & (a >= 0) & (b >= 0)).any(-1))
-    best, others = score.max(1)
-    rows = torch.nonzero(best > 0).squeeze(1)
-    return rows, others[rows]
 
 
 def grid_of(teacher: MMDiT, x: Tensor) -> tuple[int, int]:
@@ -123,50 +123,61 @@ def fake_pass(student: MMDiT, teacher: MMDiT, heads: Discriminator, x0: Tensor, 
                 flow.to_x0(xt, v, draws.sigma_d).detach())    # detach: the target is no way into the student
 
 
-def hinge_d(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-    """mean relu(1 - D(real)) + mean relu(1 + D(fake)), per token and head; the mean comes last."""
-    return F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean()
+def hinge_d(logits_real: Tensor, logits_fake: Tensor, logits_wrong: Tensor | None = None,
+            weight: Tensor | None = None, count: float = 0.0) -> Tensor:
+    """mean relu(1 - D(real)) + mean relu(1 + D(fake)), per token and head; the mean comes last.
+
+    Logits [k, b, h, w]. logits_wrong [k, m, h, w] with `weight` [m] join the fakes; the mean over b + `count`
+    samples makes the average over micro-batches that of the batch.
+    """
+    loss_fake = F.relu(1 + logits_fake).mean()
+    if logits_wrong is not None:
+        wrong = (F.relu(1 + logits_wrong).mean((0, 2, 3)) * weight).sum()
+        loss_fake = (len(logits_fake[0]) * loss_fake + wrong) / (len(logits_fake[0]) + count)
+    return F.relu(1 - logits_real).mean() + loss_fake
 
 
-def heads_loss(teacher: MMDiT, heads: Discriminator, x0: Tensor, text: Text, codes: Tensor,
-               fake_feats: list[Tensor], draws: Draws, config: DistillConfig,
-               generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+def heads_loss(teacher: MMDiT, heads: Discriminator, x0: Tensor, text: Text, wrong: Wrong | None,
+               fake_feats: list[Tensor], draws: Draws,
+               config: DistillConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss_d, stats): hinge of real against fake and misaligned, plus approximate R1. Moves only the heads.
 
+    What needs no gradient goes through the teacher in one pass: the real samples, those of `wrong` under
+    their other captions, and R1's perturbed ones.
     stats: detached tensors `logits_real`, `logits_fake` [k, b, h, w], `logits_misaligned` or None,
     and `loss_r1`.
     """
-    grid = grid_of(teacher, x0)
-    xt = flow.noised(x0, draws.eps_r, draws.sigma_r)
-    with torch.no_grad():                                                       # real features need no graph
-        feats = taps_of(teacher, heads, xt, draws.sigma_r, text)
-    logits_real = heads(feats, draws.sigma_r, text.pooled, grid)
-    logits_fake = heads([f.detach() for f in fake_feats],         # detach: D must not move the student
-                        draws.sigma_d, text.pooled, grid)
-    all_fake, logits_mis = [logits_fake], None
-    if config.misaligned:
-        rows, others = misfits(codes, round(config.misaligned * x0.shape[0]), generator)
-        rows, others = rows.to(x0.device), others.to(x0.device)
-        if len(rows):
-            wrong, sigma = Text(text.context[others], text.pooled[others]), draws.sigma_r[rows]
-            if config.misaligned_at == "teacher":
-                with torch.no_grad():
-                    wrong_feats = taps_of(teacher, heads, xt[rows], sigma, wrong)
-            else:
-                wrong_feats = [f[rows] for f in feats]
-            logits_mis = heads(wrong_feats, sigma, wrong.pooled, grid)
-            all_fake.append(logits_mis)
-    loss = hinge_d(logits_real, torch.cat(all_fake, 1))
-    loss_r1 = torch.zeros((), device=x0.device)
+    grid, b = grid_of(teacher, x0), len(x0)
+    xt, sigma = flow.noised(x0, draws.eps_r, draws.sigma_r), draws.sigma_r
+    passes, read = [(xt, sigma, *text)], [(sigma, text.pooled)]         # through the teacher; by the heads
+    if wrong is not None:
+        read.append((sigma[wrong.rows], wrong.text.pooled))
+        if config.misaligned_at == "teacher":
+            passes.append((xt[wrong.rows], sigma[wrong.rows], *wrong.text))
     if config.r1_weight:
         # the RENOISED sample is perturbed, at the same level:
         # ||D(xt) - D(xt + r1_sigma n)||^2 (Lin et al. 2025, Sec. 3.3)
-        with torch.no_grad():
-            near = taps_of(teacher, heads, xt + config.r1_sigma * draws.eps_r1, draws.sigma_r, text)
-        loss_r1 = (heads(near, draws.sigma_r, text.pooled, grid) - logits_real).square().mean()
+        passes.append((xt + config.r1_sigma * draws.eps_r1, sigma, *text))
+        read.append((sigma, text.pooled))
+    together = [torch.cat(parts) for parts in zip(*passes)]
+    with torch.no_grad():                                                       # real features need no graph
+        feats = taps_of(teacher, heads, *together[:2], Text(*together[2:]))
+        if wrong is not None and config.misaligned_at == "heads":
+            feats = [torch.cat([f[:b], f[wrong.rows], f[b:]]) for f in feats]
+    logits = heads(feats, *(torch.cat(parts) for parts in zip(*read)), grid)
+    logits_real, logits_wrong = logits[:, :b], None
+    if wrong is not None:
+        logits_wrong = logits[:, b:b + len(wrong.rows)]
+    logits_fake = heads([f.detach() for f in fake_feats],         # detach: D must not move the student
+                        draws.sigma_d, text.pooled, grid)
+    loss = hinge_d(logits_real, logits_fake, *(() if wrong is None else
+                                               (logits_wrong, wrong.weight, wrong.count)))
+    loss_r1 = torch.zeros((), device=x0.device)
+    if config.r1_weight:
+        loss_r1 = (logits[:, -b:] - logits_real).square().mean()
         loss = loss + config.r1_weight * loss_r1
     return loss, {"logits_real": logits_real.detach(), "logits_fake": logits_fake.detach(),
-                  "logits_misaligned": None if logits_mis is None else logits_mis.detach(),
+                  "logits_misaligned": None if logits_wrong is None else logits_wrong.detach(),
                   "loss_r1": loss_r1.detach()}
 
 

@@ -168,7 +168,7 @@ def save_grid(config: Config, domain: Domain, student: MMDiT, prompts: list[Prom
 
 @torch.no_grad()
 def duel(student: MMDiT, teacher: MMDiT, heads: Discriminator, latents: Latents, config: DistillConfig,
-         n: int, holdout: int) -> dict[str, float]:
+         n: int) -> dict[str, float]:
     """How well the heads tell apart, over held-out latents of the first bucket and four bands of sigma_d.
 
     auc: held-out real against fake (near .5: the heads are too weak; near 1: too strong).
@@ -176,15 +176,15 @@ def duel(student: MMDiT, teacher: MMDiT, heads: Discriminator, latents: Latents,
     auc_null: one half of the held-out reals against the other (off .5: a leak).
     gap_k: mean logit of real less fake of head k. hinge_<level>: the hinge loss in bands of sigma_d.
     """
-    device, g = next(teacher.parameters()).device, torch.Generator().manual_seed(0)
+    device = next(teacher.parameters()).device
     bucket = min(latents.buckets)
     size = len(latents.buckets[bucket][1])
-    n = min(n, holdout) // 2 * 2
+    n = min(n, latents.holdout) // 2 * 2
 
     def logits(first: int, fake: bool) -> tuple[Tensor, Tensor]:
         batch = latents.gather(bucket, torch.arange(first, first + n))
         x0, text = batch.x0.to(device), Text(batch.context.to(device), batch.pooled.to(device))
-        drawn = draw(x0, config.easy_steps, config, g)
+        drawn = draw(x0, config.easy_steps, config, (first, fake))
         if fake:
             out = fake_pass(student, teacher, heads, x0, text, drawn,
                             replace(config, distill_weight=0.0)).feats

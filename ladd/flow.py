@@ -3,8 +3,17 @@
 sigma is the noise level in [0, 1]: 0 is the clean latent x0, 1 is Gaussian noise eps.
 Source: Esser et al. 2024 (SD3), Sec. 2-3.
 """
+import hashlib
+
 import torch
 from torch import Tensor
+
+
+def generator(*key) -> torch.Generator:
+    """A generator on the CPU that is a function of `key`, numbers and tuples of them: what is drawn in a step
+    needs no saved state, and is the same on every machine."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def per_sample(sigma: Tensor, x: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ class Stream(nn.Module):
             self.mlp = Mlp(width)
 
     def modulation(self, cond: Tensor) -> tuple[Tensor, ...]:
-        return self.adaLN_modulation(cond).chunk(self.chunks, -1)              # each [b, d]
+        return self.adaLN_modulation[1](cond).chunk(self.chunks, -1)           # each [b, d]
 
 
 class JointBlock(nn.Module):
@@ -186,7 +186,7 @@ class FinalLayer(nn.Module):
         self.linear = Linear(width, out_dim)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(cond).chunk(2, -1)
+        shift, scale = self.adaLN_modulation[1](cond).chunk(2, -1)
         return self.linear(self.kernels.modulate(x, shift, scale))
 
 
@@ -278,6 +278,7 @@ class MMDiT(nn.Module):
         dtype, p = self.compute_dtype, self.config.patch
         grid = x.shape[-2] // p, x.shape[-1] // p
         cond = self.t_embedder(sinusoid(sigma).to(dtype)) + self.y_embedder(pooled.to(dtype))   # [b, d]
+        cond = F.silu(cond)                       # entry 0 of every adaLN_modulation, once for all blocks
         x_img = self.x_embedder(x.to(dtype)) + self.positions(*grid).to(dtype)                  # [b, l, d]
         x_txt = self.context_embedder(context.to(dtype))                                        # [b, l, d]
         feats, last = [], (taps[-1] if stop_at_last_tap else self.config.depth - 1)

@@ -106,8 +106,7 @@ BAD = {
     "--sizes 64x64,64x64": ("--sizes", "64x64", "once|twice|distinct|different"),
     "--width 100": ("--width", "100", "multiple of 64"),
     "--head-width 24": ("--head-width", "24", "multiple of 16"),
-    "--accumulate 3": ("--accumulate", "3", "--batch 64"),
-    "--batch 2 --accumulate 2": ("--batch", "1 a micro-batch", "at least 2"),
+    "--micro-batch 3": ("--micro-batch", "3", "64"),
     "--taps 1,9": ("--taps", "9", "0 to 5"),
     "--taps 3,1": ("--taps", r"\(3, 1\)", "ascending"),
     "--taps=-1,2": ("--taps", r"\(-1, 2\)", "ascending"),
@@ -173,7 +172,7 @@ def test_bounds(name):
             validated(replace(Config(), **{name: value}))
 
 
-@pytest.mark.parametrize("line, named", [("--stepz 5", "--stepz"), ("--accumulate 3", "--accumulate")])
+@pytest.mark.parametrize("line, named", [("--stepz 5", "--stepz"), ("--micro-batch 3", "--micro-batch")])
 def test_the_script_prints_one_line_and_ends_with_code_2(line, named, tmp_path):
     def processor_seconds() -> float:                    # the clock's would fail this for what others run
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -249,7 +248,7 @@ CASES = {    # field: (what changes, in which stage, with which value, beside wh
     "student_depth":  [("weights", "student", "1")],
     "steps":          [("log", "student", "4")],
     "batch":          [("log", "student", "6")],
-    "accumulate":     [("log", "student", "2")],
+    "micro_batch":    [("log", "student", "2")],
     "lr":             [("weights", "student", "1e-4")],
     "heads_lr":       [("log", "student", "1e-1")],
     "beta1":          [("weights", "student", "0.9")],

@@ -16,20 +16,27 @@ from torch import Tensor, nn
 import kernels
 from ladd import distill, flow
 from ladd.discriminator import Discriminator, DiscriminatorConfig
-from ladd.distill import DistillConfig, Draws, Text
+from ladd.distill import DistillConfig, Draws, Text, Wrong
 
 LEVELS = (1.0, 0.75, 0.5, 0.25)
 CONFIG = DistillConfig(levels=LEVELS, probs=(0.25,) * 4, easy_steps=0, shift=1.0, d_mean=0.0, d_std=1.0,
                        shared_noise=False, misaligned=0.0, misaligned_at="teacher", r1_weight=0.0,
                        r1_sigma=0.1, distill_weight=0.0)
 B, TAPS = 4, (0, 1)
-CODES = torch.tensor([[0, -1], [1, -1], [2, 0], [3, 1]])             # any two exclude each other
 
 
-def batch(b: int = B, dtype=torch.float64) -> tuple[Tensor, Text, Tensor]:
+def batch(b: int = B, dtype=torch.float64) -> tuple[Tensor, Text]:
     g = rng(7)
     x0, context, pooled = (torch.randn(s, generator=g).to(dtype) for s in ((b, 4, 4, 6), (b, 5, 24), (b, 20)))
-    return x0, Text(context, pooled), CODES[:b]
+    return x0, Text(context, pooled)
+
+
+def misfit(text: Text, share: float, weight: tuple[float, ...] = ()) -> Wrong:
+    """The last round(share * b) samples under the first ones' captions."""
+    m = round(share * len(text.pooled))
+    weights = torch.tensor(weight or (1.0,) * m)
+    rows = torch.arange(len(text.pooled) - m, len(text.pooled))
+    return Wrong(rows, Text(*(t[:m].flip(0) for t in text)), weights, weights.sum().item())
 
 
 def to(dtype: torch.dtype, draws: Draws) -> Draws:
@@ -96,10 +103,11 @@ class AffineStudent(nn.Module):
 
 
 def stand_ins(config: DistillConfig = CONFIG, gain: float = 0.5):
-    """(student, teacher, heads, x0, text, codes, draws) of one step."""
-    x0, text, codes = batch()
-    draws = to(torch.float64, distill.draw(x0, 0, config, rng(3)))
-    return AffineStudent(), PatchTeacher(), LinearHeads(gain), x0, text, codes, draws
+    """(student, teacher, heads, x0, text, wrong, draws) of one step."""
+    x0, text = batch()
+    wrong = misfit(text, config.misaligned) if config.misaligned else None
+    draws = to(torch.float64, distill.draw(x0, 0, config, (3,)))
+    return AffineStudent(), PatchTeacher(), LinearHeads(gain), x0, text, wrong, draws
 
 
 def logits_of(heads: LinearHeads, xt: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
@@ -116,11 +124,22 @@ def hinge(real: Tensor, fake: Tensor) -> Tensor:
 
 def test_draws_are_the_generators_and_of_the_stated_shapes():
     x0 = torch.zeros(B, 4, 4, 6)
-    draws = distill.draw(x0, 0, CONFIG, rng(1))
-    assert all(torch.equal(a, b) for a, b in zip(draws, distill.draw(x0, 0, CONFIG, rng(1))))
-    assert not torch.equal(draws.eps_s, distill.draw(x0, 0, CONFIG, rng(2)).eps_s)
+    draws = distill.draw(x0, 0, CONFIG, (1,))
+    assert all(torch.equal(a, b) for a, b in zip(draws, distill.draw(x0, 0, CONFIG, (1,))))
+    assert not torch.equal(draws.eps_s, distill.draw(x0, 0, CONFIG, (2,)).eps_s)
     for name, t in draws._asdict().items():
         assert t.shape == (x0.shape if name.startswith("eps") else (B,)) and t.dtype == torch.float32, name
+
+
+def test_a_samples_draws_do_not_depend_on_who_shares_its_batch():
+    x0 = torch.zeros(6, 4, 4, 6)
+    whole = distill.draw(x0, 0, CONFIG, (1, 2))
+    for first, last in ((0, 6), (0, 2), (2, 5), (5, 6)):
+        part = distill.draw(x0[first:last], 0, CONFIG, (1, 2), first, 6)
+        for name, t in part._asdict().items():
+            assert torch.equal(t, getattr(whole, name)[first:last]), name
+    noises = torch.stack([t.flatten(1) for t in whole[1::2]], 1).flatten(0, 1)[:, :64]     # no two alike
+    assert torch.corrcoef(noises).fill_diagonal_(0).abs().max() < 0.6
 
 
 def test_draws_have_the_stated_distributions():
@@ -128,10 +147,10 @@ def test_draws_have_the_stated_distributions():
     n, x0 = 50_000, torch.zeros(50_000, 1, 1, 1)
     config = replace(CONFIG, shift=3.0, probs=(0.7, 0.1, 0.1, 0.1), d_mean=-0.5, d_std=0.8, easy_steps=10)
     for step, probs in ((0, (0, 0, 0.5, 0.5)), (9, (0, 0, 0.5, 0.5)), (10, config.probs)):
-        found = Counter(round(s, 6) for s in distill.draw(x0, step, config, rng()).sigma_s.tolist())
+        found = Counter(round(s, 6) for s in distill.draw(x0, step, config, (0,)).sigma_s.tolist())
         assert all(abs(found[level] / n - p) < 0.01 for level, p in zip((1, 0.9, 0.75, 0.5), probs))
         assert len(found) == sum(p > 0 for p in probs)
-    draws = distill.draw(x0, 10, config, rng())
+    draws = distill.draw(x0, 10, config, (0,))
     for sigma in (draws.sigma_d, draws.sigma_r):
         u = torch.logit(sigma)
         assert abs(u.mean() + 0.5) < 0.02 and abs(u.std() - 0.8) < 0.02
@@ -142,43 +161,10 @@ def test_draws_have_the_stated_distributions():
 
 def test_shared_noise_is_one_draw_for_real_and_fake():
     x0 = torch.zeros(B, 4, 4, 6)
-    apart, shared = (distill.draw(x0, 0, replace(CONFIG, shared_noise=s), rng()) for s in (False, True))
+    apart, shared = (distill.draw(x0, 0, replace(CONFIG, shared_noise=s), (0,)) for s in (False, True))
     assert torch.equal(shared.sigma_d, shared.sigma_r) and torch.equal(shared.eps_d, shared.eps_r)
     assert not torch.equal(apart.sigma_d, apart.sigma_r) and not torch.equal(apart.eps_d, apart.eps_r)
     assert not torch.equal(shared.eps_s, shared.eps_d)               # the student's own noise stays its own
-
-
-# --- misaligned captions ---
-
-def excludes(a: list[int], b: list[int]) -> bool:
-    return any(x >= 0 and y >= 0 and x != y for x, y in zip(a, b))
-
-
-def test_misfits_never_return_a_fitting_caption():
-    for seed in range(200):
-        codes = torch.randint(-1, 2, (6, 3), generator=rng(seed))
-        count = 1 + seed % 6
-        rows, others = distill.misfits(codes, count, rng(seed))
-        c = codes.tolist()
-        assert all(excludes(c[i], c[j]) for i, j in zip(rows.tolist(), others.tolist()))
-        # every row that has a misfit, once
-        assert rows.tolist() == [i for i in range(count) if any(excludes(c[i], d) for d in c)]
-
-
-@pytest.mark.parametrize("codes, rows, others", [
-    ([[0, 1]], [], []), ([[0, 1], [0, -1]], [], []), ([[0, 1], [1, 1]], [0, 1], [{1}, {0}]),
-    ([[0, -1], [-1, 1], [1, 0]], [0, 1, 2], [{2}, {2}, {0, 1}]),
-    ([[5], [5], [6]], [0, 1, 2], [{2}, {2}, {0, 1}])],
-    ids=["batch 1", "batch 2 that fits", "batch 2", "batch 3", "prompt ids"])
-def test_misfits_in_small_batches(codes, rows, others):
-    found, taken = distill.misfits(torch.tensor(codes), len(codes), rng())
-    assert found.tolist() == rows and all(j in allowed for j, allowed in zip(taken.tolist(), others))
-
-
-def test_misfits_are_drawn_evenly():
-    codes = torch.tensor([[0], [0], [1], [2], [3]])
-    found = Counter(distill.misfits(codes, 1, rng(seed))[1].item() for seed in range(3000))
-    assert set(found) == {2, 3, 4} and all(abs(n / 3000 - 1 / 3) < 0.04 for n in found.values())
 
 
 # --- the hinge ---
@@ -228,10 +214,10 @@ def test_student_ignores_x0_at_level_1_and_returns_it_at_level_0():
 
 
 def test_heads_loss_by_hand():
-    student, teacher, heads, x0, text, codes, draws = stand_ins()
+    student, teacher, heads, x0, text, wrong, draws = stand_ins()
     fake = distill.fake_pass(student, teacher, heads, x0, text, draws, CONFIG)
     teacher.seen.clear()
-    loss, stats = distill.heads_loss(teacher, heads, x0, text, codes, fake.feats, draws, CONFIG, rng())
+    loss, stats = distill.heads_loss(teacher, heads, x0, text, wrong, fake.feats, draws, CONFIG)
     xt_real, xt_fake = mix(x0, draws.eps_r, draws.sigma_r), mix(fake.x0_hat, draws.eps_d, draws.sigma_d)
     real = logits_of(heads, xt_real, draws.sigma_r, *text)
     made = logits_of(heads, xt_fake, draws.sigma_d, *text)
@@ -261,47 +247,56 @@ def test_student_loss_is_linear_in_the_logits():
 @pytest.mark.parametrize("at", ["teacher", "heads"])
 def test_misaligned_captions_count_as_fake(at, share):
     config = replace(CONFIG, misaligned=share, misaligned_at=at)
-    student, teacher, heads, x0, text, codes, draws = stand_ins()
-    before = [t.clone() for t in (x0, *text, codes)]
+    student, teacher, heads, x0, text, wrong, draws = stand_ins(config)
+    before = [t.clone() for t in (x0, *text, *wrong.text)]
     fake = distill.fake_pass(student, teacher, heads, x0, text, draws, config)
-    plain = distill.heads_loss(teacher, heads, x0, text, codes, fake.feats, draws, CONFIG, rng(5))[0]
+    plain = distill.heads_loss(teacher, heads, x0, text, None, fake.feats, draws, CONFIG)[0]
     teacher.seen.clear()
-    loss, stats = distill.heads_loss(teacher, heads, x0, text, codes, fake.feats, draws, config, rng(5))
-    rows, others = distill.misfits(codes, round(share * B), rng(5))
+    loss, stats = distill.heads_loss(teacher, heads, x0, text, wrong, fake.feats, draws, config)
+    rows = wrong.rows
     assert len(rows) == stats["logits_misaligned"].shape[1] == share * B    # twice the share, twice as many
     xt, sigma = mix(x0, draws.eps_r, draws.sigma_r), draws.sigma_r
-    wrong = Text(text.context[others], text.pooled[others])
-    read = wrong.context if at == "teacher" else text.context[rows]
-    misaligned = logits_of(heads, xt[rows], sigma[rows], read, wrong.pooled)
+    read = wrong.text.context if at == "teacher" else text.context[rows]
+    misaligned = logits_of(heads, xt[rows], sigma[rows], read, wrong.text.pooled)
     real = logits_of(heads, xt, sigma, *text)
     made = logits_of(heads, mix(fake.x0_hat, draws.eps_d, draws.sigma_d), draws.sigma_d, *text)
     assert_close("misaligned", stats["logits_misaligned"].flatten(2), misaligned)
     assert_close("loss_d", loss, hinge(real, torch.cat([made, misaligned], 1)))
     assert abs(loss - plain) > 1e-3
     assert len(teacher.seen) == B + (len(rows) if at == "teacher" else 0)    # in the heads alone: free
-    assert all(torch.equal(a, b) for a, b in zip((x0, *text, codes), before))
+    assert all(torch.equal(a, b) for a, b in zip((x0, *text, *wrong.text), before))
+    # with R1 beside them each reads its own part of the one pass
+    config = replace(config, r1_weight=2.0)
+    both, stats = distill.heads_loss(teacher, heads, x0, text, wrong, fake.feats, draws, config)
+    response = torch.stack([(k + 1) * 0.1 * patches(draws.eps_r1) @ w for k, w in zip(TAPS, heads.w)])
+    assert_close("with R1", both, loss + 2 * response.square().mean(), 1e-10)
+    assert_close("misaligned", stats["logits_misaligned"].flatten(2), misaligned)
 
 
-def test_no_misfit_no_misaligned_negatives():
-    config = replace(CONFIG, misaligned=1.0)
-    student, teacher, heads, x0, text, codes, draws = stand_ins()
+def test_a_sample_without_misfit_weighs_nothing():
+    """Its hinge is left out of sum and count; with no misfit at all the loss is the plain one."""
+    config = replace(CONFIG, misaligned=0.75)
+    student, teacher, heads, x0, text, _, draws = stand_ins()
     fake = distill.fake_pass(student, teacher, heads, x0, text, draws, config)
-    args = (teacher, heads, x0, text, torch.zeros_like(codes), fake.feats, draws)
-    loss, stats = distill.heads_loss(*args, config, rng())
-    assert stats["logits_misaligned"] is None
-    assert_close("loss_d", loss, distill.heads_loss(*args, CONFIG, rng())[0])
+    loss = lambda wrong: distill.heads_loss(teacher, heads, x0, text, wrong, fake.feats, draws, config)[0]
+    some, all_ = misfit(text, 0.75, (1.0, 0.0, 1.0)), misfit(text, 0.75)
+    kept = Wrong(all_.rows[::2], Text(*(t[::2] for t in all_.text)), torch.ones(2), 2.0)
+    assert_close("two of three", loss(some), loss(kept))
+    none = misfit(text, 0.75, (0.0, 0.0, 0.0))
+    assert_close("none", loss(none), loss(None))
+    assert abs(loss(some) - loss(all_)) > 1e-3
 
 
 def test_r1_compares_one_level_and_has_its_value():
     """D's answer to the perturbed renoised real sample at its level: here (k + 1) r1_sigma patches(n) w_k."""
-    student, teacher, heads, x0, text, codes, draws = stand_ins()
+    student, teacher, heads, x0, text, wrong, draws = stand_ins()
     fake = distill.fake_pass(student, teacher, heads, x0, text, draws, CONFIG)
-    args = (teacher, heads, x0, text, codes, fake.feats, draws)
-    plain = distill.heads_loss(*args, CONFIG, rng())[0]
+    args = (teacher, heads, x0, text, wrong, fake.feats, draws)
+    plain = distill.heads_loss(*args, CONFIG)[0]
     response = torch.stack([(k + 1) * patches(draws.eps_r1) @ w for k, w in zip(TAPS, heads.w)])
     for weight, sigma in ((1.0, 0.1), (1.0, 0.2), (7.0, 0.1), (1.0, 0.0)):
         teacher.seen.clear()
-        loss, stats = distill.heads_loss(*args, replace(CONFIG, r1_weight=weight, r1_sigma=sigma), rng())
+        loss, stats = distill.heads_loss(*args, replace(CONFIG, r1_weight=weight, r1_sigma=sigma))
         expected = (sigma * response).square().mean()
         assert_close("loss_r1", stats["loss_r1"], expected.detach(), 1e-10)
         assert_close("loss_d", loss, plain + weight * expected, 1e-10)
@@ -310,7 +305,7 @@ def test_r1_compares_one_level_and_has_its_value():
         assert not any(grad for *_, grad in teacher.seen)
         if sigma == 0:
             assert stats["loss_r1"] == 0
-    grad_with, grad_without = (torch.autograd.grad(distill.heads_loss(*args, c, rng())[0], heads.w)[0]
+    grad_with, grad_without = (torch.autograd.grad(distill.heads_loss(*args, c)[0], heads.w)[0]
                                for c in (replace(CONFIG, r1_weight=1.0), CONFIG))
     penalty = (0.1 * response).square().mean()
     assert_close("gradient of R1", grad_with - grad_without, torch.autograd.grad(penalty, heads.w)[0], 1e-10)
@@ -350,15 +345,20 @@ def test_flow_loss_is_per_sample():
 
 def test_two_halves_average_to_the_whole():
     """Gradient accumulation: mean losses of equal micro-batches average to the batch's."""
-    config = replace(CONFIG, r1_weight=1.0, distill_weight=1.0)
-    student, teacher, heads, x0, text, codes, draws = stand_ins()
+    config = replace(CONFIG, r1_weight=1.0, distill_weight=1.0, misaligned=0.75)
+    student, teacher, heads, x0, text, wrong, draws = stand_ins(config)
+    # one misfit in the first half; two in the second, of which one has no weight: on average one
+    wrong = wrong._replace(weight=torch.tensor([1.0, 0.0, 1.0]), count=2.0)
 
     def losses(part: slice) -> Tensor:
         t, d = Text(*(a[part] for a in text)), Draws(*(a[part] for a in draws))
+        mine = (wrong.rows >= part.start) & (wrong.rows < part.stop)
+        w = Wrong(wrong.rows[mine] - part.start, Text(*(a[mine] for a in wrong.text)), wrong.weight[mine],
+                  2 * (part.stop - part.start) / B)
         fake = distill.fake_pass(student, teacher, heads, x0[part], t, d, config)
-        loss_d = distill.heads_loss(teacher, heads, x0[part], t, codes[part], fake.feats, d, config, rng())[0]
+        loss_d = distill.heads_loss(teacher, heads, x0[part], t, w, fake.feats, d, config)[0]
         return torch.stack([loss_d, distill.student_loss(heads, t, fake, d, config, (2, 3))[0]])
-    assert_close("losses", (losses(slice(0, 2)) + losses(slice(2, 4))) / 2, losses(slice(None)))
+    assert_close("losses", (losses(slice(0, 2)) + losses(slice(2, 4))) / 2, losses(slice(0, 4)))
 
 
 # --- real networks ---
@@ -381,11 +381,12 @@ def named_grads(module: nn.Module) -> dict[str, Tensor | None]:
 
 def test_gradients_reach_the_right_network_only():
     config = replace(CONFIG, misaligned=0.5, r1_weight=1.0, distill_weight=1.0)
-    (student, teacher, heads), (x0, text, codes) = networks(), batch()
-    draws = to(torch.float64, distill.draw(x0, 0, config, rng()))
+    (student, teacher, heads), (x0, text) = networks(), batch()
+    wrong = misfit(text, 0.5)
+    draws = to(torch.float64, distill.draw(x0, 0, config, (0,)))
     fake = distill.fake_pass(student, teacher, heads, x0, text, draws, config)
 
-    loss_d, _ = distill.heads_loss(teacher, heads, x0, text, codes, fake.feats, draws, config, rng())
+    loss_d, _ = distill.heads_loss(teacher, heads, x0, text, wrong, fake.feats, draws, config)
     loss_d.backward()
     assert all(g is not None and bool(g.any()) for g in named_grads(heads).values())
     assert all(g is None for net in (student, teacher) for g in named_grads(net).values())
@@ -411,8 +412,9 @@ def test_gradients_reach_the_right_network_only():
 def test_one_forward_gives_the_gradients_of_two(changes):
     """The naive step computes a student sample and a full teacher forward for each loss."""
     config = replace(CONFIG, **changes)
-    x0, text, codes = batch()
-    draws = to(torch.float64, distill.draw(x0, 0, config, rng(4)))
+    x0, text = batch()
+    draws = to(torch.float64, distill.draw(x0, 0, config, (4,)))
+    wrong = misfit(text, config.misaligned) if config.misaligned else None
 
     def lone(network, x, s, who=text):
         return x - s.reshape(-1, 1, 1, 1) * network(x, s, *who)
@@ -420,7 +422,7 @@ def test_one_forward_gives_the_gradients_of_two(changes):
     student, teacher, heads = networks()
     optimizer = torch.optim.SGD(heads.parameters(), lr=0.05)
     fake = distill.fake_pass(student, teacher, heads, x0, text, draws, config)
-    distill.heads_loss(teacher, heads, x0, text, codes, fake.feats, draws, config, rng(5))[0].backward()
+    distill.heads_loss(teacher, heads, x0, text, wrong, fake.feats, draws, config)[0].backward()
     shared_d = named_grads(heads)
     optimizer.step()
     loss_g = distill.student_loss(heads, text, fake, draws, config, (2, 3))[0]
@@ -434,14 +436,13 @@ def test_one_forward_gives_the_gradients_of_two(changes):
         xt = mix(x0, draws.eps_r, draws.sigma_r)
         real = teacher(xt, draws.sigma_r, *text, taps=TAPS)[1]
         near = teacher(xt + config.r1_sigma * draws.eps_r1, draws.sigma_r, *text, taps=TAPS)[1]
-        rows, others = distill.misfits(codes, round(config.misaligned * B), rng(5))
-        wrong = Text(text.context[others], text.pooled[others])
-        whose = wrong if config.misaligned_at == "teacher" else Text(*(t[rows] for t in text))
-        bad = teacher(xt[rows], draws.sigma_r[rows], *whose, taps=TAPS)[1] if len(rows) else []
+        rows, other = (wrong.rows, wrong.text) if wrong else ([], None)
+        whose = other if config.misaligned_at == "teacher" else Text(*(t[rows] for t in text))
+        bad = teacher(xt[rows], draws.sigma_r[rows], *whose, taps=TAPS)[1] if wrong else []
     d_real = heads(real, draws.sigma_r, text.pooled, (2, 3))
     d_fake = [heads(made, draws.sigma_d, text.pooled, (2, 3))]
     if len(rows):
-        d_fake.append(heads(bad, draws.sigma_r[rows], wrong.pooled, (2, 3)))
+        d_fake.append(heads(bad, draws.sigma_r[rows], other.pooled, (2, 3)))
     loss_d = hinge(d_real, torch.cat(d_fake, 1))
     d_near = heads(near, draws.sigma_r, text.pooled, (2, 3))
     (loss_d + config.r1_weight * (d_near - d_real).square().mean()).backward()
@@ -465,16 +466,18 @@ def test_one_forward_gives_the_gradients_of_two(changes):
 
 
 def test_the_student_pays_one_forward_and_the_teacher_two():
-    """One fake teacher forward serves both losses; every teacher forward of the step ends at the last tap."""
-    (student, teacher, heads), (x0, text, codes) = networks(), batch()
+    """One fake teacher forward serves both losses, another all that needs no gradient: real, misaligned and
+    perturbed samples; every teacher forward of the step ends at the last tap."""
+    (student, teacher, heads), (x0, text) = networks(), batch()
+    config, wrong = replace(CONFIG, misaligned=0.5, r1_weight=1.0), misfit(text, 0.5)
     calls = Counter()
     for name, net in (("student", student), ("teacher", teacher)):
         for i, block in enumerate(net.joint_blocks):
             block.register_forward_hook(lambda module, args, out, key=(name, i): calls.update([key]))
-    draws = to(torch.float64, distill.draw(x0, 0, CONFIG, rng()))
-    fake = distill.fake_pass(student, teacher, heads, x0, text, draws, CONFIG)
-    distill.heads_loss(teacher, heads, x0, text, codes, fake.feats, draws, CONFIG, rng())[0].backward()
-    distill.student_loss(heads, text, fake, draws, CONFIG, (2, 3))[0].backward()
+    draws = to(torch.float64, distill.draw(x0, 0, config, (0,)))
+    fake = distill.fake_pass(student, teacher, heads, x0, text, draws, config)
+    distill.heads_loss(teacher, heads, x0, text, wrong, fake.feats, draws, config)[0].backward()
+    distill.student_loss(heads, text, fake, draws, config, (2, 3))[0].backward()
     assert calls == {("student", 0): 1, ("student", 1): 1, ("teacher", 0): 2, ("teacher", 1): 2}
 
 
@@ -491,13 +494,13 @@ LIVE = {"levels": ({}, (0.9, 0.6, 0.4, 0.2), "dg"), "probs": ({}, (0.0, 0.0, 0.0
 def test_every_option_is_live(field):
     assert field in LIVE, f"{field}: say in LIVE which loss it moves"
     base, value, moves = LIVE[field]
-    (student, teacher, heads), (x0, text, codes) = networks(torch.float32), batch(dtype=torch.float32)
+    (student, teacher, heads), (x0, text) = networks(torch.float32), batch(dtype=torch.float32)
 
     def losses(config: DistillConfig) -> dict[str, float]:
-        g = rng(6)
-        draws = distill.draw(x0, 3, config, g)
+        wrong = misfit(text, config.misaligned) if config.misaligned else None
+        draws = distill.draw(x0, 3, config, (6,))
         fake = distill.fake_pass(student, teacher, heads, x0, text, draws, config)
-        loss_d = distill.heads_loss(teacher, heads, x0, text, codes, fake.feats, draws, config, g)[0]
+        loss_d = distill.heads_loss(teacher, heads, x0, text, wrong, fake.feats, draws, config)[0]
         loss_g = distill.student_loss(heads, text, fake, draws, config, (2, 3))[0]
         return {"d": loss_d.item(), "g": loss_g.item()}
     before = losses(replace(CONFIG, **base))
@@ -509,7 +512,7 @@ def test_every_option_is_live(field):
 
 
 def test_predict_x0_is_the_flow_identity():
-    student, (x0, text, _) = tiny("plain", seed=1), batch()
+    student, (x0, text) = tiny("plain", seed=1), batch()
     sigma = torch.tensor([0.2, 0.9, 1.0, 0.5]).double()
     expected = flow.to_x0(x0, student(x0, sigma, *text), sigma)
     assert_close("x0_hat", distill.predict_x0(student, x0, sigma, text), expected)
@@ -519,7 +522,7 @@ def distance_after(seed: int, steps: int, adversarial: float = 1.0) -> float:
     """|mean x0_hat - mean x0| of a student x0_hat = mean + scale x, through a random frozen teacher."""
     teacher = tiny("qk_norm", torch.float32, seed=seed).requires_grad_(False)
     torch.manual_seed(seed)
-    heads, codes = fresh_heads(), torch.zeros(8, 1).long()
+    heads = fresh_heads()
     target = torch.tensor([1.0, -1.0, 0.5, -0.5]).view(4, 1, 1)
     mean, scale = torch.zeros(4, 1, 1, requires_grad=True), torch.ones(1, requires_grad=True)
     config = replace(CONFIG, levels=(1.0,), probs=(1.0,), d_mean=-1.0)
@@ -531,12 +534,12 @@ def distance_after(seed: int, steps: int, adversarial: float = 1.0) -> float:
     optimizer_d = torch.optim.Adam(heads.parameters(), lr=2e-3, betas=(0.0, 0.95))
     for step in range(steps):
         x0 = target + 0.3 * torch.randn(8, 4, 4, 4)
-        draws = distill.draw(x0, step, config, rng(1000 * seed + step))
+        draws = distill.draw(x0, step, config, (1000 * seed + step,))
         if step == 0:
             heads.calibrate(teacher(mix(x0, draws.eps_r, draws.sigma_r), draws.sigma_r, *text, taps=TAPS)[1])
         fake = distill.fake_pass(student, teacher, heads, x0, text, draws, config)
         optimizer_d.zero_grad()
-        loss_d = distill.heads_loss(teacher, heads, x0, text, codes, fake.feats, draws, config, rng(step))[0]
+        loss_d = distill.heads_loss(teacher, heads, x0, text, None, fake.feats, draws, config)[0]
         loss_d.backward()
         optimizer_d.step()
         loss_g = adversarial * distill.student_loss(heads, text, fake, draws, config, (2, 2))[0]

@@ -253,15 +253,16 @@ def test_the_discriminator_takes_the_same_steps():
     teacher.requires_grad_(False)
     g = rng(7)
     x0, context, pooled = (torch.randn(s, generator=g) for s in ((2, 4, 6, 10), (2, 5, 24), (2, 20)))
-    text, codes = distill.Text(context, pooled), torch.tensor([[0], [1]])
-    drawn, found = distill.draw(x0, 0, dc, rng(3)), []
+    text = distill.Text(context, pooled)
+    wrong = distill.Wrong(torch.tensor([1]), distill.Text(context[:1], pooled[:1]), torch.ones(1), 1.0)
+    drawn, found = distill.draw(x0, 0, dc, (3,)), []
     for op in (reference_discriminator_heads, heads.discriminator_heads):
         torch.manual_seed(0)
         config = DiscriminatorConfig(taps=(0, 2), feat_dim=128, pooled_dim=20, width=32, cond_dim=12)
         net = randomise(Discriminator(config, kernels.load("torch")._replace(discriminator_heads=op)))
         fake = distill.fake_pass(student, teacher, net, x0, text, drawn, dc)
         net.calibrate([f.detach() for f in fake.feats])
-        loss_d = distill.heads_loss(teacher, net, x0, text, codes, fake.feats, drawn, dc, rng(4))[0]
+        loss_d = distill.heads_loss(teacher, net, x0, text, wrong, fake.feats, drawn, dc)[0]
         parameters = dict(net.named_parameters())
         of_heads = dict(zip(parameters, torch.autograd.grad(loss_d, parameters.values())))
         net.requires_grad_(False)

@@ -29,7 +29,7 @@ PROMPTS = ["a red circle", "a blue square on gray", "green cross left of yellow 
 SHOWN = ["small red square", "a blue circle right"]
 FLAGS = ("--preset sd3-medium --device cpu --precision fp32 --sizes 32x48,48x32 --taps 0,1 --head-width 16 "
          "--data-size 24 --data-batch 6 --sample-steps 2 --guidance 3 --steps 3 --heads-first 1 --batch 4 "
-         "--accumulate 1 --easy-steps 0 --warmup 1 --lr 1e-3 --eval-every 2 --grid-every 2 --log-every 1 "
+         "--micro-batch 0 --easy-steps 0 --warmup 1 --lr 1e-3 --eval-every 2 --grid-every 2 --log-every 1 "
          "--save-every 2 --eval-batch 4 --t5-tokens 6")
 GIVEN = "--encoders sd3 --teacher sd3 --prompts prompts.txt"
 CPU = "--device cpu --t5-tokens 6"

@@ -24,7 +24,8 @@ def bench(capsys, flags: str) -> dict:
 
 
 def test_one_command_compares_the_schedules(capsys, tmp_path, monkeypatch):
-    """Forwards of a step: the student 1 against 2, the teacher 2 against 3 (real, fake; fake again)."""
+    """Forwards of a step: the student 1 against 2, the teacher 2 against 3: fake, all that needs no
+    gradient (real, misaligned); fake again."""
     monkeypatch.chdir(tmp_path)
     result = bench(capsys, "--misaligned 0")
     one, two = result["rows"]
@@ -35,8 +36,8 @@ def test_one_command_compares_the_schedules(capsys, tmp_path, monkeypatch):
     assert sum(one["stages"].values()) == pytest.approx(1) and len(one["stages"]) == 6
     assert not list(tmp_path.iterdir())                                        # no files
     more = bench(capsys, "--misaligned .5 --heads-steps 2")["rows"]
-    assert [r["forwards"] for r in more] == [{"student": 2, "teacher": 6}, {"student": 3, "teacher": 7}]
-    micro = bench(capsys, "--misaligned 0 --accumulate 2")["rows"]
+    assert [r["forwards"] for r in more] == [{"student": 2, "teacher": 4}, {"student": 3, "teacher": 5}]
+    micro = bench(capsys, "--misaligned 0 --micro-batch 4")["rows"]
     assert micro[0]["forwards"] == {"student": 4, "teacher": 6}     # accumulation makes its own fakes
 
 

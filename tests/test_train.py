@@ -31,7 +31,7 @@ TINY = ("--device cpu --precision fp32 --sizes 32x64,64x32 --depth 2 --width 64 
         "--log-every 1 --save-every 2")
 REUSE = "--teacher runs/base/checkpoints/teacher.safetensors --data runs/base/data"
 QUIET = "--eval-every 0 --grid-every 0"
-CLOCK = ("seconds", "gb", "ms_per_image")        # what depends on the machine
+CLOCK = ("seconds", "waited", "gb", "ms_per_image")        # what depends on the machine
 ROOT = Path(train.__file__).parent
 
 
@@ -307,8 +307,8 @@ def test_accumulation_equals_the_whole_batch(home, base):
     start = {f"student.{k}": v for k, v in weights(save_teacher(home)).items()}
     states = {}
     for count in (1, 2, 4):
-        main(home, f"--name acc{count} --teacher t.safetensors --data runs/base/data --accumulate {count} "
-                   f"--misaligned 0 --steps 2 --heads-first 0 --warmup 0 --decay 0 {QUIET}")
+        main(home, f"--name acc{count} --teacher t.safetensors --data runs/base/data --micro-batch {8 // count} "
+                   f"--steps 2 --heads-first 0 --warmup 0 --decay 0 {QUIET}")
         states[count] = checkpoint.load_state(home / f"runs/acc{count}/checkpoints/distill")[1]
     distance = lambda a, b: sum(float((a[k] - b[k]).square().sum()) for k in start) ** 0.5
     moved = distance(states[1], start)
@@ -318,9 +318,9 @@ def test_accumulation_equals_the_whole_batch(home, base):
 
 
 def test_overfit_one_batch_shows_one_batch(home, base, monkeypatch):
-    seen, batch = [], data.Latents.batch
-    spy = lambda self, step, *args: seen.append(step) or batch(self, step, *args)
-    monkeypatch.setattr(data.Latents, "batch", spy)
+    seen, choose = [], data.Latents.choose
+    spy = lambda self, step, *args: seen.append(step) or choose(self, step, *args)
+    monkeypatch.setattr(data.Latents, "choose", spy)
     main(home, f"--name one --overfit-one-batch --heads-steps 2 --steps 2 {QUIET}")
     assert len(seen) > 6 + 2 * 4 and set(seen) == {0}
     seen.clear()

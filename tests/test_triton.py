@@ -14,7 +14,7 @@ from torch import Tensor
 import kernels
 from ladd.config import InputError
 from ladd.discriminator import Discriminator, DiscriminatorConfig
-from ladd.distill import DistillConfig, Text, draw, fake_pass, grid_of, heads_loss, student_loss
+from ladd.distill import DistillConfig, Text, Wrong, draw, fake_pass, grid_of, heads_loss, student_loss
 from ladd.mmdit import MMDiT, MMDiTConfig
 from ladd.run import pick_kernels
 
@@ -89,10 +89,11 @@ def ladd_step(ops: kernels.Kernels, qk_norm: bool = True, dual: tuple[int, ...] 
     g = rng(5)
     x0 = torch.randn(2, 4, 6, 10, generator=g)
     text = Text(torch.randn(2, 5, 24, generator=g).to(device), torch.randn(2, 20, generator=g).to(device))
-    drawn = draw(x0.to(device), 10, STEP, g)
-    codes = torch.arange(2)[:, None]
+    drawn = draw(x0.to(device), 10, STEP, (5,))
+    wrong = Wrong(torch.tensor([1], device=device), Text(*(t[:1] for t in text)),
+                  torch.ones(1, device=device), 1.0)
     fake = fake_pass(student, teacher, heads, x0.to(device), text, drawn, STEP)
-    loss_d, _ = heads_loss(teacher, heads, x0.to(device), text, codes, fake.feats, drawn, STEP, rng(6))
+    loss_d, _ = heads_loss(teacher, heads, x0.to(device), text, wrong, fake.feats, drawn, STEP)
     loss_d.backward()
     out = {"loss_d": loss_d} | {f"heads.{k}": p.grad.clone() for k, p in heads.named_parameters()}
     loss_g, _ = student_loss(heads, text, fake, drawn, STEP, grid_of(teacher, x0))

@@ -1,0 +1,95 @@
+"""What a step reads: micro-batches of latents with captions, misfits and noise, made on the host one step ahead.
+
+Each is a function of the step alone, however many processes and micro-batches share the batch: resuming needs
+no saved state, and two processes train as one does.
+"""
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ladd import flow
+from ladd.data import Latents, misfits
+from ladd.distill import DistillConfig, Draws, Text, Wrong, draw
+
+
+class Part(NamedTuple):
+    """One micro-batch of one process."""
+    x0: Tensor             # [b, c, h, w]
+    text: Text
+    wrong: Wrong | None    # None without misaligned captions
+    draws: Draws
+
+
+def parts(latents: Latents, index: int, step: int, key: tuple[int, ...], seed: int, batch: int, micro: int,
+          config: DistillConfig, rank: int = 0, world: int = 1) -> list[Part]:
+    """The micro-batches of process `rank` of `world` for a step of `batch` pairs: batch number `index` of the
+    latents in the order of `seed`, random numbers by `key`, levels as at the student's step `step`.
+
+    A share config.misaligned of the samples, evenly spread, gets a caption that does not fit.
+    """
+    bucket, chosen = latents.choose(index, batch, seed, latents.holdout)
+    numbers = torch.arange(batch)
+    rows = numbers[((numbers + 1) * config.misaligned).long() > (numbers * config.misaligned).long()]
+    others, found = misfits(latents.codes, latents.buckets[bucket][1][chosen[rows]],
+                            flow.generator(*key, "misfits"))
+    out = []
+    for first in range(rank * (batch // world), (rank + 1) * (batch // world), micro):
+        mine = (rows >= first) & (rows < first + micro)
+        x0, context, pooled, _ = latents.gather(bucket, chosen[first:first + micro])
+        wrong = Wrong(rows[mine] - first, Text(latents.context[others[mine]], latents.pooled[others[mine]]),
+                      found[mine].float(), found.sum().item() * micro / batch) if config.misaligned else None
+        out.append(Part(x0, Text(context, pooled), wrong, draw(x0, step, config, key, first, batch)))
+    return out
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Tuples, lists and tensors of `value` on `device`; from pinned memory without waiting for the copy."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, list):
+        return [moved(v, device) for v in value]
+    return type(value)(*(moved(v, device) for v in value)) if isinstance(value, tuple) else value
+
+
+def pinned(value: Any) -> Any:
+    """`value` in page-locked memory, from which a GPU copies beside its work."""
+    if isinstance(value, Tensor):
+        return value.pin_memory()
+    if isinstance(value, list):
+        return [pinned(v) for v in value]
+    return type(value)(*map(pinned, value)) if isinstance(value, tuple) else value
+
+
+class Feed:
+    """Iterates over make(*key) on `device`. For a GPU a thread makes and pins the next one meanwhile; on the
+    CPU, where it would take the networks' cores, each is made when it is asked for.
+
+    waited: seconds that the loop stood still for data.
+    """
+
+    def __init__(self, make: Callable, keys: Iterable[tuple], device: torch.device):
+        self.make, self.keys, self.device, self.waited = make, keys, device, 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.device.type != "cuda":
+            ready = (lambda key=key: self.make(*key) for key in self.keys)
+            yield from map(self.wait, ready)
+            return
+        with ThreadPoolExecutor(1) as pool:
+            pending = None
+            for key in self.keys:
+                pending, now = pool.submit(lambda: pinned(self.make(*key))), pending
+                if now is not None:
+                    yield moved(self.wait(now.result), self.device)
+            if pending is not None:
+                yield moved(self.wait(pending.result), self.device)
+
+    def wait(self, result: Callable) -> Any:
+        start = time.perf_counter()
+        value = result()
+        self.waited += time.perf_counter() - start
+        return value

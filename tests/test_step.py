@@ -1,0 +1,91 @@
+"""The step as train.py runs it: nothing is read back from the device, and nothing is held longer than needed."""
+import gc
+import weakref
+from collections import Counter
+
+import pytest
+import torch
+from test_feed import latents
+from test_train import TINY
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train
+from ladd.config import parse_config
+from ladd.mmdit import MMDiT, MMDiTConfig
+
+CPU = torch.device("cpu")
+# what makes the host wait for a device: reading a value, or a shape that depends on values
+WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::masked_select",
+         "aten::unique2", "aten::_unique2", "aten::repeat_interleave.Tensor"}
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def setting(flags: str = ""):
+    """(config, distillation config, players, the parts of one step)."""
+    config = parse_config(f"{TINY} --kernels torch --batch 8 --heads-first 0 {flags}".split(), "tiny")
+    base = MMDiT(MMDiTConfig(2, 64, 2, 4, 2, 2, pos_grid=4), train.ops_of(config))
+    for p in base.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    dc, data = train.distill_config(config), latents()
+    return config, dc, train.make_players(config, base, CPU), train.step_parts(config, dc, data, 0, 0)
+
+
+@pytest.mark.parametrize("flags", ["--misaligned .5", "--misaligned .5 --misaligned-at heads", "--micro-batch 2",
+                                   "--r1-weight 1 --distill-weight 1", "--schedule two-forward"])
+def test_a_step_reads_nothing_back(flags):
+    config, dc, players, parts = setting(flags)
+    with Calls() as calls:
+        fakes = train.heads_step(config, dc, players, parts, True)[-1]
+        train.student_step(config, dc, players, parts, fakes)
+    assert sum(calls.count.values()) > 500 and not WAITS & set(calls.count)
+    with Calls() as calls:                                              # it would be seen
+        torch.ones(1).item(), torch.ones(2).nonzero()
+    assert set(calls.count) >= {"aten::_local_scalar_dense", "aten::nonzero"}
+
+
+@pytest.mark.parametrize("flags, most", [("", 2), ("--micro-batch 2", 2), ("--schedule two-forward", 2)])
+def test_features_are_freed_when_nobody_needs_them(monkeypatch, flags, most):
+    """Alive at once at most the real ones and the fakes of one micro-batch; after the student's step none."""
+    config, dc, players, parts = setting(flags)
+    alive, held, tapped = weakref.WeakSet(), [], train.fake_pass.__globals__["taps_of"]
+
+    class Tag:
+        """Lives as long as the tensor it hangs on."""
+
+    def noted(*args):
+        feats = tapped(*args)
+        feats[0].tag = Tag()
+        alive.add(feats[0].tag)
+        held.append(len(alive))
+        return feats
+    monkeypatch.setitem(train.fake_pass.__globals__, "taps_of", noted)
+    gc.disable()
+    try:
+        for _ in range(2):
+            fakes = train.heads_step(config, dc, players, parts, True)[-1]
+            assert len(alive) == (0 if flags else 1)              # the student's step shares the fakes
+            train.student_step(config, dc, players, parts, fakes)
+            assert not alive and not fakes
+    finally:
+        gc.enable()
+    assert len(held) >= 4 and max(held) == most
+
+
+def test_gradients_are_dropped_not_filled_with_zeros():
+    config, dc, players, parts = setting()
+    train.student_step(config, dc, players, parts, train.heads_step(config, dc, players, parts, True)[-1])
+    with Calls() as calls:
+        players.opt_g.zero_grad(), players.opt_d.zero_grad()
+    assert not any(name.startswith("aten") for name in calls.count)
+    assert all(p.grad is None for n in players[::3] for p in n.parameters())
