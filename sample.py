@@ -40,7 +40,8 @@ from ladd.mmdit import MMDiT
 from ladd.parallel import ranks
 from ladd.run import (Stopper, compute_dtype, device_name, frozen, levels_of, memory_gb, pick_device,
                       pick_kernels)
-from ladd.sampler import image_noise, sample
+from ladd.sampler import Graphed, image_noise, sample
+from ladd.speed import wait
 
 ROLES = "student", "teacher"
 RECIPE = "objects", "text_dim", "sizes", "shift", "levels", "sampler", "guidance", "sample_steps"
@@ -84,6 +85,7 @@ def parse(argv: list[str]) -> Namespace:
     flag("--shard", metavar="N", type=int, default=64, help="latents a shard")
     flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one")
     flag("--kernels", choices=kernels.NAMES, default="auto", help="implementation of the operations")
+    flag("--graph", action="store_true", help="each network as a CUDA graph: for small pictures and batches")
     flag("--no-metadata", action="store_true", help="PNGs without their parameters")
     args = parser.parse(argv)
     for a, b in ("run", "checkpoint"), ("prompt", "prompt_file"):
@@ -97,7 +99,7 @@ def parse(argv: list[str]) -> Namespace:
     extra = [name for name in ("checkpoint", "model", "steps", "sigmas", "grid") if getattr(args, name)]
     must(not args.compare or not extra, f"--compare: found --{' --'.join(extra)}, only --run expected")
     if args.save_latents:
-        pictures = "out", "compare", "grid", "sigmas", "tiled", "text_cache"
+        pictures = "out", "compare", "grid", "sigmas", "tiled", "text_cache", "graph"
         extra = [f"--{name.replace('_', '-')}" for name in pictures if getattr(args, name)]
         must(not extra, f"--save-latents: found {' '.join(extra)} beside it, which are for pictures")
     else:
@@ -348,6 +350,7 @@ def main(argv: list[str]) -> None:
     must(len(sizes) == 1 or bool(args.save_latents), f"--size: found {args.size}, one size expected")
     models = {role: load(path, args, config, sizes) for role, path in files.items()}
     device = pick_device(args.device)
+    must(not args.graph or device.type == "cuda", f"--graph: found {device}, a CUDA device accepted")
     domain = domain_of(args, config, device, models)
     if args.save_latents:
         must("teacher" in models, "--save-latents: found a student; --model teacher expected")
@@ -361,6 +364,8 @@ def main(argv: list[str]) -> None:
     domain.embed(["", *prompts])
     domain.release()
     models = {role: frozen(model, compute_dtype("auto", device), device) for role, model in models.items()}
+    if args.graph:
+        models = {role: Graphed(model) for role, model in models.items()}
     null = Text(*(t[0].to(device) for t in domain.embed([""])))
     shape = len(shapes.CHANNELS), hw[0] // 8, hw[1] // 8
     pictures: dict[str, list[Tensor]] = {title: [] for title in columns}
@@ -371,8 +376,10 @@ def main(argv: list[str]) -> None:
             part, drawn = prompts[i:i + args.batch], seeds[i:i + args.batch]
             text = Text(*(t.to(device) for t in domain.embed(part)))
             noise = image_noise(drawn, shape).to(device)             # [b, c, h, w]
+            wait(device)
             start, sigmas = time.perf_counter(), torch.tensor(c.sigmas)
             x0 = sample(models[c.role], noise, text, sigmas, c.sampler, drawn, null, c.guidance)
+            wait(device)
             seconds, steps = seconds + time.perf_counter() - start, steps + c.steps
             images = domain.decode(x0)                               # [b, 3, H, W]
             if args.grid or args.compare:

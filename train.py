@@ -37,6 +37,7 @@ from ladd.domain import Domain, sd3_domain, world_domain
 from ladd.evaluate import (BEST, VALIDATION, draw_prompts, given_prompts, make_reference, report_prompts,
                            world_latents)
 from ladd.feed import Feed, Part, moved
+from ladd.fp8 import in_fp8
 from ladd.mmdit import MMDiT, MMDiTConfig, shrunk
 from ladd.parallel import ranks
 from ladd.run import (Log, Stopped, Stopper, check_finite, compute_dtype, device_name, frozen, memory_gb,
@@ -236,6 +237,8 @@ class Players(NamedTuple):
 def make_players(config: Config, base: MMDiT, device: torch.device) -> Players:
     """Student and average in fp32 from the teacher `base`, the frozen teacher, new heads, two AdamWs."""
     teacher = inference(base, config, device)
+    if config.teacher_fp8:
+        in_fp8(teacher)
     student = shrunk(base, config.student_depth or base.config.depth).float().to(device)
     student.compute_dtype = compute_dtype(config.precision, device)
     heads = make_heads(config, base).to(device)
@@ -528,6 +531,10 @@ def main(argv: list[str]) -> None:
     if not any(a.startswith("--preset") for a in argv):
         print(f"preset {config.preset}: "
               f"{'a CUDA device was' if default == 'shapes' else 'no CUDA device was'} found")
+    if config.teacher_fp8 and compute_dtype(config.precision, device) != torch.bfloat16:
+        raise InputError(f"--teacher-fp8: found --precision {config.precision} on {device}, bf16 accepted")
+    if config.teacher_fp8 and device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        raise InputError(f"--teacher-fp8: found {torch.cuda.get_device_name()}, compute capability 9.0 accepted")
     if config.dry_run:
         return dry_run(config, device)
     if config.bench_steps:

@@ -104,6 +104,7 @@ class Config:
     d_std:           float = option(1.0, "its standard deviation", low=0)
     taps:            tuple[int, ...] = option((0, 1, 2), "teacher blocks that the heads read")
     head_width:      int = option(64, "channels inside a head, a multiple of 16", low=16)
+    teacher_fp8:     bool = option(False, "products of the frozen teacher in fp8 while distilling")
     schedule:        str = option("one-forward", "fakes of the student's step: the heads' own, or made anew",
                                   SCHEDULES)
     heads_steps:     int = option(2, "heads' steps a student step", low=1)

@@ -3,6 +3,8 @@
 The rule (FlashAttention's): against fp32, the kernel's error is at most twice that of a plain computation in
 bf16. cuDNN is no oracle here.
 """
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,9 @@ from torch import Tensor
 
 import kernels
 from kernels import attention, bench, heads, modulation
+from ladd import sampler
+from ladd.distill import Text
+from ladd.fp8 import in_fp8
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 BF16 = torch.bfloat16
@@ -131,3 +136,28 @@ def test_a_block_compiles_with_inductor_in_bf16():
     fused = both_ways(lambda *t: torch.compile(block, fullgraph=True)(*t, True), inputs)
     for i, (a, e) in enumerate(zip(fused, plain)):
         assert_close(f"tensor {i}", a.float(), e.float(), 3e-2)
+
+
+def test_a_graph_samples_what_the_network_does():
+    model = networks(kernels.load("triton"), True, (0,), "cuda", BF16)[0].to(BF16).requires_grad_(False)
+    graphed, levels = sampler.Graphed(model), torch.tensor([1.0, 0.5, 0.0])
+    text = Text(rand(3, 5, 24, seed=1), rand(3, 20, seed=2))
+    for seed in range(2):
+        noise = sampler.image_noise([seed, 8, 9], (4, 6, 10)).cuda()
+        plain, replayed = (sampler.sample(m, noise, text, levels, "euler", [0]) for m in (model, graphed))
+        assert torch.equal(plain, replayed) and len(graphed.graphs) == 1
+
+
+def test_fp8_products_run_and_are_near_bf16():
+    model = networks(kernels.load("triton"), True, (0,), "cuda", BF16)[1].to(BF16)
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("compute capability 9.0")
+    x, rest = rand(2, 4, 6, 10, seed=1, dtype=torch.float32).requires_grad_(), (
+        torch.rand(2, device="cuda"), rand(2, 5, 24, seed=2), rand(2, 20, seed=3))
+    found = []
+    for network in (model, in_fp8(copy.deepcopy(model))):
+        feats = network(x, *rest, taps=(0, 1), stop_at_last_tap=True)[1]
+        dx, = torch.autograd.grad(sum(f.float().square().mean() for f in feats), x)
+        found.append([*(f.detach().float() for f in feats), dx])
+    for a, b in zip(*found):
+        assert 1e-4 < (a - b).norm() / a.norm() < 0.1

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # DESIGN section 2: a file in ladd imports only files before it in this list, and kernels
-ORDER = ("config flow mmdit discriminator distill sampler shapes data metrics formats checkpoint parallel "
+ORDER = ("config flow mmdit discriminator distill sampler fp8 shapes data feed metrics formats checkpoint parallel "
          "report run images encode cost speed domain evaluate synthesize").split()
 CORE = "flow mmdit discriminator distill sampler".split()
 TOOLS = {"__init__", "bench", "aot"}             # of kernels; they know the others

@@ -331,6 +331,7 @@ def under_a_file(folder: Path) -> list[str]:
 RUN, PROMPT = ["--run", "RUN"], ["--prompt", RED]
 GOOD = RUN + PROMPT                  # RUN stands for the run folder; --out is added where a case has none
 BAD = {  # name: (flags or a function of a folder that gives them, what the message says)
+    "a graph on a cpu": (GOOD + ["--graph", "--device", "cpu"], "--graph: found cpu, a CUDA device accepted"),
     "near miss": (GOOD + ["--sed", "1"], "--sed.*--seed"),
     "abbreviation": (GOOD + ["--guid", "1"], "unknown argument '--guid'"),
     "no run": (["--run", "runs/nowhere"] + PROMPT, "runs/nowhere: found no config.json"),

@@ -157,3 +157,28 @@ def test_guidance_without_the_null_text_is_refused():
     noise, text, _ = setting()
     with pytest.raises(ValueError, match="null text"):
         sampler.sample(tiny(), noise, text, flow.euler_levels(1), "euler", SEEDS, None, 2.0)
+
+
+def test_a_graph_is_recorded_once_a_shape_and_reads_every_call_anew():
+    """Replayed as the CUDA graph is: the recorded function on the tensors it was recorded with, one output."""
+    recorded = []
+
+    def capture(run):
+        out = run()
+        recorded.append(out.shape)
+        return lambda: out.copy_(run())
+    model = tiny(dtype=torch.float64)
+    graphed = sampler.Graphed(model, capture)
+    noise, text, null = setting()
+    kept = [t.clone() for t in (noise, *text)]
+    for name in ("euler", "renoise"):
+        for b in (3, 1):
+            args = noise[:b], Text(*(t[:b] for t in text)), flow.euler_levels(3).double(), name, SEEDS[:b], null
+            for guidance in (1.0, 2.0):
+                assert torch.equal(sampler.sample(graphed, *args, guidance), sampler.sample(model, *args, guidance))
+    assert [s[0] for s in recorded] == [3, 6, 1, 2]
+    assert all(torch.equal(a, b) for a, b in zip(kept, (noise, *text)))
+    first = graphed(noise, torch.ones(3).double(), *text)
+    before = first.clone()
+    graphed(2 * noise, torch.ones(3).double(), *text)
+    assert torch.equal(first, before)                                       # a result is the caller's own
