@@ -1,29 +1,29 @@
-"""Networks and run states on disk: safetensors and JSON, no pickle; a file or folder is whole or absent."""
-import os
-import re
-import shutil
+"""Networks on disk: safetensors and JSON, no pickle; a file or folder is whole or absent."""
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from kernels import Kernels
 from kernels import load as load_kernels
 from ladd import formats
 from ladd.config import InputError, Parser, run_script
-from ladd.data import publish, read_json, read_tensors, sync, write_json, write_tensors
+from ladd.data import publish, write_tensors
 from ladd.mmdit import MMDiT
+from ladd.parallel import agree, full, ranks
 
 STUDENT = "checkpoints/student.safetensors"   # what a run folder stands for
 
 
 def save_mmdit(model: MMDiT, path: str | Path, metadata: dict[str, str]) -> None:
     """Writes a checkpoint of ours: names without prefix, dtypes kept, `metadata` in the header; the header
-    also says what the network predicts unless that is v, as in published files."""
+    also says what the network predicts unless that is v, as in published files. All processes call it,
+    process 0 gathers what is sharded and writes, the others wait."""
     header = metadata if model.config.predicts == "v" else {**metadata, "predicts": model.config.predicts}
-    publish(Path(path), lambda path: write_tensors(path, model.state_dict(), header))
+    tensors = dict(full(model.state_dict()))
+    if ranks()[0] == 0:
+        publish(Path(path), lambda path: write_tensors(path, tensors, header))
+    agree()
 
 
 def load_mmdit(path: str | Path, kernels: Kernels | None = None) -> MMDiT:
@@ -100,91 +100,6 @@ def exportable(model: MMDiT, path: str | Path) -> Path:
     if Path(path).exists():
         raise InputError(f"{path}: found there already, a new name accepted")
     return Path(path)
-
-
-def save_state(folder: str | Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any],
-               keep: int = 2) -> None:
-    """Writes folder/step_000123 (state.safetensors, meta.json), then removes all but the last `keep` states.
-
-    A kill at any moment leaves at least the states that were there; what it left half done is removed here.
-    """
-    def write(path: Path) -> None:
-        path.mkdir()
-        write_tensors(path / "state.safetensors", tensors)
-        write_json(path / "meta.json", meta)
-        sync(path)
-
-    path = Path(folder) / f"step_{step:06d}"
-    before = path.with_suffix(".old")
-    for left in Path(folder).glob(".tmp_*"):
-        shutil.rmtree(left)
-    if path.exists():   # a folder cannot be renamed onto another: the former one steps aside, still readable
-        discard(before)
-        os.replace(path, before)
-    publish(path, write)
-    discard(before)
-    for state in states(folder)[:-keep]:
-        discard(state)
-
-
-def load_state(folder: str | Path) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-    """(step, tensors, meta) of the newest state, None without one; the tensors are memory-mapped.
-
-    Raises InputError that names the damaged file: an older state is never taken silently.
-    """
-    found = states(folder)
-    if not found:
-        return None
-    tensors, _ = read_tensors(found[-1] / "state.safetensors")
-    return int(found[-1].stem.removeprefix("step_")), tensors, read_json(found[-1] / "meta.json")
-
-
-def states(folder: str | Path) -> list[Path]:
-    """The states in a folder, oldest first; of one step the one that stepped aside comes first."""
-    found = [(re.fullmatch(r"step_(\d+)(\.old)?", path.name), path) for path in Path(folder).glob("step_*")]
-    return [path for _, _, path in sorted((int(m[1]), m[2] is None, path) for m, path in found if m)]
-
-
-def discard(path: Path) -> None:
-    """Removes a folder if it is there; renamed first, so that no half of it is ever taken for a state."""
-    if path.exists():
-        shutil.rmtree(path.rename(path.with_name(f".tmp_{path.name}")))
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
-    """AdamW's moments and step counts, named `prefix` INDEX.NAME; parameters are numbered over all groups.
-
-    Learning rates are not among them: the schedule sets them from the step.
-    """
-    named = {f"{prefix}parameters": torch.tensor(len(parameters(optimizer)))}
-    for index, values in optimizer.state_dict()["state"].items():
-        named |= {f"{prefix}{index}.{name}": tensor for name, tensor in values.items()}
-    return named
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[str, Tensor]) -> None:
-    """Puts optimizer_tensors back, bit for bit; the optimizer keeps its groups' hyperparameters.
-
-    Raises InputError where the tensors are of another optimizer.
-    """
-    owned, count = parameters(optimizer), tensors.get(f"{prefix}parameters")
-    if count is None or int(count) != len(owned):
-        found = "nothing" if count is None else int(count)
-        raise InputError(f"optimizer {prefix!r}: found {found} saved, {len(owned)} parameters accepted")
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        if not (match := re.fullmatch(rf"{re.escape(prefix)}(\d+)\.(\w+)", key)):
-            continue
-        index, name = int(match[1]), match[2]
-        size = [] if name == "step" else list(owned[index].shape)
-        if list(tensor.shape) != size:
-            raise InputError(f"optimizer {key}: found {list(tensor.shape)}, {size} accepted")
-        state.setdefault(index, {})[name] = tensor.clone()   # the optimizer writes into its state
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def main(argv: list[str]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 SAMPLERS = ("euler", "renoise")
-SCHEDULES = ("one-forward", "two-forward")
+SCHEDULES = ("one-forward", "simultaneous", "two-forward")
 
 
 class InputError(ValueError):
@@ -105,8 +105,9 @@ class Config:
     taps:            tuple[int, ...] = option((0, 1, 2), "teacher blocks that the heads read")
     head_width:      int = option(64, "channels inside a head, a multiple of 16", low=16)
     teacher_fp8:     bool = option(False, "products of the frozen teacher in fp8 while distilling")
-    schedule:        str = option("one-forward", "fakes of the student's step: the heads' own, or made anew",
-                                  SCHEDULES)
+    schedule:        str = option(
+        "one-forward", "fakes of the student's step: the heads' own, which micro-batches must make anew; the "
+        "heads' own, read by the heads before their step, in micro-batches too; made anew", SCHEDULES)
     heads_steps:     int = option(2, "heads' steps a student step", low=1)
     heads_first:     int = option(40, "heads-only steps at the start", low=0)
     misaligned:      float = option(
@@ -116,6 +117,16 @@ class Config:
     r1_weight:       float = option(0.0, "approximate R1 on the renoised real sample", low=0)
     r1_sigma:        float = option(0.05, "its perturbation", low=0)
     distill_weight:  float = option(0.0, "the paper's distillation loss, for its ablation", low=0)
+    # processes (torchrun) and memory
+    parallel:        str = option("auto", "copies of the student, or shards; auto: copies where they fit",
+                                  ("auto", "ddp", "fsdp"))
+    replicas:        int = option(1, "copies of what is sharded, such as one a node", low=1)
+    shard_teacher:   str = option("auto", "shard the frozen teacher too; auto: where it does not fit",
+                                  ("auto", "on", "off"))
+    checkpoint:      str = option("none", "activations kept for backward: all; of a block its inputs and "
+                                  "attentions; its inputs", ("none", "selective", "full"))
+    timeout:         float = option(1800.0, "seconds after which a process that hangs ends the run", low=1)
+    on_collapse:     str = option("warn", "what a sign of collapse does", ("warn", "stop"))
     # evaluation
     n:               int = option(2048, "images of each row of the report", low=6)
     eval_n:          int = option(256, "images of an evaluation while training", low=6)
@@ -153,9 +164,11 @@ class Config:
                              f"the batch, {share}, expected")
         return micro
 
-    @property
-    def accumulate(self) -> int:
-        return self.batch // self.micro(1)
+    def schedule_of(self, world: int) -> str:
+        """The schedule as it is run on `world` devices: with accumulation one-forward would keep a graph a
+        micro-batch, the memory that accumulation saves."""
+        split = self.micro(world) * world < self.batch
+        return "two-forward" if self.schedule == "one-forward" and split else self.schedule
 
     @property
     def hw(self) -> tuple[tuple[int, int], ...]:
@@ -164,7 +177,8 @@ class Config:
 
 
 # may differ when a run resumes
-PROCESS_FIELDS = ("micro_batch", "stop_after", "dry_run", "bench_steps", "tflops", "profile")
+PROCESS_FIELDS = ("micro_batch", "parallel", "replicas", "shard_teacher", "checkpoint", "timeout",
+                  "on_collapse", "stop_after", "dry_run", "bench_steps", "tflops", "profile")
 
 # of the built-in world and of a teacher trained on it: refused where they would do nothing
 WORLD_FIELDS = ("objects", "stated", "teacher_images", "teacher_steps", "teacher_batch", "teacher_lr",
@@ -324,6 +338,10 @@ def validated(c: Config) -> Config:
          f"--pos-grid: found {c.pos_grid}, at least {patches} expected for --sizes")
     must(c.width % 64 == 0, f"--width: found {c.width}, a multiple of 64 expected")
     must(c.head_width % 16 == 0, f"--head-width: found {c.head_width}, a multiple of 16 expected")
+    must(c.shard_teacher != "on" or c.parallel != "ddp",
+         "--shard-teacher: found on with --parallel ddp, where nothing is sharded; fsdp or auto expected")
+    must(c.replicas == 1 or c.parallel != "ddp",
+         f"--replicas: found {c.replicas} with --parallel ddp, whose copies are one a process")
     c.micro(1)
     must(len(c.probs) == len(c.levels), f"--probs: found {len(c.probs)} values for {len(c.levels)} --levels")
     must(abs(sum(c.probs) - 1) < 1e-6 and min(c.probs) >= 0,

@@ -1,80 +1,48 @@
-"""What a run will take, counted on the meta device before anything is allocated: parameters, memory, FLOPs,
-hours, disk."""
+"""What a run will take, counted on the meta device before anything is allocated: parameters, FLOPs, hours,
+disk, and the memory of ladd/memory.py."""
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from kernels import Kernels
 from ladd.config import Config
 from ladd.discriminator import Discriminator
-from ladd.distill import (DistillConfig, Text, Wrong, draw, fake_pass, flow_loss, grid_of, heads_loss,
-                          student_loss)
+from ladd.distill import DistillConfig, flow_loss
+from ladd.memory import PRODUCTS, Step, count, fused, memory_plan, peak, placed, references
 from ladd.mmdit import MMDiT
 
 
-class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes that autograd keeps for the backward pass;
-    parameters and shared storages count once or not at all."""
-
-    def __init__(self, *models: torch.nn.Module):
-        self.bytes = 0
-        self.seen = {p.untyped_storage()._cdata for m in models for p in (*m.parameters(), *m.buffers())}
-
-        def pack(t: Tensor) -> Tensor:
-            key = t.untyped_storage()._cdata
-            if key not in self.seen:
-                self.seen.add(key)
-                self.kept.append(t)                # keeps the storage alive, so that its key stays its own
-                self.bytes += t.untyped_storage().nbytes()
-            return t
-
-        self.kept: list[Tensor] = []
-        super().__init__(pack, lambda t: t)
-
-
-def count(model: torch.nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
 def step_cost(student: MMDiT, teacher: MMDiT, heads: Discriminator, latent: tuple[int, int, int],
-              context: tuple[int, int], batch: int, config: DistillConfig,
-              schedule: str = "one-forward") -> dict[str, int]:
+              context: tuple[int, int], batch: int, config: DistillConfig, schedule: str = "one-forward",
+              checkpoint: str = "none", ops: Kernels | None = None) -> dict[str, int]:
     """Of one LADD step of `batch` samples the FLOPs, the bytes kept for backward and the bytes of weights;
     FLOPs of a further step of the heads, of one teacher training step, of one evaluation (flops_v, a sample).
 
-    All networks on the meta device; latent (c, h, w), context (l, dim).
-    FLOPs are the matrix products that torch counts.
+    All networks on the meta device; latent (c, h, w), context (l, dim). FLOPs are the matrix products that
+    torch counts in the references, those made again by a checkpoint too; bytes kept are those of `ops`, the
+    references' by default.
     """
-    x0 = torch.empty(batch, *latent, device="meta")
-    text = Text(torch.empty(batch, *context, device="meta"),
-                torch.empty(batch, student.config.pooled_dim, device="meta"))
-    drawn, m = draw(x0, config.easy_steps, config, (0,)), round(config.misaligned * batch)
-    wrong = Wrong(torch.arange(m, device="meta"), Text(*(t[:m] for t in text)), x0.new_ones(m), m) if m else None
-    kept = SavedBytes(student, teacher, heads)
-    with FlopCounterMode(display=False) as counter, kept:
-        fake = fake_pass(student, teacher, heads, x0, text, drawn, config)
-        heads_loss(teacher, heads, x0, text, wrong, fake.feats, drawn, config)[0].backward()
-        if schedule == "two-forward":
-            kept.bytes, kept.kept = 0, []                          # the heads' fakes need no graph
-            fake = fake_pass(student, teacher, heads, x0, text, drawn, config)
-        student_loss(heads, text, fake, drawn, config, grid_of(teacher, x0))[0].backward(
-            inputs=list(student.parameters()))
-    with FlopCounterMode(display=False) as heads_counter:
-        with torch.no_grad():
-            fake = fake_pass(student, teacher, heads, x0, text, drawn, config)
-        heads_loss(teacher, heads, x0, text, wrong, fake.feats, drawn, config)[0].backward()
-    with FlopCounterMode(display=False) as flow_counter:
-        flow_loss(student, x0, x0, drawn.sigma_s, text).mean().backward()
-    with FlopCounterMode(display=False) as evaluation, torch.no_grad():
-        teacher(x0, drawn.sigma_s, *text)
-    weights = sum(p.numel() * teacher.final_layer.linear.weight.element_size()
-                  for model in (student, teacher) for p in model.parameters())
-    return {"flops_step": counter.get_total_flops(), "flops_heads_step": heads_counter.get_total_flops(),
-            "flops_flow_step": flow_counter.get_total_flops(),
-            "flops_v": evaluation.get_total_flops() / batch, "bytes_saved": kept.bytes,
-            "bytes_weights": weights}
+    step = Step(student, teacher, heads, latent, context, batch, config, schedule, checkpoint)
+    made = step.made(references(), torch.float32)
+    x0, text, wrong, drawn = made.inputs()
+
+    def flops(function: Callable, *args) -> int:
+        with FlopCounterMode(display=False, custom_mapping=PRODUCTS) as counter:
+            function(*args)
+        return counter.get_total_flops()
+
+    with torch.no_grad():
+        evaluation = flops(made.teacher, x0, drawn.sigma_s, *text)
+    return {"flops_step": flops(made.run), "flops_v": evaluation / batch,
+            "flops_heads_step": flops(lambda: made.heads_backward(
+                x0, text, wrong, drawn, made.fakes(x0, text, drawn, False))),
+            "flops_flow_step": flops(lambda: flow_loss(
+                made.student, x0, x0, drawn.sigma_s, text).mean().backward()),
+            "bytes_saved": peak(step, ops or references())[0],
+            "bytes_weights": (count(student) + count(teacher)) * teacher.pos_embed.element_size()}
 
 
 def measured_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
@@ -107,32 +75,33 @@ def disk_plan(student: MMDiT, heads: Discriminator, latent: tuple[int, int, int]
     return plan | {"sum": sum(plan.values())}
 
 
-def memory_plan(student: MMDiT, teacher: MMDiT, heads: Discriminator, saved: int,
-                gpus: int = 1) -> dict[str, int]:
-    """Bytes of each of `gpus` by purpose: fp32 masters with gradients, two Adam moments and a moving average,
-    sharded over them; the frozen teacher, the heads and the activations of a micro-batch on each."""
-    frozen = sum(p.numel() * p.element_size() for p in teacher.parameters())
-    plan = {"student (weights, gradients, Adam, EMA)": 20 * count(student) // gpus,
-            "teacher (frozen)": frozen, "heads (weights, gradients, Adam)": 16 * count(heads),
-            "activations for backward": saved}
-    return plan | {"sum": sum(plan.values())}
-
-
 def plan(config: Config, student: MMDiT, teacher: MMDiT, heads: Discriminator, dc: DistillConfig, tokens: int,
-         prompts: int, device: torch.device) -> Iterator[str]:
+         prompts: int, device: torch.device, memory: int = 80 * 10 ** 9) -> Iterator[str]:
     """Lines of --dry-run: parameters, memory, FLOPs and bytes of a step; hours and disk of the stages.
-    Networks on the meta device; `tokens` of text a prompt, `prompts` distinct ones."""
-    h, w = config.hw[0]
-    latent, micro = (16, h // 8, w // 8), config.batch // config.accumulate
-    sizes, dtype = teacher.config, teacher.final_layer.linear.weight.dtype
-    costs = step_cost(student, teacher, heads, latent, (tokens, sizes.context_dim), micro, dc)
+    Networks on the meta device; `tokens` of text a prompt, `prompts` distinct ones; `memory` bytes a GPU
+    decide what is sharded."""
+    (h, w), sizes, dtype = config.hw[0], teacher.config, teacher.pos_embed.dtype
+    latent, micro, gpu = (16, h // 8, w // 8), config.micro(1), config.real or device.type == "cuda"
+    ops = fused() if gpu and config.kernels != "torch" else references()
+    networks = student, teacher, heads, latent, (tokens, sizes.context_dim)
+    costs = step_cost(*networks, micro, dc, config.schedule_of(1), config.checkpoint, ops)
     yield (f"parameters: teacher {count(teacher):,}, student {count(student):,}, heads {count(heads):,}")
-    for gpus in (1, 8) if config.real else (1,):
-        where = f"on each of {gpus} GPUs, the student sharded" if gpus > 1 else "on one device"
-        yield f"memory of distillation {where}, {dtype}, {micro} samples at a time:"
-        for name, size in memory_plan(student, teacher, heads, costs["bytes_saved"], gpus).items():
+    for gpus in [n for n in ((1, 8) if config.real else (1,)) if config.batch % n == 0]:
+        part = Step(*networks, config.micro(gpus), dc, config.schedule_of(gpus), config.checkpoint)
+        shard, shared, found = placed(memory, gpus, config.replicas if gpus > 1 else 1, partial(
+            memory_plan, part, ops, gpus, accumulate=config.batch // gpus // part.batch,
+            device="cuda" if gpu else "cpu"), *((config.parallel, config.shard_teacher) if gpus > 1 else ()))
+        where = ("on one device" if gpus == 1 else f"on each of {gpus} GPUs, student "
+                 f"{'sharded' if shard > 1 else 'whole'}, teacher {'sharded' if shared > 1 else 'whole'}")
+        yield (f"memory of distillation {where}, {dtype}, {part.batch} samples at a time, checkpoint "
+               f"{config.checkpoint}:")
+        for name, size in found.items():
             yield f"  {size / 2 ** 30:9.3f} GiB  {name}"
-    step = config.accumulate * (costs["flops_step"] + (config.heads_steps - 1) * costs["flops_heads_step"])
+        if gpu and found["sum"] > memory:
+            yield (f"  does not fit in {memory / 2 ** 30:.1f} GiB; --checkpoint full or a smaller "
+                   "--micro-batch take less")
+    step = costs["flops_step"] + (config.heads_steps - 1) * costs["flops_heads_step"]
+    step *= config.batch // micro
     flow_step = costs["flops_flow_step"] * config.teacher_batch / micro
     loaded = config.teacher or config.real
     yield (f"FLOPs: {step:.3e} a LADD step of {config.batch} pairs"

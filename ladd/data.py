@@ -80,7 +80,7 @@ class Latents:
 
     @property
     def holdout(self) -> int:
-        """Latents of each size that never train, a sixteenth and at least two: what the heads are tested on."""
+        """Latents of each size that never train, a sixteenth and at least two, to test the heads on."""
         return max(2, min(len(ids) for _, ids in self.buckets.values()) // 16)
 
     def batch(self, step: int, batch: int, seed: int, exclude: int = 0) -> Batch:

@@ -79,7 +79,7 @@ class Fake(NamedTuple):
 
 def draw(x0: Tensor, step: int, config: DistillConfig, key: Sequence[int], first: int = 0,
          batch: int | None = None) -> Draws:
-    """All random numbers of samples `first`, `first` + 1, ... of a batch of `batch` (default: x0 is all of it).
+    """All random numbers of samples `first`, `first` + 1, ... of `batch` (default: x0 is the whole batch).
 
     Functions of `key` and of the sample's number alone, drawn on the CPU in fp32: devices agree, and however
     many processes or micro-batches share a batch, each sample keeps its noise.

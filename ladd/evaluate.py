@@ -1,5 +1,6 @@
 """Prompts of the built-in world, samples for them, and one row of the report:
 quality against renders at equal n."""
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,13 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ladd import encode, flow, metrics, report, shapes
+from ladd import encode, flow, metrics, parallel, report, shapes
 from ladd.config import Config
 from ladd.data import Latents
 from ladd.discriminator import Discriminator
 from ladd.distill import DistillConfig, Text, draw, fake_pass, grid_of, hinge_d, taps_of
 from ladd.domain import Domain, world_domain
 from ladd.mmdit import MMDiT
+from ladd.parallel import ranks
 from ladd.report import contact_sheet, save_png
 from ladd.run import command, curves, device_name, levels_of, progress, step_counts
 from ladd.sampler import image_noise, sample
@@ -58,22 +60,30 @@ def given_prompts(config: Config, captions: list[str]) -> list[Prompts]:
 def generate(model: MMDiT, domain: Domain, prompts: list[Prompts], sigmas: Tensor, sampler: str,
              guidance: float, seed: int, batch: int,
              progress: Callable[[int], None] = lambda n: None) -> tuple[list[Tensor], float]:
-    """(latents per size, seconds in the model); prompt i of all starts from the noise of seed + i."""
-    device, channels = next(model.parameters()).device, model.config.in_channels
+    """(latents per size, seconds in the model); prompt i of all starts from the noise of seed + i.
+
+    Processes share the prompts, in batches of one size, so that all call the model equally often and compiled
+    graphs are reused (the last ones may repeat a prompt), and all get all latents; the seconds are those for
+    one device."""
+    device, channels, (rank, world) = next(model.parameters()).device, model.config.in_channels, ranks()
     null = Text(*(t[0].to(device) for t in domain.embed([""])))
     out, seconds, first = [], 0.0, seed
     for part in prompts:
         latents, shape = [], (channels, part.hw[0] // 8, part.hw[1] // 8)
-        for i in range(0, len(part.captions), batch):
-            captions = part.captions[i:i + batch]
+        n = len(part.captions)
+        batches = -(-n // (world * batch))
+        size = -(-n // (world * batches))
+        for first_of in range(rank * batches * size, (rank + 1) * batches * size, size):
+            few = [i % n for i in range(first_of, first_of + size)]
+            captions = [part.captions[i] for i in few]
             text = Text(*(t.to(device) for t in domain.embed(captions)))
-            seeds = list(range(first + i, first + i + len(captions)))
+            seeds = [first + i for i in few]
             noise = image_noise(seeds, shape).to(device)
             start = time.perf_counter()
             latents.append(sample(model, noise, text, sigmas, sampler, seeds, null, guidance).cpu())
-            seconds += time.perf_counter() - start
-            progress(len(captions))
-        out.append(torch.cat(latents))
+            seconds += (time.perf_counter() - start) * world
+            progress(len(captions) * world)
+        out.append(parallel.gathered(torch.cat(latents))[:n])
         first += len(part.captions)
     return out, seconds
 
@@ -163,7 +173,8 @@ def save_grid(config: Config, domain: Domain, student: MMDiT, prompts: list[Prom
     sheet = contact_sheet(student_pictures(config, domain, student, prompts),
                           [c for p in prompts for c in p.captions],
                           cell=min(256, max(64, *(side // 2 for p in prompts for side in p.hw))))
-    save_png(sheet, path, {"parameters": f"sampler: {config.sampler}, seeds from 0"})
+    if ranks()[0] == 0:
+        save_png(sheet, path, {"parameters": f"sampler: {config.sampler}, seeds from 0"})
 
 
 @torch.no_grad()
@@ -195,7 +206,8 @@ def duel(student: MMDiT, teacher: MMDiT, heads: Discriminator, latents: Latents,
     (held, sigma_r), (fake, sigma_f), (seen, _) = (
         logits(size - n, False), logits(size - n, True), logits(0, False))
     mean = lambda x: x.mean((0, 2, 3))                                         # one value a sample
-    out = {"auc": metrics.auc(mean(held), mean(fake)), "auc_memory": metrics.auc(mean(seen), mean(held)),
+    out = {"auc_n": float(n), "auc": metrics.auc(mean(held), mean(fake)),
+           "auc_memory": metrics.auc(mean(seen), mean(held)),
            "auc_null": metrics.auc(mean(held[:, ::2]), mean(held[:, 1::2]))}
     out |= {f"gap_{k}": float(held[k].mean() - fake[k].mean()) for k in range(len(held))}
     for low in (0.0, 0.25, 0.5, 0.75):
@@ -203,6 +215,33 @@ def duel(student: MMDiT, teacher: MMDiT, heads: Discriminator, latents: Latents,
         if r.any() and f.any():
             out[f"hinge_{low + 0.125:g}"] = float(hinge_d(held[:, r], fake[:, f]))
     return out
+
+
+def alarms(values: dict[str, float], before: dict[str, float] = {}) -> list[str]:
+    """What in a line of log.jsonl or an evaluation looks like a collapse, in words; thresholds are ours.
+
+    Quality: entropy of the attributes left open below .8 of the data's and below that of the first
+    evaluation, `before`. The duel: active margins below .05 (the heads have nothing left to learn); on
+    held-out latents AUC below .5 (they are lost) or above .995 (they win), training reals told from held-out
+    ones (memorised), reals from reals (a leak). An AUC is off .5 when it is by five standard deviations,
+    1 / sqrt(6 n) for n against n.
+    """
+    on = "AUC on held-out latents is"
+    found = [f"{name} is {value:.2f}, below .8 of the data's: images become alike"
+             for name, value in values.items()
+             if name.startswith("entropy_") and value < min(0.8, before.get(name, 1.0))]
+    if "margin_real" in values and max(values["margin_real"], values["margin_fake"]) < 0.05:
+        found.append("active margins are below .05: the heads win")
+    if "auc" in values:
+        off = 5 / math.sqrt(6 * values["auc_n"])
+        found += [text for bad, text in (
+            (values["auc"] > 0.995, f"{on} {values['auc']:.3f}: the heads win"),
+            (values["auc"] < 0.5 - off, f"{on} {values['auc']:.3f}: the heads are lost"),
+            (values["auc_memory"] > 0.5 + off, f"training reals against held-out ones have AUC "
+             f"{values['auc_memory']:.3f}: the heads have memorised"),
+            (abs(values["auc_null"] - 0.5) > off * 2 ** 0.5, f"real against real has AUC "
+             f"{values['auc_null']:.3f}: something leaks")) if bad]
+    return found
 
 
 def world_latents(config: Config, n: int, seed: int) -> Latents:
@@ -244,7 +283,7 @@ def compare(config: Config, run: Path, domain: Domain, teacher: MMDiT, student: 
              for k in (4, 2, 1) for g in dict.fromkeys((config.guidance, 1.0))]
     plan += [(name, model, config.sampler, k, 1.0, levels_of(config.levels, k))
              for name, model in (("untrained", untrained), ("student", student)) for k in counts]
-    rows, bar = [], progress("report", len(plan) * n)
+    rows, bar = [], progress("report", len(plan) * n, quiet=ranks()[0])
     for name, model, sampler, steps, guidance, levels in plan:
         row = measure(model, config, domain, prompts, reference, steps, sampler, guidance, levels,
                       seed=REPORT * 10 ** 6, progress=bar.update)
@@ -263,11 +302,15 @@ def compare(config: Config, run: Path, domain: Domain, teacher: MMDiT, student: 
     log = curves(run, "distill") | curves(run, "eval")
     floor = {**floor, "fd_curves": log.get("floor_fd", [(0, floor["fd"])])[-1][1]}
     seconds["report"] = time.perf_counter() - start
+    if ranks()[0]:
+        return
+    last = {k: log[k][-1][1] for k in ("pairs_per_second", "mfu", "data_wait", "gb") if k in log}
     report.write_report(run, sheet, {
         "preset": config.preset, "command": command(),
-        "device": device_name(next(student.parameters()).device), "world_size": 1,
+        "device": device_name(next(student.parameters()).device), "world_size": ranks()[1],
         "versions": report.versions(), "commit": report.commit(), "n": n, "seeds": [config.seed],
-        "seconds": seconds, "floor": floor, "curves": log, "heldout_prompt_accuracy": unseen, "rows": rows})
+        "seconds": seconds, "throughput": last, "floor": floor, "curves": log,
+        "heldout_prompt_accuracy": unseen, "rows": rows})
     print(report.table(rows, floor))
     if not config.real:
         print(f"floor {floor['fd']:.3f}; prompts of held-out combinations: "

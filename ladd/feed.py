@@ -1,4 +1,4 @@
-"""What a step reads: micro-batches of latents with captions, misfits and noise, made on the host one step ahead.
+"""What a step reads: micro-batches of latents with captions, misfits and noise, made on the host.
 
 Each is a function of the step alone, however many processes and micro-batches share the batch: resuming needs
 no saved state, and two processes train as one does.

@@ -4,7 +4,7 @@
 
 q divides a row by its largest entry / 448 and rounds to e4m3; s are these factors: one a token for x and g,
 one an output channel for W, one an input channel for the W of dx. A GPU of compute capability 9.0 multiplies
-fp8 at twice the rate of bf16; two fp8 copies of W take the memory of one in bf16. Our choice, not the paper's.
+fp8 at twice the rate of bf16; two fp8 copies of W take the memory of one in bf16. Our choice.
 """
 import torch
 from torch import Tensor, nn
@@ -60,9 +60,10 @@ def in_fp8(model: MMDiT) -> MMDiT:
     Modulation, embedders and the output layer, which see few rows or set the scale, stay in bf16.
     Raises ValueError where the network trains or computes in another dtype.
     """
-    if model.compute_dtype != torch.bfloat16 or any(p.requires_grad for p in model.parameters()):
-        raise ValueError(f"fp8: found {model.compute_dtype}, trainable weights "
-                         f"{any(p.requires_grad for p in model.parameters())}; a frozen bf16 network accepted")
+    trains = any(p.requires_grad for p in model.parameters())
+    if model.compute_dtype != torch.bfloat16 or trains:
+        raise ValueError(f"fp8: found {model.compute_dtype}, trainable weights {trains}; a frozen bf16 "
+                         "network accepted")
     for block in model.joint_blocks:
         for stream in (block.x_block, block.context_block):
             for parent in (stream.attn, getattr(stream, "attn2", None), getattr(stream, "mlp", None)):

@@ -4,7 +4,6 @@ Letters: b batch, c channels, h w latent height and width, p patch, l tokens of 
 Parameter names are those of the published single-file checkpoints, so that their weights load without a map.
 Source: Esser et al. 2024 (SD3), Sec. 4 and Fig. 2; the second, image-only attention is SD3.5-medium's.
 """
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -295,15 +294,15 @@ class MMDiT(nn.Module):
         return (v, feats) if taps else v
 
 
-def shrunk(teacher: MMDiT, depth: int) -> MMDiT:
-    """A student initialised from the teacher:
-    a copy, or `depth` of its blocks taken evenly, first and last among them."""
-    full = teacher.config.depth
+def shrunk(teacher: MMDiT, depth: int) -> tuple[MMDiTConfig, dict[str, Tensor]]:
+    """(sizes, weights by name) of a student that starts as the teacher: all of it, or `depth` of its blocks
+    taken evenly, first and last among them. The tensors are the teacher's own."""
+    full, dual = teacher.config.depth, teacher.config.dual_blocks
     if not 1 <= depth <= full:
         raise ValueError(f"student depth {depth}; 1 to the teacher's {full} expected")
-    student = copy.deepcopy(teacher).requires_grad_(True)
     keep = [round(i * (full - 1) / (depth - 1)) for i in range(depth)] if depth > 1 else [full - 1]
-    student.joint_blocks = nn.ModuleList(student.joint_blocks[i] for i in keep)
-    dual = tuple(i for i, j in enumerate(keep) if j in teacher.config.dual_blocks)
-    student.config = replace(teacher.config, depth=depth, dual_blocks=dual)
-    return student
+    tensors = {k: v for k, v in teacher.state_dict().items() if not k.startswith("joint_blocks.")}
+    for i, j in enumerate(keep):
+        tensors |= {f"joint_blocks.{i}.{k}": v for k, v in teacher.joint_blocks[j].state_dict().items()}
+    dual = tuple(i for i, j in enumerate(keep) if j in dual)
+    return replace(teacher.config, depth=depth, dual_blocks=dual), tensors

@@ -1,5 +1,6 @@
 """The run folder: configuration, environment, log and the wish to stop."""
 import json
+import math
 import os
 import shlex
 import signal
@@ -7,19 +8,29 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import kernels
 from ladd.config import Config, InputError, check_same, to_json
 from ladd.mmdit import MMDiT
+from ladd.parallel import Norms, ranks
 from ladd.report import commit, versions
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called auto, cpu or cuda; auto takes CUDA where there is one."""
+    """The device called auto, cpu or cuda; auto takes CUDA where there is one. Under torchrun each process of
+    a machine takes a GPU of its own, which becomes the current one."""
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device: found cuda without a CUDA device, accepted is cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= count:
+        raise InputError(f"torchrun: found process {local + 1} on a machine of {count} GPUs, one a GPU "
+                         f"accepted (--nproc-per-node {count})")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
 
 
 def pick_kernels(name: str, device: str, precision: str = "auto") -> kernels.Kernels:
@@ -29,7 +40,7 @@ def pick_kernels(name: str, device: str, precision: str = "auto") -> kernels.Ker
     if name == "auto" and (device == "cpu" or precision == "fp32"):
         kernels.announce("torch", "--device cpu" if device == "cpu" else "--precision fp32")
         name = "torch"
-    if name == "triton" and precision == "fp32" and pick_device(device).type == "cuda":
+    if name == "triton" and precision == "fp32" and device != "cpu" and torch.cuda.is_available():
         raise InputError("--kernels: found triton with --precision fp32, bf16 accepted on a GPU")
     try:
         return kernels.load(name)
@@ -101,17 +112,21 @@ def progress(name: str, total: int, start: int = 0, quiet: bool = False) -> tqdm
 
 
 class Log:
-    """log.jsonl: one object a line. Lines of a stage beyond the step that it resumes at are dropped,
-    so no step stands twice."""
+    """log.jsonl: one object a line, written by process 0. Lines of a stage beyond the step that it resumes at
+    are dropped, so no step stands twice."""
 
     def __init__(self, folder: Path, stage: str, resume_at: int):
-        self.path, self.stage = folder / "log.jsonl", stage
+        self.path, self.stage, self.writes = folder / "log.jsonl", stage, ranks()[0] == 0
+        if not self.writes:
+            return
         lines = [line for line in read_log(folder) if line["stage"] != stage or line["step"] <= resume_at]
         temp = self.path.with_suffix(".tmp")
         temp.write_text("".join(json.dumps(line) + "\n" for line in lines))
         os.replace(temp, self.path)
 
     def write(self, step: int, **values) -> None:
+        if not self.writes:
+            return
         with self.path.open("a") as f:
             f.write(json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
 
@@ -157,11 +172,35 @@ class Stopped(Exception):
     """Raised once a stage has saved itself after a signal or --stop-after."""
 
 
-def check_finite(step: int, **values: float) -> None:
-    """Stops a run whose loss or gradient is no number, naming the step and the term."""
-    for name, value in values.items():
-        if not torch.isfinite(torch.as_tensor(value)):
-            raise FloatingPointError(f"step {step}: {name} is {value}; the last checkpoint is intact")
+class Health:
+    """Losses and gradient norms of the steps since the last look, read back from the device in one go:
+    no step waits for it."""
+
+    def __init__(self):
+        self.seen: list[tuple[int, dict[str, Tensor], dict[str, tuple[nn.Module, Norms]]]] = []
+
+    def note(self, step: int, losses: dict[str, Tensor], norms: dict[str, tuple[nn.Module, Norms]]) -> None:
+        self.seen.append((step, {name: loss.detach() for name, loss in losses.items()}, norms))
+
+    def look(self) -> None:
+        """Raises FloatingPointError at the first step with a loss or gradient that is no number, naming step,
+        term and parameter. Norms are the same in all processes, so all of them raise."""
+        seen, self.seen = self.seen, []
+        if not seen:
+            return
+        totals = torch.stack([n.total for _, _, norms in seen for _, n in norms.values()])
+        terms = torch.stack([loss for _, losses, _ in seen for loss in losses.values()])
+        if torch.isfinite(torch.cat([totals, terms])).all():
+            return
+        for step, losses, norms in seen:
+            bad = [f"{name} is {loss.item()}" for name, loss in losses.items() if not loss.isfinite()]
+            for network, (module, n) in norms.items():
+                named = zip(module.named_parameters(), n.each.tolist())
+                worst = [f"the gradient of {f'{network} {name}'.strip()} has norm {value}"
+                         for (name, _), value in named if not math.isfinite(value)]
+                bad += worst[:1]
+            if bad:
+                raise FloatingPointError(f"step {step}: {'; '.join(bad)}; the last checkpoint is intact")
 
 
 def memory_gb(device: torch.device) -> float:

@@ -1,10 +1,23 @@
-"""Time of a step and its stages, peak rates, forwards counted: the measuring side of --bench-steps."""
+"""Time of a step and its stages, peak rates, forwards counted: the log's rates and --bench-steps."""
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
+
+from ladd import cost, parallel, report
+from ladd.config import SCHEDULES, Config
+from ladd.data import Latents
+from ladd.feed import moved
+from ladd.memory import fused
+from ladd.mmdit import MMDiT, MMDiTConfig
+from ladd.run import device_name, memory_gb
+from ladd.step import (Layout, calibrate, distill_config, heads_step, make_players, on_meta, ops_of,
+                       step_parts, student_step, teacher_config, tokens_of)
 
 # dense bf16 TFLOP/s with fp32 sums, from NVIDIA's data sheets; the first name that fits counts
 PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "H800": 989, "GH200": 989, "B200": 2250,
@@ -69,3 +82,93 @@ def interleaved(steps: dict[str, Callable[[int], None]], count: int, device: tor
             wait(device)
             seconds[name] += (time.perf_counter() - start) * (i >= 0)
     return {name: total / count for name, total in seconds.items()}
+
+
+def step_flops(config: Config, sizes: MMDiTConfig, latent: tuple[int, int, int], device: torch.device,
+               schedule: str) -> tuple[int, int]:
+    """(FLOPs of a step over all processes, bytes kept for backward by a micro-batch)."""
+    world = parallel.ranks()[1]
+    micro = config.micro(world)
+    costs = cost.step_cost(*on_meta(config, sizes, device), latent, (tokens_of(config), sizes.context_dim),
+                           micro, distill_config(config), schedule, config.checkpoint,
+                           fused() if device.type == "cuda" and config.kernels != "torch" else None)
+    flops = costs["flops_step"] + (config.heads_steps - 1) * costs["flops_heads_step"]
+    return flops * config.batch // micro, costs["bytes_saved"]
+
+
+class Pace:
+    """Rates of a training loop between two lines of its log; what is inside `paused` does not count.
+
+    Model FLOP utilisation needs the device's peak: where the table does not know it, such as a CPU's, there
+    is none. FLOPs are counted at the first size of the run; the others have about its area.
+    """
+
+    def __init__(self, config: Config, sizes: MMDiTConfig, latent: tuple[int, int, int],
+                 device: torch.device):
+        self.config, self.device, peak = config, device, peak_flops(device_name(device))
+        world = parallel.ranks()[1]                         # share: of the peak, at one step a second
+        self.share = peak and step_flops(config, sizes, latent, device, config.schedule_of(world))[0] / (
+            peak * world)
+        self.began = self.since = time.perf_counter()
+        self.idle = self.waited = 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.idle += time.perf_counter() - start
+
+    def line(self, waited: float, steps: int) -> dict[str, float]:
+        """Of the last `steps` steps; `waited`: seconds that the loop has stood still for data so far."""
+        now = time.perf_counter()
+        seconds, wait = max(now - self.since - self.idle, 1e-9), waited - self.waited
+        self.since, self.idle, self.waited = now, 0.0, waited
+        rates = {"seconds": now - self.began, "pairs_per_second": steps * self.config.batch / seconds,
+                 "data_wait": wait / seconds, "gb": memory_gb(self.device)}
+        return rates | ({"mfu": self.share * steps / seconds} if self.share else {})
+
+
+def bench(config: Config, layout: Layout) -> None:
+    """Times --bench-steps LADD steps of random networks on random latents, under all schedules in turn; gain
+    is over two-forward."""
+    (h, w), n, device = config.hw[0], 2 * config.batch, layout.device
+    torch.manual_seed(config.seed)
+    with torch.device(device if layout.mesh is None else "cpu"):
+        base = MMDiT(teacher_config(config), ops_of(config))
+    c, latent = base.config, (16, h // 8, w // 8)
+    widths = (tokens_of(config), c.context_dim), (c.pooled_dim,)
+    text = [torch.randn(n, *width).bfloat16() for width in widths]
+    latents = Latents([str(i) for i in range(n)], *text, torch.arange(n)[:, None], (text[0][0], text[1][0]),
+                      {latent[1:]: (torch.randn(n, *latent), torch.arange(n))}, {})
+    dc, p = distill_config(config), make_players(config, base, layout)
+    del base
+    calibrate(config, dc, p.teacher, p.heads, latents)
+
+    def step(schedule: str, it: int, lap: Callable[[str], None] = lambda name: None) -> None:
+        run = replace(config, schedule=schedule, heads_first=0)
+        for j in range(run.heads_steps):
+            parts = moved(step_parts(run, dc, latents, it, j), device)
+            lap("batch and noise")
+            fakes = heads_step(run, dc, p, parts, j == run.heads_steps - 1, lap)[-1]
+        student_step(run, dc, p, parts, fakes, lap)
+
+    seconds = interleaved({s: partial(step, s) for s in SCHEDULES}, config.bench_steps, device)
+    peak, world, rows = peak_flops(device_name(device)), parallel.ranks()[1], []
+    for schedule in SCHEDULES:
+        with forwards(student=p.student, teacher=p.teacher) as count:
+            laps = Laps(device)
+            step(schedule, 0, laps)
+        flops, saved = step_flops(config, c, latent, device,
+                                  replace(config, schedule=schedule).schedule_of(world))
+        rows.append({"schedule": schedule, "pairs_per_second": config.batch / seconds[schedule],
+                     "seconds": seconds[schedule], "flops": flops,
+                     "mfu": flops / seconds[schedule] / (peak * world) if peak else None, "forwards": count,
+                     "memory_gb": memory_gb(device), "bytes_saved": saved,
+                     "stages": {k: v / sum(laps.seconds.values()) for k, v in laps.seconds.items()}})
+    gain = {row["schedule"]: row["pairs_per_second"] / rows[-1]["pairs_per_second"] for row in rows[:-1]}
+    if parallel.ranks()[0] == 0:
+        print(json.dumps({"preset": config.preset, "device": device_name(device), "world_size": world,
+                          "versions": report.versions(), "commit": report.commit(), "batch": config.batch,
+                          "micro_batch": config.micro(world), "size": config.sizes[0], "gain": gain,
+                          "rows": rows}, indent=1))
+    parallel.finish()

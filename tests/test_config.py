@@ -358,8 +358,8 @@ def test_kernels_are_those_asked_for(home):
 
 
 def test_compile_compiles_each_block_of_each_network(home):
-    """On the CPU, where auto is off: teacher, student and the one that draws; two blocks each."""
-    for value, calls in (("on", 3 * 2), ("off", 0), ("auto", 0)):
+    """On the CPU, where auto is off: teacher, student, average, the one that draws; two blocks each."""
+    for value, calls in (("on", 4 * 2), ("off", 0), ("auto", 0)):
         with mock.patch.object(torch.nn.Module, "compile") as compiled:
             main(home, f"--name compile-{value} --compile {value} --stop-after 1 {STAGES['student']}")
         assert [call.kwargs for call in compiled.call_args_list] == calls * [{"fullgraph": True}]
@@ -367,23 +367,25 @@ def test_compile_compiles_each_block_of_each_network(home):
 
 def test_n_is_the_number_of_images_of_a_row(home, monkeypatch):
     reports = []
-    monkeypatch.setattr(train.report, "write_report", lambda run, sheet, report: reports.append(report))
+    monkeypatch.setattr(evaluate.report, "write_report", lambda run, sheet, report: reports.append(report))
     for n in (12, 14):
         main(home, f"--name n{n} --n {n} {STAGES['student']} --eval-every 3 --grid-every 0", report=True)
     assert [r["n"] for r in reports] == [12, 14] and reports[0]["floor"]["fd"] != reports[1]["floor"]["fd"]
 
 
 def test_eval_batch_bounds_what_is_sampled_at_once(home):
-    for size in (2, 5):
+    for size, most in ((2, 2), (5, 4)):           # of 6 a size (two batches of 3), and 4 a size in a grid
         with mock.patch.object(evaluate, "sample", wraps=evaluate.sample) as sample:
             main(home, f"--name b{size} --eval-batch {size} {STAGES['student']} --eval-every 3")
-        assert max(len(call.args[1]) for call in sample.call_args_list) == size
+        assert max(len(call.args[1]) for call in sample.call_args_list) == most
 
 
 ELSEWHERE = {"preset": test_preset_decides_the_sizes, "tflops": test_tflops_decide_the_hours,
              "pooled_dim": test_text_of_real_prompts_decides_sizes_and_costs,
              "t5_tokens": test_text_of_real_prompts_decides_sizes_and_costs,
              **dict.fromkeys(("schedule", "bench_steps"), "tests/test_speed.py"),
+             **dict.fromkeys(("parallel", "replicas", "shard_teacher", "checkpoint", "timeout",
+                              "on_collapse"), "tests/test_torchrun.py"),
              **dict.fromkeys(("encoders", "prompts", "eval_prompts", "t5"), "tests/test_real.py"),
              "name": test_name_decides_the_folder,
              "device": test_device_cuda_is_refused_where_there_is_none,

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import rng
 from test_distill import CONFIG
 
 from ladd import feed
@@ -57,11 +56,12 @@ def test_any_split_of_a_batch_is_the_batch(world, micro, share):
 
 def test_a_part_holds_what_it_should():
     seen = set()
-    for index in range(4):                                       # an epoch: 3 batches of a size, 1 of the other
+    for index in range(4):                               # an epoch: 3 batches of a size, 1 of the other
         part, = parts(index, BATCH)
         i = part.x0[:, 0, 0, 0].long()
         seen |= set(i.tolist())
-        assert torch.equal(part.text.context[:, 0, 0].long(), i % 20) and part.draws.eps_s.shape == part.x0.shape
+        assert torch.equal(part.text.context[:, 0, 0].long(), i % 20)
+        assert part.draws.eps_s.shape == part.x0.shape
         assert torch.equal(part.text.pooled[:, 2].long(), i % 20)
         assert part.wrong.rows.tolist() == [1, 3, 5, 7, 9, 11] and part.wrong.count == 6
         assert torch.equal(part.wrong.text.context[:, 1, 1], part.wrong.text.pooled[:, 0])

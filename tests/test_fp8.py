@@ -1,4 +1,4 @@
-"""fp8 products: rounding errors of the stated size, the gradient to the input, what is replaced and what is not."""
+"""fp8 products: rounding errors of the stated size, the gradient to the input, which layers are replaced."""
 import pytest
 import torch
 from conftest import assert_close, rng, tiny, tiny_inputs
@@ -25,7 +25,7 @@ def test_rows_are_scaled_by_their_largest_entry():
 
 
 def test_products_are_those_of_the_rounded_operands():
-    """Forward and gradient, against fp64 products of operands rounded by hand: what is left is bf16's rounding."""
+    """Forward and gradient, against fp64 products of operands rounded by hand, to bf16's rounding."""
     lin = layer()
     fp8, x = Fp8Linear(lin), torch.randn(2, 3, 32, generator=rng(1)).bfloat16().requires_grad_()
     y = fp8(x)
@@ -84,9 +84,9 @@ def test_what_trains_or_computes_in_fp32_is_refused():
 
 
 def test_a_block_in_fp8_compiles_whole():
-    model, inputs = in_fp8(frozen()), tiny_inputs(dtype=torch.float32)
-    block = model.joint_blocks[0]
-    x_img, x_txt, cond = (torch.randn(s, generator=rng(3)).bfloat16() for s in ((2, 15, 128), (2, 5, 128), (2, 128)))
+    block = in_fp8(frozen()).joint_blocks[0]
+    sizes = (2, 15, 128), (2, 5, 128), (2, 128)
+    x_img, x_txt, cond = (torch.randn(s, generator=rng(3)).bfloat16() for s in sizes)
     x_img.requires_grad_()
     outs = []
     for f in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):

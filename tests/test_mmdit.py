@@ -301,7 +301,9 @@ def test_stopping_runs_no_later_block_and_no_text_branch_of_the_last_one(variant
                                                (3, 3, (0, 1, 2))])
 def test_shrunk_takes_the_right_blocks(full, depth, keep):
     teacher = tiny("dual", depth=full, dual_blocks=(0, 1, 2))
-    student = shrunk(teacher, depth)
+    config, tensors = shrunk(teacher, depth)
+    student = MMDiT(config, kernels.load("torch"), torch.float64).double()
+    student.load_state_dict(tensors)
     assert student.config.depth == depth
     assert student.config.dual_blocks == tuple(i for i, j in enumerate(keep) if j < 3)
     theirs, ours = teacher.state_dict(), student.state_dict()
@@ -311,12 +313,6 @@ def test_shrunk_takes_the_right_blocks(full, depth, keep):
     inputs = tiny_inputs()
     x, sigma, context, pooled = inputs
     assert_close("v", student(*inputs)[0], Naive(ours).one(x[0], sigma[0].item(), context[0], pooled[0])[0])
-    before = {name: t.clone() for name, t in theirs.items()}
-    with torch.no_grad():
-        for p in student.parameters():
-            p.zero_()
-    # a copy, no shared storage
-    assert all(torch.equal(t, before[name]) for name, t in teacher.state_dict().items())
 
 
 def test_shrunk_refuses_a_depth_out_of_range():

@@ -160,7 +160,7 @@ def test_guidance_without_the_null_text_is_refused():
 
 
 def test_a_graph_is_recorded_once_a_shape_and_reads_every_call_anew():
-    """Replayed as the CUDA graph is: the recorded function on the tensors it was recorded with, one output."""
+    """Replayed as a CUDA graph is: the recorded function on the tensors it was recorded with, one output."""
     recorded = []
 
     def capture(run):
@@ -173,9 +173,11 @@ def test_a_graph_is_recorded_once_a_shape_and_reads_every_call_anew():
     kept = [t.clone() for t in (noise, *text)]
     for name in ("euler", "renoise"):
         for b in (3, 1):
-            args = noise[:b], Text(*(t[:b] for t in text)), flow.euler_levels(3).double(), name, SEEDS[:b], null
+            few, levels = Text(*(t[:b] for t in text)), flow.euler_levels(3).double()
+            args = noise[:b], few, levels, name, SEEDS[:b], null
             for guidance in (1.0, 2.0):
-                assert torch.equal(sampler.sample(graphed, *args, guidance), sampler.sample(model, *args, guidance))
+                ours, plain = (sampler.sample(m, *args, guidance) for m in (graphed, model))
+                assert torch.equal(ours, plain)
     assert [s[0] for s in recorded] == [3, 6, 1, 2]
     assert all(torch.equal(a, b) for a, b in zip(kept, (noise, *text)))
     first = graphed(noise, torch.ones(3).double(), *text)

@@ -9,7 +9,7 @@ from test_train import TINY
 
 import kernels
 import train
-from ladd import cost, speed
+from ladd import cost, memory, speed
 from ladd.discriminator import Discriminator, DiscriminatorConfig
 from ladd.distill import DistillConfig
 from ladd.mmdit import MMDiT, MMDiTConfig
@@ -28,17 +28,22 @@ def test_one_command_compares_the_schedules(capsys, tmp_path, monkeypatch):
     gradient (real, misaligned); fake again."""
     monkeypatch.chdir(tmp_path)
     result = bench(capsys, "--misaligned 0")
-    one, two = result["rows"]
-    assert (one["schedule"], two["schedule"]) == ("one-forward", "two-forward")
+    one, before, two = result["rows"]
+    assert [row["schedule"] for row in result["rows"]] == ["one-forward", "simultaneous", "two-forward"]
+    assert before["forwards"] == one["forwards"] and before["flops"] == one["flops"]
     assert one["forwards"] == {"student": 1, "teacher": 2} and two["forwards"] == {"student": 2, "teacher": 3}
     assert one["flops"] < two["flops"] and one["mfu"] is None and one["pairs_per_second"] > 0
-    assert result["gain"] == pytest.approx(one["pairs_per_second"] / two["pairs_per_second"])
+    assert result["gain"] == pytest.approx({r["schedule"]: r["pairs_per_second"] / two["pairs_per_second"]
+                                            for r in (one, before)})
     assert sum(one["stages"].values()) == pytest.approx(1) and len(one["stages"]) == 6
     assert not list(tmp_path.iterdir())                                        # no files
     more = bench(capsys, "--misaligned .5 --heads-steps 2")["rows"]
-    assert [r["forwards"] for r in more] == [{"student": 2, "teacher": 4}, {"student": 3, "teacher": 5}]
+    assert [r["forwards"] for r in more] == [
+        {"student": 2, "teacher": 4}, {"student": 2, "teacher": 4}, {"student": 3, "teacher": 5}]
     micro = bench(capsys, "--misaligned 0 --micro-batch 4")["rows"]
-    assert micro[0]["forwards"] == {"student": 4, "teacher": 6}     # accumulation makes its own fakes
+    assert [r["forwards"] for r in micro] == [                      # accumulation makes its own fakes
+        {"student": 4, "teacher": 6}, {"student": 2, "teacher": 4}, {"student": 4, "teacher": 6}]
+    assert micro[0]["flops"] == micro[2]["flops"] > micro[1]["flops"]
 
 
 def networks(depth: int = 3, width: int = 128) -> tuple[MMDiT, MMDiT, Discriminator]:
@@ -64,7 +69,7 @@ def test_flops_of_the_schedules_are_units_of_a_forward():
 
 def test_saved_bytes_count_what_backward_keeps():
     layers = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
-    kept = cost.SavedBytes(layers)
+    kept = memory.SavedBytes(layers)
     with kept:
         layers(torch.ones(32, 8)).sum().backward()
     assert kept.bytes == 4 * 32 * (8 + 16)                                     # inputs of both products

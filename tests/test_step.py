@@ -1,4 +1,4 @@
-"""The step as train.py runs it: nothing is read back from the device, and nothing is held longer than needed."""
+"""The step as train.py runs it: nothing is read back from the device, nothing is held longer than needed."""
 import gc
 import weakref
 from collections import Counter
@@ -9,13 +9,14 @@ from test_feed import latents
 from test_train import TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import train
+from ladd import distill, step
 from ladd.config import parse_config
 from ladd.mmdit import MMDiT, MMDiTConfig
 
 CPU = torch.device("cpu")
 # what makes the host wait for a device: reading a value, or a shape that depends on values
-WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::masked_select",
+WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal",
+         "aten::masked_select",
          "aten::unique2", "aten::_unique2", "aten::repeat_interleave.Tensor"}
 
 
@@ -34,31 +35,36 @@ class Calls(TorchDispatchMode):
 def setting(flags: str = ""):
     """(config, distillation config, players, the parts of one step)."""
     config = parse_config(f"{TINY} --kernels torch --batch 8 --heads-first 0 {flags}".split(), "tiny")
-    base = MMDiT(MMDiTConfig(2, 64, 2, 4, 2, 2, pos_grid=4), train.ops_of(config))
+    torch.manual_seed(0)
+    base = MMDiT(MMDiTConfig(2, 64, 2, 4, 2, 2, pos_grid=4), step.ops_of(config))
     for p in base.parameters():
         torch.nn.init.normal_(p, std=0.05)
-    dc, data = train.distill_config(config), latents()
-    return config, dc, train.make_players(config, base, CPU), train.step_parts(config, dc, data, 0, 0)
+    dc, data = step.distill_config(config), latents()
+    players = step.make_players(config, base, step.Layout(CPU))
+    return config, dc, players, step.step_parts(config, dc, data, 0, 0)
 
 
-@pytest.mark.parametrize("flags", ["--misaligned .5", "--misaligned .5 --misaligned-at heads", "--micro-batch 2",
-                                   "--r1-weight 1 --distill-weight 1", "--schedule two-forward"])
+@pytest.mark.parametrize("flags", ["--misaligned .5", "--misaligned .5 --misaligned-at heads",
+                                   "--micro-batch 2",
+                                   "--r1-weight 1 --distill-weight 1", "--schedule two-forward",
+                                   "--schedule simultaneous --micro-batch 2"])
 def test_a_step_reads_nothing_back(flags):
     config, dc, players, parts = setting(flags)
     with Calls() as calls:
-        fakes = train.heads_step(config, dc, players, parts, True)[-1]
-        train.student_step(config, dc, players, parts, fakes)
+        fakes = step.heads_step(config, dc, players, parts, True)[-1]
+        step.student_step(config, dc, players, parts, fakes)
     assert sum(calls.count.values()) > 500 and not WAITS & set(calls.count)
     with Calls() as calls:                                              # it would be seen
         torch.ones(1).item(), torch.ones(2).nonzero()
     assert set(calls.count) >= {"aten::_local_scalar_dense", "aten::nonzero"}
 
 
-@pytest.mark.parametrize("flags, most", [("", 2), ("--micro-batch 2", 2), ("--schedule two-forward", 2)])
+@pytest.mark.parametrize("flags, most", [("", 2), ("--micro-batch 2", 2), ("--schedule two-forward", 2),
+                                         ("--schedule simultaneous --micro-batch 2", 2)])
 def test_features_are_freed_when_nobody_needs_them(monkeypatch, flags, most):
     """Alive at once at most the real ones and the fakes of one micro-batch; after the student's step none."""
     config, dc, players, parts = setting(flags)
-    alive, held, tapped = weakref.WeakSet(), [], train.fake_pass.__globals__["taps_of"]
+    alive, held, tapped = weakref.WeakSet(), [], distill.__dict__["taps_of"]
 
     class Tag:
         """Lives as long as the tensor it hangs on."""
@@ -69,13 +75,13 @@ def test_features_are_freed_when_nobody_needs_them(monkeypatch, flags, most):
         alive.add(feats[0].tag)
         held.append(len(alive))
         return feats
-    monkeypatch.setitem(train.fake_pass.__globals__, "taps_of", noted)
+    monkeypatch.setitem(distill.__dict__, "taps_of", noted)
     gc.disable()
     try:
         for _ in range(2):
-            fakes = train.heads_step(config, dc, players, parts, True)[-1]
+            fakes = step.heads_step(config, dc, players, parts, True)[-1]
             assert len(alive) == (0 if flags else 1)              # the student's step shares the fakes
-            train.student_step(config, dc, players, parts, fakes)
+            step.student_step(config, dc, players, parts, fakes)
             assert not alive and not fakes
     finally:
         gc.enable()
@@ -84,8 +90,31 @@ def test_features_are_freed_when_nobody_needs_them(monkeypatch, flags, most):
 
 def test_gradients_are_dropped_not_filled_with_zeros():
     config, dc, players, parts = setting()
-    train.student_step(config, dc, players, parts, train.heads_step(config, dc, players, parts, True)[-1])
+    step.student_step(config, dc, players, parts, step.heads_step(config, dc, players, parts, True)[-1])
     with Calls() as calls:
         players.opt_g.zero_grad(), players.opt_d.zero_grad()
     assert not any(name.startswith("aten") for name in calls.count)
     assert all(p.grad is None for n in players[::3] for p in n.parameters())
+
+
+def student_after(flags: str) -> torch.Tensor:
+    """All weights of the student after a step."""
+    config, dc, players, parts = setting(flags)
+    fakes = step.heads_step(config, dc, players, parts, True)[-1]
+    step.student_step(config, dc, players, parts, fakes)
+    return torch.cat([p.detach().flatten() for p in players.student.parameters()])
+
+
+def test_schedules_differ_in_which_heads_the_student_meets():
+    """Of one batch, one-forward and two-forward are the same step; simultaneous meets the heads before their
+    step, so that it is the same one where they do not move. In micro-batches it is what it is in one."""
+    far, still = "--heads-lr 0.1 --beta1 0 --lr 1e-3", "--heads-lr 0 --lr 1e-3"
+    one, two, before = (student_after(f"{far} --schedule {s}") for s in (
+        "one-forward", "two-forward", "simultaneous"))
+    start = student_after("--lr 0")
+    moved = (one - start).norm()
+    assert torch.equal(one, two) and (one - before).norm() > 0.05 * moved > 0
+    assert torch.equal(student_after(f"{still} --schedule simultaneous"), student_after(still))
+    assert torch.equal(student_after(f"{still} --schedule simultaneous"), before)
+    parts = student_after(f"{far} --schedule simultaneous --micro-batch 2")
+    assert (parts - before).norm() < 0.02 * moved      # Adam magnifies rounding where gradients are near zero

@@ -1,0 +1,250 @@
+"""Networks, optimizers and the two updates of a LADD step as they are run, in micro-batches and processes.
+
+The algebra is ladd/distill.py's; what lies sharded over processes, ladd/parallel.py's.
+"""
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+import kernels
+from kernels import Kernels
+from ladd import feed, flow, parallel, shapes, state
+from ladd.config import Config
+from ladd.data import Latents
+from ladd.discriminator import Discriminator, DiscriminatorConfig
+from ladd.distill import (DistillConfig, Fake, Text, draw, fake_pass, grid_of, heads_loss, student_loss,
+                          taps_of)
+from ladd.feed import Part, moved
+from ladd.fp8 import in_fp8
+from ladd.mmdit import MMDiT, MMDiTConfig, shrunk
+from ladd.run import compute_dtype, frozen, pick_kernels
+
+
+# --- networks ---
+
+class Layout(NamedTuple):
+    """Where the networks of this process lie."""
+    device: torch.device
+    mesh: DeviceMesh | None = None       # of what trains; None for one process
+    shard_teacher: bool = False          # else each process has the frozen teacher whole
+
+
+def ops_of(config: Config) -> Kernels:
+    return pick_kernels(config.kernels, config.device, config.precision)
+
+
+def teacher_config(config: Config) -> MMDiTConfig:
+    patches = max(max(hw) for hw in config.hw) // 16                          # codec 8, patch 2
+    return MMDiTConfig(config.depth, config.width, config.text_dim, config.pooled_dim or config.text_dim,
+                       qk_norm=config.qk_norm, dual_blocks=tuple(range(config.dual_blocks)),
+                       pos_grid=config.pos_grid or patches, predicts=config.predicts)
+
+
+def distill_config(config: Config) -> DistillConfig:
+    return DistillConfig(config.levels, config.probs, config.easy_steps, config.shift,
+                         config.d_mean, config.d_std, config.shared_noise, config.misaligned,
+                         config.misaligned_at, config.r1_weight, config.r1_sigma, config.distill_weight)
+
+
+def compiled(model: MMDiT, config: Config, device: torch.device) -> MMDiT:
+    """Each block compiled by itself, in place: one small graph serves all blocks of a kind.
+
+    Of JointBlock.forward there are graphs for each kind of block (plain, dual, last) and each use (training,
+    with a gradient passing through, without one) of one size, and for any size once a second one came by.
+    That is more than the eight that torch allows before it gives up.
+    """
+    if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
+        torch._dynamo.config.recompile_limit = 64
+        for block in model.joint_blocks:
+            block.compile(fullgraph=True)
+    return model
+
+
+def inference(model: MMDiT, config: Config, device: torch.device) -> MMDiT:
+    """A whole frozen copy in the compute dtype."""
+    return compiled(frozen(model, compute_dtype(config.precision, device), device), config, device)
+
+
+def network(sizes: MMDiTConfig, tensors: Mapping[str, Tensor], config: Config, layout: Layout,
+            dtype: torch.dtype, trains: bool, sharded: bool = True) -> MMDiT:
+    """An MMDiT with the weights `tensors` in `dtype`, computing in the compute dtype; sharded over the mesh.
+
+    Built without memory, then filled tensor by tensor, each process with its own rows: neither a mapped file
+    nor the network is ever whole in one place. Blocks recompute what --checkpoint does not keep.
+    """
+    with torch.device("meta"):
+        model = MMDiT(sizes, ops_of(config), compute_dtype(config.precision, layout.device)).to(dtype)
+    compiled(parallel.checkpointed(model.requires_grad_(trains), config.checkpoint), config, layout.device)
+    return parallel.load(parallel.shard(model, layout.mesh if sharded else None), tensors, layout.device)
+
+
+def on_meta(config: Config, sizes: MMDiTConfig, device: torch.device) -> tuple[MMDiT, MMDiT, Discriminator]:
+    """(teacher in the compute dtype, student in fp32, heads) without memory, on the references, whose
+    products torch's FLOP counter sees: what ladd/cost.py counts."""
+    ops, dtype = kernels.load("torch"), compute_dtype(config.precision, device)
+    with torch.device("meta"):
+        teacher = MMDiT(sizes, ops, dtype).to(dtype).requires_grad_(False)
+        smaller = shrunk(teacher, config.student_depth or sizes.depth)[0]
+        return teacher, MMDiT(smaller, ops, dtype), make_heads(config, sizes, ops)
+
+
+def tokens_of(config: Config) -> int:
+    """Text tokens of a prompt."""
+    return 77 + config.t5_tokens if config.real else shapes.max_words(config.objects)
+
+
+def make_heads(config: Config, teacher: MMDiTConfig, ops: Kernels) -> Discriminator:
+    sizes = DiscriminatorConfig(config.taps, teacher.width, teacher.pooled_dim, config.head_width)
+    return Discriminator(sizes, ops)
+
+
+class Players(NamedTuple):
+    """Who takes part in a step."""
+    student: MMDiT
+    ema: MMDiT
+    teacher: MMDiT
+    heads: Discriminator
+    opt_g: torch.optim.Optimizer
+    opt_d: torch.optim.Optimizer
+
+    def tensors(self, saved: state.State | None = None) -> dict[str, Tensor]:
+        """All that a run resumes from, by name; with `saved` the optimizers get the moments it has."""
+        networks = {"student": self.student, "ema": self.ema, "heads": self.heads}
+        out = {f"{name}.{k}": v for name, net in networks.items() for k, v in net.state_dict().items()}
+        return (out | moments(self.opt_g, self.student, "opt_g.", saved)
+                | moments(self.opt_d, self.heads, "opt_d.", saved))
+
+
+def moments(optimizer: torch.optim.Optimizer, network: nn.Module, prefix: str,
+            saved: state.State | None) -> dict[str, Tensor]:
+    named = dict(network.named_parameters())
+    return (state.optimizer_tensors(optimizer, named, prefix) if saved is None
+            else state.optimizer_targets(optimizer, named, prefix, saved))
+
+
+def make_players(config: Config, base: MMDiT, layout: Layout) -> Players:
+    """Student and average in fp32 from the teacher `base`, the frozen teacher, new heads, two AdamWs."""
+    device = layout.device
+    teacher = network(base.config, base.state_dict(), config, layout, compute_dtype(config.precision, device),
+                      False, layout.shard_teacher)
+    if config.teacher_fp8:
+        in_fp8(teacher)
+    start = shrunk(base, config.student_depth or base.config.depth)
+    student, ema = (network(*start, config, layout, torch.float32, trains) for trains in (True, False))
+    heads = make_heads(config, base.config, ops_of(config)).to(device)
+    parallel.broadcast(heads)
+    adam = dict(betas=(config.beta1, config.beta2), weight_decay=0.0, fused=True)
+    return Players(student, ema, teacher, heads, torch.optim.AdamW(student.parameters(), config.lr, **adam),
+                   torch.optim.AdamW(heads.parameters(), config.heads_lr, **adam))
+
+
+def calibrate(config: Config, dc: DistillConfig, teacher: MMDiT, heads: Discriminator,
+              latents: Latents) -> None:
+    """Sets the heads' standardisation from one batch of renoised reals."""
+    device = heads.feat_mean.device
+    batch = moved(latents.batch(0, config.batch, config.seed, latents.holdout), device)
+    drawn = draw(batch.x0, dc.easy_steps, dc, (config.seed, 3))
+    micro = config.micro_batch or config.batch
+    xt, text = flow.noised(batch.x0, drawn.eps_r, drawn.sigma_r), Text(batch.context, batch.pooled)
+    with torch.no_grad():
+        parts = [taps_of(teacher, heads, *(t[i:i + micro] for t in (xt, drawn.sigma_r)),
+                         Text(*(t[i:i + micro] for t in text))) for i in range(0, config.batch, micro)]
+    heads.calibrate([torch.cat(feats) for feats in zip(*parts)])
+    parallel.broadcast(heads)
+
+
+# --- the step ---
+
+def learning_rate(config: Config, step: int, steps_taken: int) -> float:
+    """Factor of a learning rate: linear warm-up over the steps that this network has taken, constant,
+    linear to 0 over the last `decay` of the student's steps. `step` is the student's count, negative while
+    the heads train alone."""
+    left = (config.steps - max(step, 0)) / max(1, config.decay * config.steps)
+    return min(1, (steps_taken + 1) / max(1, config.warmup), left)
+
+
+def step_keys(config: Config, start: int, total: int) -> Iterator[tuple[int, int]]:
+    """(iteration, heads' step) of every batch from iteration `start` on."""
+    return ((it, j) for it in range(start, total) for j in range(config.heads_steps))
+
+
+def step_parts(config: Config, dc: DistillConfig, latents: Latents, it: int, j: int) -> list[Part]:
+    """This process's micro-batches for the j-th heads' step of iteration `it`; each has its own batch."""
+    rank, world = parallel.ranks()
+    return feed.parts(latents, 0 if config.overfit_one_batch else it * config.heads_steps + j,
+                      max(it - config.heads_first, 0), (config.seed, 2, it, j), config.seed, config.batch,
+                      config.micro(world), dc, rank, world)
+
+
+def joined(stats: Sequence[dict[str, Tensor | None]]) -> dict[str, Tensor | None]:
+    """Stats of a batch from those of its micro-batches: logits [k, b, h, w] side by side, losses averaged."""
+    return {name: None if first is None else torch.cat([s[name] for s in stats], 1) if first.ndim
+            else torch.stack([s[name] for s in stats]).mean() for name, first in stats[0].items()}
+
+
+def heads_step(config: Config, dc: DistillConfig, p: Players, parts: list[Part], share: bool,
+               lap: Callable[[str], None] = lambda name: None):
+    """(loss_d, gradient norms, stats, fakes) of one step of the heads on the micro-batches `parts`.
+
+    With `share` the student's step follows on the same fakes: one teacher forward serves both losses. Of a
+    single batch their graphs stay alive until then (one-forward). Of several that would cost the memory that
+    accumulation saves: the student's step makes its own, as in the common schedule (two-forward), or its
+    gradients are taken here, by the heads as they are before their step (simultaneous).
+    """
+    schedule = "two-forward" if config.schedule == "one-forward" and len(parts) > 1 else config.schedule
+    share = share and schedule != "two-forward"
+
+    def backward(part: Part) -> tuple[Tensor, dict[str, Tensor], Fake | dict[str, Tensor] | None]:
+        with torch.set_grad_enabled(share):
+            fake = fake_pass(p.student, p.teacher, p.heads, part.x0, part.text, part.draws, dc)
+        lap("fake, forward")
+        loss_d, stats = heads_loss(p.teacher, p.heads, part.x0, part.text, part.wrong, fake.feats, part.draws,
+                                   dc)
+        (loss_d / len(parts)).backward()
+        lap("real forward, heads")
+        if share and schedule == "simultaneous":
+            fake = student_backward(dc, p, part, fake, len(parts), part is parts[-1], lap)
+        return loss_d.detach(), stats, fake if share else None
+
+    losses, stats, fakes = zip(*map(backward, parts))       # a function: what a part leaves is freed
+    parallel.average_gradients(p.heads)
+    norms = parallel.clip(p.heads, config.clip)
+    p.opt_d.step()
+    p.opt_d.zero_grad()
+    lap("heads' optimizer")
+    return sum(losses) / len(parts), norms, joined(stats), list(fakes)
+
+
+def student_backward(dc: DistillConfig, p: Players, part: Part, fake: Fake, parts: int, last: bool,
+                     lap: Callable[[str], None]) -> dict[str, Tensor]:
+    """Stats of the student's loss on one of `parts` micro-batches; adds its gradients to the student's."""
+    loss_g, stats = student_loss(p.heads, part.text, fake, part.draws, dc, grid_of(p.teacher, part.x0))
+    parallel.accumulate(p.student, last)
+    (loss_g / parts).backward()
+    lap("heads again, backward to the student")
+    return stats
+
+
+def student_step(config: Config, dc: DistillConfig, p: Players, parts: list[Part],
+                 fakes: list[Fake | dict[str, Tensor] | None],
+                 lap: Callable[[str], None] = lambda name: None):
+    """(stats, gradient norms) of the student's step on the micro-batches of the last heads' step, which takes
+    their `fakes` away: graphs, or stats where the gradients are there, or nothing; moves the average too."""
+    def backward(part: Part, last: bool) -> dict[str, Tensor]:
+        fake = fakes.pop(0)
+        if isinstance(fake, dict):
+            return fake
+        fake = fake or fake_pass(p.student, p.teacher, p.heads, part.x0, part.text, part.draws, dc)
+        lap("fake, forward")
+        return student_backward(dc, p, part, fake, len(parts), last, lap)
+
+    stats = joined([backward(part, part is parts[-1]) for part in parts])
+    norms = parallel.clip(p.student, config.clip)
+    p.opt_g.step()
+    p.opt_g.zero_grad()                                     # here: no gradients beside the next fakes
+    torch._foreach_lerp_(list(p.ema.parameters()), list(p.student.parameters()), 1 - config.ema)
+    lap("student's optimizer, average")
+    return stats, norms

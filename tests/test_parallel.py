@@ -1,0 +1,441 @@
+"""Several processes on gloo against one with the joined batch; this file is also the program they run."""
+import copy
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from conftest import TINY, VARIANTS, assert_close, randomise, rng, tiny, tiny_inputs
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kernels
+from ladd import flow, parallel
+from ladd.config import InputError
+from ladd.discriminator import Discriminator, DiscriminatorConfig
+from ladd.mmdit import MMDiT, MMDiTConfig
+
+ROOT = Path(__file__).parents[1]
+CPU, TAPS, GRID, BATCH, STEPS = torch.device("cpu"), (0, 1), (3, 5), 4, 2
+BASE = dict(replicas=1, teacher="sharded", heads_steps=1, two_forward=False, accumulate=1, keep="none",
+            compiled=False, dtype="float64", compute="float64")
+
+
+# the network of each process: built on meta, sharded, filled
+
+def network(seed: int, case: dict, mesh, dtype: str, trains: bool) -> MMDiT:
+    whole = tiny("dual", torch.float64, seed=seed).to(getattr(torch, case["dtype"])).state_dict()
+    with torch.device("meta"):
+        model = MMDiT(MMDiTConfig(**TINY, **VARIANTS["dual"]), kernels.load("torch"),
+                      getattr(torch, case["compute"])).to(getattr(torch, case[dtype])).requires_grad_(trains)
+    parallel.checkpointed(model, case["keep"])
+    if case["compiled"] and (seed, trains) != (1, False):    # not the average: compiling takes long
+        for block in model.joint_blocks:
+            block.compile(fullgraph=True, backend="aot_eager")
+    return parallel.load(parallel.shard(model, mesh), whole, CPU)
+
+
+def batch(it: int, j: int, case: dict) -> dict[str, Tensor]:
+    """The joined batch of heads' step j in iteration it."""
+    g = rng(100 + 10 * it + j)
+    x0, _, context, pooled = tiny_inputs(BATCH, seed=200 + 10 * it + j)
+    noise = {f"eps_{k}": torch.randn(x0.shape, generator=g) for k in "sdr"}
+    levels = {f"sigma_{k}": torch.rand(BATCH, generator=g) * .8 + .1 for k in "sdr"}
+    dtype = torch.promote_types(getattr(torch, case["compute"]), torch.float32)
+    return {k: v.to(dtype) for k, v in
+            dict(x0=x0, context=context, pooled=pooled, **noise, **levels).items()}
+
+
+def fakes(student: MMDiT, teacher: MMDiT, d: dict[str, Tensor]) -> list[Tensor]:
+    text = d["context"], d["pooled"]
+    xt = flow.noised(d["x0"], d["eps_s"], d["sigma_s"])
+    x0_hat = flow.to_x0(xt, student(xt, d["sigma_s"], *text), d["sigma_s"])
+    xt = flow.noised(x0_hat, d["eps_d"], d["sigma_d"])
+    return teacher(xt, d["sigma_d"], *text, taps=TAPS, stop_at_last_tap=True)[1]
+
+
+def play(case: dict) -> dict[str, Tensor]:
+    """A few LADD steps; losses, norms, first gradients and last weights, whole, where this is rank 0."""
+    rank, world = parallel.ranks()
+    mesh = parallel.mesh(CPU, case["replicas"])
+    student, ema = (network(1, case, mesh, "dtype", trains) for trains in (True, False))
+    teacher = network(2, case, mesh if case["teacher"] == "sharded" else None, "compute", False)
+    torch.manual_seed(3 + rank)                                # each its own heads, until rank 0's are sent
+    heads = randomise(Discriminator(DiscriminatorConfig(TAPS, 128, 20, 32), kernels.load("torch")), 3 + rank)
+    heads = heads.to(getattr(torch, case["dtype"]))
+    parallel.broadcast(heads)
+    adam = dict(lr=1e-3, betas=(0.5, 0.9), weight_decay=0.0, fused=True)
+    opt_g = torch.optim.AdamW(student.parameters(), **adam)
+    opt_d = torch.optim.AdamW(heads.parameters(), **adam)
+    assert world == 1 or all(isinstance(p, DTensor) for p in opt_g.param_groups[0]["params"])
+    out, losses = {}, {}
+    for it, j in product(range(STEPS), range(case["heads_steps"])):
+        share = j == case["heads_steps"] - 1
+        joined, size = batch(it, j, case), BATCH // world // case["accumulate"]
+        mine = [{k: v[start:start + size] for k, v in joined.items()}
+                for start in range(rank * BATCH // world, (rank + 1) * BATCH // world, size)]
+        opt_d.zero_grad()
+        parts, losses = [], Counter()
+        for d in mine:
+            with torch.set_grad_enabled(share and not case["two_forward"]):
+                fake = fakes(student, teacher, d)
+            with torch.no_grad():
+                xt = flow.noised(d["x0"], d["eps_r"], d["sigma_r"])
+                real = teacher(xt, d["sigma_r"], d["context"], d["pooled"], taps=TAPS,
+                               stop_at_last_tap=True)[1]
+            loss = (F.relu(1 - heads(real, d["sigma_r"], d["pooled"], GRID)).mean()
+                    + F.relu(1 + heads([f.detach() for f in fake], d["sigma_d"], d["pooled"], GRID)).mean())
+            (loss / len(mine)).backward()
+            losses["loss_d"] += loss.item() / len(mine)
+            parts.append(fake)
+        parallel.average_gradients(heads)
+        losses["norm_d"] = parallel.clip(heads, 0.5).total.item()
+        opt_d.step()
+        if share:
+            student.zero_grad()
+            frozen = {k: p.detach() for k, p in heads.named_parameters()}
+            for i, (d, fake) in enumerate(zip(mine, parts)):
+                fake = fakes(student, teacher, d) if case["two_forward"] else fake
+                parallel.accumulate(student, i == len(mine) - 1)
+                logits = torch.func.functional_call(heads, frozen, (fake, d["sigma_d"], d["pooled"], GRID))
+                loss = -logits.mean()
+                (loss / len(mine)).backward()
+                losses["loss_g"] += loss.item() / len(mine)
+                early = world > 1 and i < len(mine) - 1        # gradients wait for the last micro-batch
+                assert not early or all(p.grad is None for p in student.parameters())
+            with torch.no_grad():                              # a sample between backward and step
+                student(d["x0"], d["sigma_s"], d["context"], d["pooled"])
+                ema(d["x0"], d["sigma_s"], d["context"], d["pooled"])
+            if it == 0:                                        # a norm of the last text block has no gradient
+                grads = {k: p.grad for k, p in student.named_parameters() if p.grad is not None}
+                out |= {f"grad.{k}": g.clone() for k, g in parallel.full(grads) if g is not None}
+            losses["norm_g"] = parallel.clip(student, 0.1).total
+            assert type(losses["norm_g"]) is Tensor
+            opt_g.step()
+            torch._foreach_lerp_(list(ema.parameters()), list(student.parameters()), 0.3)
+        out |= {f"{k}.{it}.{j}": torch.tensor(v, dtype=torch.float64)
+                for k, v in parallel.mean({k: float(v) for k, v in losses.items()}).items()}
+    for name, model in (("student", student), ("ema", ema), ("teacher", teacher), ("heads", heads)):
+        out |= {f"{name}.{k}": v for k, v in parallel.full(model.state_dict())}
+    assert all(p.grad is None for p in teacher.parameters())
+    return out if rank == 0 else {}
+
+
+# cases: what differs from BASE
+
+SHORT = {
+    "ddp, teacher whole, accumulated": dict(replicas=0, teacher="whole", accumulate=2),
+    "fsdp, two forwards, selective": dict(two_forward=True, keep="selective"),
+}
+LONG = {
+    "ddp": dict(replicas=0),
+    "fsdp, accumulated, full": dict(accumulate=2, keep="full"),
+    "fsdp": {},
+    "fsdp, teacher whole": dict(teacher="whole"),
+    "fsdp, two heads' steps": dict(heads_steps=2),
+    "ddp, two forwards, full": dict(replicas=0, two_forward=True, keep="full"),
+    "compiled, selective, accumulated": dict(compiled=True, keep="selective", accumulate=2),
+    "compiled, full, ddp": dict(replicas=0, compiled=True, keep="full"),
+}
+FOUR = {"replicas": dict(replicas=2), "replicas, two forwards": dict(replicas=2, two_forward=True)}
+BF16 = dict(dtype="float32", compute="bfloat16")
+HALF = {"fsdp": BF16, "ddp": dict(replicas=0, **BF16), "fsdp, accumulated": dict(accumulate=2, **BF16),
+        "ddp, accumulated": dict(replicas=0, accumulate=2, **BF16)}
+JOBS = {"SHORT": SHORT, "LONG": LONG, "FOUR": FOUR, "HALF": HALF}
+
+
+def alone(case: dict) -> dict[str, Tensor]:
+    """The plain case of one process that must give the same."""
+    return play({**BASE, **{k: case[k] for k in ("heads_steps", "dtype", "compute") if k in case}})
+
+
+# what the processes do
+
+def worker(job: str) -> None:
+    torch.set_num_threads(1)
+    torch._dynamo.config.recompile_limit = 64    # a block's code serves three networks and all modes
+    warnings.filterwarnings("error", message="FSDP2-wrapped module")      # a view among the outputs
+    rank, world = parallel.ranks()
+    parallel.start(CPU, 3 if "hang" in job else 300)
+    if job in JOBS:
+        small(rank, world)
+        for name, case in JOBS[job].items():
+            case = {**BASE, **case}
+            with parallel.Watch(name, 300):
+                out = play({**case, "replicas": case["replicas"] or world})
+            if rank == 0:
+                save_file(out, f"{name}.safetensors")
+    else:
+        with parallel.Watch(job, 3) as watch:
+            for step in range(9):
+                if job == "slow hang" and step < 5:
+                    time.sleep(1)
+                if rank == 1 and (job, step) in (("hang", 1), ("slow hang", 5)):
+                    time.sleep(99)
+                if rank == 0 and job == "lost" and step == 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                watch.reach(step)
+                dist.all_reduce(torch.ones(1))
+    parallel.finish()
+
+
+def small(rank: int, world: int) -> None:
+    """Agreement, means, rows: values written by hand."""
+    assert parallel.agree((rank == 1, False, True, rank == 0)) == (True, False, True, True)
+    assert parallel.agree(rank == 1) is True and parallel.agree() is False
+    assert parallel.mean({"a": float(rank), "b": 2.5}) == {"a": (world - 1) / 2, "b": 2.5}
+    mesh = parallel.mesh(CPU, 1)
+    for rows in (5, 1, 2):                       # the last process has fewer rows, or none
+        whole = torch.arange(3.0 * rows).view(rows, 3) + 1
+        cut = distribute_tensor(torch.zeros_like(whole), mesh, [Replicate(), Shard(0)])
+        mine = torch.full_like(whole, torch.nan)
+        count = -(-rows // world)
+        mine[rank * count:(rank + 1) * count] = whole[rank * count:(rank + 1) * count]
+        parallel.fill({"x": cut}, {"x": mine})   # the rows of others are not looked at
+        got = dict(parallel.full({"x": cut}))["x"]
+        assert got.equal(whole) if rank == 0 else got is None
+    layer = torch.nn.Linear(2, 1)
+    layer.weight.grad, layer.bias.grad = torch.tensor([[3.0, 0.0]]) * rank, torch.tensor([8.0]) * rank
+    parallel.average_gradients(layer)
+    scale = (world - 1) / 2
+    assert layer.weight.grad.tolist() == [[3 * scale, 0]] and layer.bias.grad.tolist() == [8 * scale]
+
+
+def begin(world: int, job: str, cwd: Path = ROOT) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+           "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return [subprocess.Popen([sys.executable, __file__, job], cwd=cwd, text=True,
+                             env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(world)]
+
+
+def end(started: list[subprocess.Popen], limit: float) -> list[tuple[int, str]]:
+    """(exit code, output) of each process; ends what is left at the limit, in seconds."""
+    done, last = [], time.monotonic() + limit
+    for process in started:
+        try:
+            out, _ = process.communicate(timeout=max(0.1, last - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out = process.communicate()[0] + "\nstill there at the limit"
+        done.append((process.returncode, out))
+    return done
+
+
+def played(job: str, world: int, folder: Path) -> dict[str, dict[str, Tensor]]:
+    for code, out in end(begin(world, job, folder), 500):
+        assert code == 0, out[-3000:]
+    return {name: load_file(folder / f"{name}.safetensors") for name in JOBS[job]}
+
+
+# several processes against one
+
+def equal(cases: dict[str, dict], played: dict[str, dict[str, Tensor]]) -> None:
+    """float64: sums of some thousand terms in another order differ by some hundred times 2.2e-16, and AdamW
+    divides by |g| + 1e-8; 2e-13 was seen, 1e-12 is accepted. A sample in the wrong process is off by 1e-2."""
+    known = {}
+    for name, case in cases.items():
+        steps = case.get("heads_steps", 1)
+        expected = known[steps] if steps in known else known.setdefault(steps, alone(case))
+        assert played[name].keys() == expected.keys()
+        for key, value in expected.items():
+            assert_close(f"{name}: {key}", played[name][key], value)
+        before = tiny("dual", seed=1).state_dict()["joint_blocks.0.x_block.attn.qkv.weight"]
+        assert (expected["student.joint_blocks.0.x_block.attn.qkv.weight"] - before).abs().mean() > 5e-4
+
+
+def test_two_processes_equal_one(tmp_path):
+    equal(SHORT, played("SHORT", 2, tmp_path))
+
+
+@pytest.mark.slow
+def test_every_layout_and_compiled_blocks_equal_one_process(tmp_path):
+    equal(LONG, played("LONG", 2, tmp_path))
+
+
+@pytest.mark.slow
+def test_four_processes_in_two_groups_equal_one(tmp_path):
+    equal(FOUR, played("FOUR", 4, tmp_path))
+
+
+@pytest.mark.slow
+def test_bf16_on_fp32_masters(tmp_path):
+    """Copies and parts round alike: they differ by sums in fp32 alone. One process rounds its sums over the
+    batch elsewhere, and keeps the norms' weights in fp32: some roundings of 2^-9 through three blocks."""
+    got = played("HALF", 2, tmp_path)
+    expected = alone(BF16)
+    for name, out in got.items():
+        twin = got["ddp, accumulated" if "accumulated" in name else "ddp"]
+        for key, value in expected.items():
+            assert out[key].dtype == value.dtype
+            assert_close(f"{name} and ddp: {key}", out[key], twin[key], 1e-5)
+            if key.startswith("loss") or key.startswith("grad"):
+                assert_close(f"{name}: {key}", out[key], value, 0.1)
+
+
+# a process hangs, a process is lost
+
+@pytest.fixture(scope="module")
+def ended() -> dict[str, list[tuple[int, str]]]:
+    """What the processes of two runs say in the end; none may be there half a minute after the start."""
+    started = {job: begin(2, job) for job in ("hang", "lost")}
+    return {job: end(processes, 30) for job, processes in started.items()}
+
+
+def test_a_process_that_hangs_ends_the_run_with_its_name(ended):
+    (code0, out0), (code1, out1) = ended["hang"]
+    assert code0 == code1 == 1, out0 + out1
+    for out in (out0, out1):
+        assert out.count("hang: rank 1 did not reach step 1 within 3 s") == 1, out
+    assert "all_reduce" in out0 and "time.sleep(99)" in out1      # where each of them is
+
+
+def test_a_lost_process_ends_the_others(ended):
+    (code0, _), (code1, out1) = ended["lost"]
+    assert code0 == -signal.SIGKILL and code1 == 1, out1
+
+
+@pytest.mark.slow
+def test_under_torchrun_a_run_longer_than_the_time_out_goes_on_until_it_hangs():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--",
+               __file__, "slow hang"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1 and "slow hang: rank 1 did not reach step 5 within 3 s" in done.stderr
+
+
+def test_who_is_behind():
+    watch = parallel.Watch("distill", 600)
+    assert watch._blame([42, 42, 41]) == "distill: rank 2 did not reach step 41 within 600 s"
+    assert watch._blame([40, 42, 40]) == "distill: ranks 0, 2 did not reach step 41 within 600 s"
+    assert watch._blame([0, 0]) == "distill: no rank reached a step within 600 s"
+    assert watch._blame([42, 42]) == "distill: no rank got past step 41 within 600 s"
+
+
+# one process
+
+class Calls(TorchDispatchMode):
+    """Counts operators, and remembers the storages they make; those of the model are there already."""
+
+    def __init__(self, model: MMDiT):
+        super().__init__()
+        self.count, self.made = Counter(), {}
+        self.there = {t.untyped_storage()._cdata for t in model.state_dict().values()}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count[op] += 1
+        out = op(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, Tensor):
+                storage = t.untyped_storage()
+                if storage._cdata not in self.there:
+                    self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return out
+
+    def attentions(self) -> int:
+        return sum(n for op, n in self.count.items() if re.search(
+            r"scaled_dot_product\w*$|joint_attention_forward$", op.name()) and "backward" not in op.name())
+
+    def alive(self) -> int:
+        return sum(size for ref, size in self.made.values() if not ref.expired())
+
+
+def passes(keep: str, ops: str, dtype: torch.dtype, **sizes) -> tuple[dict, int, int, int]:
+    """Gradients, bytes alive between the passes, attentions forward, attentions forward and backward."""
+    model = parallel.checkpointed(tiny("dual", dtype, ops=kernels.load(ops), **sizes), keep)
+    with Calls(model) as calls:
+        out = model(*tiny_inputs(dtype=dtype))
+        alive, forward = calls.alive(), calls.attentions()
+        out.square().sum().backward()
+    return {k: p.grad for k, p in model.named_parameters()}, alive, forward, calls.attentions()
+
+
+def same_bits(a: dict[str, Tensor | None], b: dict[str, Tensor | None]) -> bool:
+    return a.keys() == b.keys() and all(x is b[k] or x.equal(b[k]) for k, x in a.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_checkpointing_changes_no_bit_and_keeps_less(dtype):
+    (none, *n), (some, *s), (full, *f) = (passes(k, "torch", dtype) for k in ("none", "selective", "full"))
+    assert same_bits(none, some) and same_bits(none, full)
+    assert n[1:] == s[1:] == [5, 5] and f[1:] == [5, 10]          # selective computes no attention again
+    assert f[0] < s[0] < 0.5 * n[0]
+
+
+def test_selective_keeps_the_kernels_attention():
+    (none, *n), (some, *s) = (passes(k, "triton", torch.float32, depth=1, dual_blocks=())
+                              for k in ("none", "selective"))
+    assert same_bits(none, some) and n[1:] == s[1:] == [1, 1] and s[0] < n[0]
+
+
+def test_a_pass_without_gradient_does_not_pay():
+    alive = []
+    for keep in ("none", "selective"):
+        model = parallel.checkpointed(tiny("dual"), keep)
+        with torch.no_grad(), Calls(model) as calls:
+            out = model(*tiny_inputs())
+            alive.append((calls.alive(), calls.attentions(), out.sum().item()))
+    assert alive[0] == alive[1]
+
+
+def test_a_copy_computes_with_its_own_weights():
+    model = parallel.checkpointed(tiny("dual"), "full")
+    twin, before = copy.deepcopy(model), model(*tiny_inputs())
+    randomise(model)
+    assert twin(*tiny_inputs()).equal(before) and not model(*tiny_inputs()).equal(before)
+
+
+def test_a_network_from_meta_has_the_values_and_its_own_dtype():
+    whole = tiny("dual", torch.float32)
+    with torch.device("meta"):
+        model = MMDiT(whole.config, whole.kernels).bfloat16()
+    named = {k: v.clone() for k, v in whole.state_dict().items()}
+    parallel.load(model, named, CPU)
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == torch.bfloat16 and tensor.equal(named[name].bfloat16()), name
+    for bad, found in (({}, "nothing"), (dict(pos_embed=torch.zeros(1, 1, 128)), r"\[1, 1, 128\]")):
+        with pytest.raises(InputError, match=f"^pos_embed: found {found}, .* accepted$"):
+            parallel.fill({"pos_embed": model.pos_embed}, bad)
+
+
+def test_the_norm_is_clipped():
+    net = torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.Linear(1, 1, bias=False))
+    net[0].weight.grad, net[1].weight.grad = torch.tensor([[3.0, 4.0]]), torch.tensor([[12.0]])
+    norms = parallel.clip(net, 1.0)                                         # the bias has no gradient
+    assert norms.total == 13 and norms.each.tolist() == [5, 0, 12] and net[0].bias.grad is None
+    assert torch.allclose(net[0].weight.grad, torch.tensor([[3.0, 4.0]]) / 13)
+    small = parallel.clip(net, 2.0)
+    assert torch.allclose(small.total, torch.tensor(1.0)) and torch.allclose(net[1].weight.grad,
+                                                                             torch.tensor([[12 / 13]]))
+
+
+def test_what_cannot_run_says_so(monkeypatch):
+    with pytest.raises(InputError, match="^checkpointing: found 'all', none, selective and full accepted$"):
+        parallel.checkpointed(tiny(), "all")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(InputError, match="^--replicas: found 3, a divisor of the 4 processes accepted$"):
+        parallel.mesh(CPU, 3)
+    monkeypatch.delenv("MASTER_ADDR", False)
+    with pytest.raises(InputError, match="^environment: found WORLD_SIZE 4 without LOCAL_RANK, MASTER_ADDR"):
+        parallel.start(CPU, 600)
+
+
+if __name__ == "__main__":
+    worker(*sys.argv[1:])

@@ -1,0 +1,633 @@
+"""Run states: exact on any number of processes, written beside training, whole after a kill at any moment."""
+import hashlib
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from datetime import timedelta
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import tiny, tiny_inputs
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.multiprocessing import start_processes
+
+from ladd import data, state
+from ladd.config import InputError
+from ladd.state import Saver, fill, open_state, optimizer_targets, optimizer_tensors, states
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def digests(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Every bit of every tensor, and its type."""
+    whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+    return {name: f"{list(t.shape)} {t.dtype} "
+            + hashlib.sha256(t.detach().clone().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+            for name, t in whole.items()}
+
+
+def save(folder: Path, step: int, tensors: dict[str, Tensor], meta=None, **options) -> None:
+    saver = Saver(folder, **options)
+    saver.begin(step, tensors, meta)
+    saver.finish()
+
+
+def load(folder: Path, targets: dict[str, Tensor]):
+    found = open_state(folder)
+    fill(found, targets)
+    return found.step, found.meta
+
+
+def open_each(folder: Path):
+    """Every state of a folder, not the newest alone."""
+    for path in states(folder):
+        with tempfile.TemporaryDirectory() as alone:
+            os.symlink(path, Path(alone) / path.name)
+            yield open_state(alone)
+
+
+# one process
+
+def values(step: int) -> dict[str, Tensor]:
+    base = torch.full((4, 3), step + 0.1)
+    return {"fp32": base, "view": base[1:], "same": base, "turned": base.T, "wide": base[:1].expand(5, 3),
+            "bf16": base.bfloat16() / 3, "rng": torch.arange(7, dtype=torch.uint8),
+            "index": torch.tensor(2 ** 40 + step), "empty": torch.zeros(0, 2), "no": torch.tensor(True)}
+
+
+def blank() -> dict[str, Tensor]:
+    return {name: torch.full(t.shape, 3).to(t.dtype) for name, t in values(0).items()}
+
+
+def assert_values(folder: Path, step: int, meta) -> None:
+    got = blank()
+    assert load(folder, got) == (step, meta) and digests(got) == digests(values(meta["values"]))
+
+
+def test_the_newest_state_comes_back_bit_for_bit_and_the_last_two_are_kept(tmp_path):
+    assert open_state(tmp_path / "absent") is None
+    saver = Saver(tmp_path / "new")
+    assert saver.written and saver.publish() is None and open_state(tmp_path / "new") is None
+    for step in (5, 90, 200000, 1000000):
+        meta = {"best": math.inf, "values": step, "nested": {"list": [1, -math.inf, 0.1]}}
+        saver.begin(step, values(step), meta)
+        meta["best"] = 0                                      # the caller's from here on
+        saver.finish()
+        assert_values(tmp_path / "new", step, meta | {"best": math.inf})
+    assert listing(tmp_path / "new") == ["step_1000000", "step_200000"]
+    save(tmp_path / "new", 1000001, values(1), keep=1)
+    assert listing(tmp_path / "new") == ["step_1000001"]
+    path = tmp_path / "new" / "step_1000001"
+    assert listing(path) == ["meta.json", "part-00000-of-00001.safetensors"]
+    assert all(file.stat().st_mode & 0o777 == 0o644 for file in path.iterdir())
+
+
+def test_parameters_are_filled_in_place_and_the_file_stays_as_it_is(tmp_path):
+    layer, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    save(tmp_path, 1, dict(layer.named_parameters()))
+    part, kept = tmp_path / "step_000001" / "part-00000-of-00001.safetensors", other.weight
+    before = part.read_bytes()
+    load(tmp_path, dict(other.named_parameters()))
+    assert other.weight is kept and kept.requires_grad and torch.equal(kept, layer.weight)
+    with torch.no_grad():
+        kept.zero_()
+    assert part.read_bytes() == before
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    for step, drawn in ((1, 1), (2, 2), (2, 7)):
+        save(tmp_path, step, values(drawn), {"values": drawn})
+    assert_values(tmp_path, 2, {"values": 7})
+    shutil.copytree(tmp_path / "step_000001", tmp_path / "step_000002.old")    # left by a kill
+    assert listing(tmp_path) == ["step_000001", "step_000002", "step_000002.old"]
+    assert_values(tmp_path, 2, {"values": 7})
+    save(tmp_path, 3, values(3), {"values": 3})
+    assert listing(tmp_path) == ["step_000002", "step_000003"]
+
+
+def network() -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Tensor]]:
+    """A network whose last layer never gets a gradient, hence no moments; two groups in another order than
+    the names."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2), nn.Linear(2, 2))
+    matrices, biases = ([p for p in model.parameters() if p.ndim == n] for n in (2, 1))
+    groups = [{"params": biases, "weight_decay": 0.0}, {"params": matrices, "weight_decay": 0.1}]
+    return model, torch.optim.AdamW(groups, lr=0.5, betas=(0.5, 0.95)), dict(model.named_parameters())
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * (step + 1)
+        optimizer.zero_grad()
+        model[:3](x).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("how", [dict(fused=True), dict(foreach=True), dict(foreach=False)])
+def test_three_steps_a_file_and_three_more_equal_six_bit_for_bit(tmp_path, how):
+    runs = []
+    for parts in ((range(6),), (range(3), range(3, 6))):
+        for steps in parts:
+            model, optimizer, named = network()
+            for group in optimizer.param_groups:
+                group.update(how)
+            if found := open_state(tmp_path):
+                fill(found, {**named, **optimizer_targets(optimizer, named, "opt.", found)})
+            train(model, optimizer, steps)
+            if steps == range(3):
+                save(tmp_path, 3, {**named, **optimizer_tensors(optimizer, named, "opt.")})
+        runs.append({**named, **optimizer_tensors(optimizer, named, "opt.")})
+    assert digests(runs[0]) == digests(runs[1])
+    # two moments of the four parameters that were stepped, six counts
+    assert len(runs[0]) == 6 + 2 * 4 + 6 and runs[0]["opt.0.weight.step"] == 6
+    assert [g["betas"] for g in optimizer.param_groups] == [(0.5, 0.95)] * 2
+
+
+def test_a_state_before_the_first_step_empties_an_optimizer(tmp_path):
+    model, optimizer, named = network()
+    save(tmp_path, 0, optimizer_tensors(optimizer, named, "opt."))
+    train(model, optimizer, range(2))
+    found = open_state(tmp_path)
+    fill(found, optimizer_targets(optimizer, named, "opt.", found))
+    assert all(not optimizer.state[p] for p in named.values())
+
+
+# beside training
+
+@pytest.fixture
+def gate(monkeypatch) -> threading.Event:
+    """Writing waits for it."""
+    opened, real = threading.Event(), state.save_file
+
+    def slow(*args):
+        assert opened.wait(20)
+        real(*args)
+    monkeypatch.setattr(state, "save_file", slow)
+    return opened
+
+
+def test_training_goes_on_while_the_state_is_written_as_it_was(tmp_path, gate):
+    tensors, saver = values(5), Saver(tmp_path)
+    saver.begin(5, tensors, {"values": 5})
+    assert not saver.written and not saver.written and states(tmp_path) == []
+    for tensor in (tensors["fp32"], tensors["bf16"], tensors["index"]):
+        tensor.zero_()
+    gate.set()
+    while not saver.written:
+        time.sleep(0.001)
+    assert states(tmp_path) == []                             # until it is published
+    saver.publish()
+    assert saver.written
+    assert_values(tmp_path, 5, {"values": 5})
+
+
+def test_a_second_begin_waits_for_the_first_and_loses_none(tmp_path, gate):
+    saver = Saver(tmp_path)
+    saver.begin(1, values(1), {"values": 1})
+    threading.Timer(0.2, gate.set).start()
+    begun = time.perf_counter()
+    saver.begin(2, values(2), {"values": 2})
+    assert time.perf_counter() - begun > 0.1
+    assert_values(tmp_path, 1, {"values": 1})
+    saver.finish()
+    assert_values(tmp_path, 2, {"values": 2})
+
+
+def test_buffers_are_used_again_and_fit_what_comes(tmp_path):
+    saver, at = Saver(tmp_path), []
+    for size in (4, 4, 5):
+        saver.begin(size, {"a": torch.full((size,), 2.0), "b": torch.ones(3)}, None)
+        saver.finish()
+        at.append((saver.buffers["a"].data_ptr(), saver.buffers["b"].data_ptr()))
+    assert at[0] == at[1] and at[1][1] == at[2][1]
+    got = {"a": torch.zeros(5), "b": torch.zeros(3)}
+    load(tmp_path, got)
+    assert got["a"].tolist() == [2.0] * 5
+    saver.begin(9, {"b": torch.ones(3)}, None)
+    saver.finish()
+    assert set(open_state(tmp_path).tensors) == {"b"}
+
+
+@pytest.mark.parametrize("call", [
+    lambda s: s.written, Saver.publish, Saver.finish, lambda s: s.begin(3, {}, 0)])
+def test_a_full_disk_is_one_line_at_the_next_call_and_former_states_stay(tmp_path, call):
+    save(tmp_path, 1, values(1), {"values": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    saver = Saver(tmp_path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))    # every write beyond fails, as on a full disk
+    try:
+        saver.begin(2, {"a": torch.zeros(10000)}, None)
+        saver.job.exception()
+        with pytest.raises(InputError) as error:
+            call(saver)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    part = tmp_path / ".tmp_step_000002" / "part-00000-of-00001.safetensors"
+    assert f"{part}: found no way to write it (" in str(error.value) and "\n" not in str(error.value)
+    assert_values(tmp_path, 1, {"values": 1})
+
+
+def test_processes_wait_for_each_other(tmp_path, monkeypatch):
+    """Two as two threads: the second one's disk is slow, and it begins before the first has cleaned up."""
+    barrier, real = threading.Barrier(2), state.save_file
+
+    def slow(tensors, path, header):
+        if "part-00001" in path.name:
+            time.sleep(0.2)
+        real(tensors, path, header)
+    monkeypatch.setattr(state, "save_file", slow)
+    (tmp_path / ".tmp_step_000007").mkdir()
+    (tmp_path / ".tmp_step_000007" / "part-00003-of-00004.safetensors").write_text("left by a kill")
+
+    def second() -> None:
+        saver = Saver(tmp_path, 1, 2, lambda: barrier.wait(20))
+        for step in (7, 7):                                    # one step twice: the folder must be free again
+            saver.begin(step, {"a": torch.ones(3)}, "of 1")
+        saver.finish()
+    other = threading.Thread(target=second)
+    other.start()
+    time.sleep(0.3)
+    saver = Saver(tmp_path, 0, 2, lambda: barrier.wait(20))
+    for step in (7, 7):
+        saver.begin(step, {"a": torch.zeros(3)}, "of 0")
+    saver.finish()
+    other.join()
+    got = {"a": torch.ones(3)}
+    assert load(tmp_path, got) == (7, "of 0") and not got["a"].any()
+    assert listing(tmp_path) == ["step_000007"] and len(listing(tmp_path / "step_000007")) == 3
+
+
+def test_content_reaches_the_disk_before_the_name(tmp_path, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: events.append(
+        Path(os.readlink(f"/proc/self/fd/{file}")).name) or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda old, new: events.append("replace") or replace(old, new))
+    save(tmp_path / "states", 1, values(1))
+    work = ".tmp_step_000001"
+    assert events == ["part-00000-of-00001.safetensors", work, "meta.json", work, "replace", "states"]
+
+
+# kills
+
+class Kill(BaseException):
+    """Stands for SIGKILL: no handler of the code under test may run for it."""
+
+
+def kill_at(m: pytest.MonkeyPatch, call: int) -> None:
+    """Kills the `call`-th operation on files, half of it done where it has halves, and all that follow."""
+    calls = []
+
+    def wrap(owner, name, half=lambda *args: None):
+        real = getattr(owner, name)
+
+        def counted(*args, **kwargs):
+            calls.append(name)
+            if len(calls) == call:
+                half(*args)
+            if len(calls) >= call:
+                raise Kill
+            return real(*args, **kwargs)
+        m.setattr(owner, name, counted)
+
+    wrap(state, "save_file", lambda tensors, path, header: Path(path).write_bytes(b"half"))
+    wrap(Path, "write_text", lambda path, text: path.write_bytes(text.encode()[:4]))
+    wrap(shutil, "rmtree", lambda path: [os.unlink(file) for file in list(Path(path).rglob("*.*"))[:1]])
+    for owner, name in ((os, "fsync"), (os, "replace"), (Path, "mkdir"), (Path, "rename"), (Path, "chmod")):
+        wrap(owner, name)
+
+
+@pytest.mark.parametrize("step", [3, 2])      # a new state, and one over the newest
+def test_a_kill_at_any_operation_leaves_a_whole_state(tmp_path, step):
+    for call in range(1, 100):
+        folder = tmp_path / str(call)
+        for former in (1, 2):
+            save(folder, former, values(former), {"values": former})
+        with pytest.MonkeyPatch.context() as m:
+            kill_at(m, call)
+            try:
+                save(folder, step, values(30 + step), {"values": 30 + step})
+                break
+            except Kill:
+                pass
+        *_, found = open_each(folder)
+        assert (found.step, found.meta["values"]) in {(2, 2), (step, 30 + step)}, call
+        assert_values(folder, found.step, found.meta)
+        save(folder, found.step, values(8), {"values": 8})         # as a resumed run would
+        save(folder, 9, values(9), {"values": 9})
+        assert_values(folder, 9, {"values": 9})
+        assert listing(folder) == [f"step_{found.step:06d}", "step_000009"], call
+    assert 12 <= call < 99
+
+
+def numbered(step: int) -> dict[str, Tensor]:
+    return {"a": torch.full((200000,), float(step)), "b": torch.tensor(step)}
+
+
+def killed_writers(rank: int, folder: Path) -> None:
+    """25 forked writers, each killed at a random moment, and after each a look at what is there; writes down
+    how many were killed inside a save and how far they came."""
+    chance, begun, inside = random.Random(0), time.perf_counter(), 0
+    save(folder, 0, numbered(0), 0)
+    pace = time.perf_counter() - begun
+    for _ in range(25):
+        start, (out, into) = open_state(folder).step, os.pipe()
+        if not (child := os.fork()):
+            os.write(into, start.to_bytes(8, "little"))
+            saver = Saver(folder)
+            for step in count(start):              # the first one over a state that is there
+                saver.begin(step, numbered(step), step)
+                saver.finish()
+                os.write(into, step.to_bytes(8, "little"))
+        os.close(into)
+        os.read(out, 8)                            # it is up
+        time.sleep(chance.uniform(0, 4 * pace))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        said = os.read(out, 1 << 16)               # the steps that it had published
+        os.close(out)
+        inside += any(name.startswith(".tmp") for name in listing(folder))
+        for found in open_each(folder):
+            got, step = {"a": torch.zeros(200000), "b": torch.tensor(0)}, found.step
+            fill(found, got)
+            assert found.meta == step == got["b"] and (got["a"] == step).all()
+        assert step >= max(start, int.from_bytes(said[-8:], "little"))
+    data.write_json(folder.parent / "facts.json", {"inside": inside, "newest": step})
+
+
+def test_whatever_a_kill_leaves_is_whole(tmp_path):
+    start_processes(killed_writers, (tmp_path / "states",), start_method="spawn")
+    facts = data.read_json(tmp_path / "facts.json")
+    assert facts["inside"] >= 5 and facts["newest"] >= 5, facts
+
+
+def test_leftovers_go_at_the_next_start_of_process_0_alone(tmp_path):
+    save(tmp_path, 1, values(1))
+    for left in (".tmp_step_000002", ".tmp_gone_step_000001"):
+        shutil.copytree(tmp_path / "step_000001", tmp_path / left)
+    Saver(tmp_path, rank=1, world=2)
+    assert len(listing(tmp_path)) == 3
+    Saver(tmp_path, rank=0, world=2)
+    assert listing(tmp_path) == ["step_000001"]
+
+
+# several processes
+
+HEADS = {"heads.w": torch.arange(6.0).view(2, 3).bfloat16(), "heads.count": torch.tensor(4)}
+
+
+def trained(mesh, seed: int) -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Tensor]]:
+    """A small MMDiT, sharded over the mesh where there is one; its output layer has one row."""
+    model = tiny("qk_norm", torch.float32, seed, depth=1, patch=1, out_channels=1)
+    if mesh:
+        for module in (*model.joint_blocks, model):
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    named = dict(model.named_parameters())
+    return model, torch.optim.AdamW(named.values(), 0.01, fused=True), named
+
+
+def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    optimizer.zero_grad()
+    model(*tiny_inputs(dtype=torch.float32, seed=step)).square().mean().backward()
+    optimizer.step()
+
+
+def gathered(model: nn.Module, optimizer: torch.optim.Optimizer, named, rank: int) -> dict[str, Tensor]:
+    """All that a run would save; what is plain differs between the processes, to see whose is kept."""
+    average = {f"ema.{name}": (p.detach() * 0.5) for name, p in named.items()}
+    return {**named, **average, **optimizer_tensors(optimizer, named, "opt_g."), "table": model.pos_embed,
+            **{name: t + rank for name, t in HEADS.items()}}
+
+
+def resumed(folder: Path, mesh, rank: int):
+    """(model, optimizer, named, digests) of the state in a folder, loaded into another network."""
+    found = open_state(folder)
+    model, optimizer, named = trained(mesh, 7)
+    step_of(model, optimizer, 50)
+    targets = gathered(model, optimizer, named, rank + 5)
+    fill(found, {**targets, **optimizer_targets(optimizer, named, "opt_g.", found)})
+    for p, moments in optimizer.state.items():
+        assert isinstance(moments["exp_avg"], DTensor) == isinstance(p, DTensor) == bool(mesh)
+    targets |= optimizer_tensors(optimizer, named, "opt_g.")
+    return model, optimizer, named, digests(targets)
+
+
+def run_of(folder: Path, mesh, rank: int, world: int, meet) -> dict[str, dict[str, str]]:
+    """Reads every state beside `folder`, makes its own, goes on from memory and from the state."""
+    facts = {f"read {other.name}": resumed(other, mesh, rank)[-1]
+             for other in sorted(folder.parent.iterdir()) if other != folder and other.is_dir()}
+    model, optimizer, named = trained(mesh, 0)
+    saver = Saver(folder, rank, world, meet)
+    saver.begin(0, gathered(model, optimizer, named, rank), {"rank": rank})       # no moments
+    for step in (0, 1):
+        step_of(model, optimizer, step)
+    saver.begin(2, gathered(model, optimizer, named, rank), {"rank": rank})
+    facts["saved"] = digests(gathered(model, optimizer, named, 0))
+    step_of(model, optimizer, 2)                                                  # while it is written
+    saver.finish()
+    meet()
+    facts["undisturbed"] = digests(gathered(model, optimizer, named, 0))
+    model, optimizer, named, facts["read back"] = resumed(folder, mesh, rank)
+    step_of(model, optimizer, 2)
+    facts["continued"] = digests(gathered(model, optimizer, named, 0))
+    shutil.copytree(folder / "step_000000", folder / f"first-{rank}" / "step_000000")
+    fresh = open_state(folder / f"first-{rank}")
+    fill(fresh, {**gathered(*trained(mesh, 1), 0), **optimizer_targets(optimizer, named, "opt_g.", fresh)})
+    facts["moments"] = {name: str(len(optimizer.state.get(p, ()))) for name, p in named.items()}
+    return facts
+
+
+def process(rank: int, folder: Path, shape: tuple[int, ...]) -> None:
+    world = math.prod(shape)
+    dist.init_process_group("gloo", f"file://{folder}/meet-{world}", rank=rank, world_size=world,
+                            timeout=timedelta(seconds=60))
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape):])
+    facts = run_of(folder / "x".join(map(str, shape)), mesh, rank, world, dist.barrier)
+    data.write_json(folder / f"facts-{world}-{rank}.json", facts)
+    across = distribute_tensor(torch.zeros(4, 4), mesh, [state.Shard(1)] * len(shape))
+    with pytest.raises(InputError, match=r"state a: found placements .*Shard\(dim=1\).*, one Shard\(0\)"):
+        state.placed("a", across)
+    dist.destroy_process_group()
+
+
+def run_processes(folder: Path, *shape: int) -> list[dict]:
+    world = math.prod(shape)
+    start_processes(process, (folder, shape), nprocs=world, start_method="spawn")
+    return [data.read_json(folder / f"facts-{world}-{rank}.json") for rank in range(world)]
+
+
+def check(facts: list[dict], before: dict[str, dict[str, str]]) -> None:
+    for rank, found in enumerate(facts):
+        assert found["read back"] == found["saved"], rank
+        assert found["continued"] == found["undisturbed"] != found["saved"], rank
+        assert set(found["moments"].values()) == {"0"}, rank
+        for name, saved in before.items():
+            assert found[f"read {name}"] == saved, (name, rank)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """(folder of the states "1" and "2", facts of the one process, facts of the two)."""
+    folder = tmp_path_factory.mktemp("runs")
+    one = run_of(folder / "1", None, 0, 1, lambda: None)
+    return folder, one, run_processes(folder, 2)
+
+
+def test_one_process_and_two_read_each_other_and_go_on_bit_for_bit(two):
+    folder, one, facts = two
+    check([one], {})
+    check(facts, {"1": one["saved"]})
+    assert resumed(folder / "2", None, 0)[-1] == facts[0]["saved"] == facts[1]["saved"]
+    assert open_state(folder / "2").meta == {"rank": 0}
+
+
+def test_each_process_writes_its_own_rows_and_the_first_what_is_the_same_on_all(two):
+    path = open_state(two[0] / "2").path
+    assert listing(path) == ["meta.json", *(f"part-0000{rank}-of-00002.safetensors" for rank in (0, 1))]
+    parts = [data.read_tensors(state.part_file(path, rank, 2)) for rank in (0, 1)]
+    rows = [json.loads(header["rows"]) for _, header in parts]
+    plain = {*HEADS, "table", *(name for name in parts[0][0] if name.endswith(".step"))}
+    assert set(parts[0][0]) - set(rows[0]) == plain and set(parts[1][0]) == set(rows[1]) == set(rows[0])
+    narrow, wide = "final_layer.linear.weight", "opt_g.joint_blocks.0.x_block.attn.qkv.weight.exp_avg"
+    assert [r[narrow] for r in rows] == [[[1, 128], 0], [[1, 128], 1]]
+    assert [list(p[narrow].shape) for p, _ in parts] == [[1, 128], [0, 128]]
+    assert [r[wide] for r in rows] == [[[384, 128], 0], [[384, 128], 192]]
+    assert [list(p[wide].shape) for p, _ in parts] == [[192, 128], [192, 128]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(3,), (2, 2)], ids=str)
+def test_three_processes_and_two_times_two(two, shape):
+    folder, one, facts = two
+    name = "x".join(map(str, shape))
+    more = run_processes(folder, *shape)
+    check(more, {"1": one["saved"], "2": facts[0]["saved"]})
+    assert resumed(folder / name, None, 0)[-1] == more[0]["saved"]
+    path = open_state(folder / name).path
+    sizes = [len(data.read_tensors(file)[0]) for file in sorted(path.glob("part*"))]
+    assert sizes[2:] == ([0, 0] if shape == (2, 2) else [sizes[1]])    # of replicas only the first writes
+
+
+# what is refused
+
+def rewritten(change):
+    def act(path: Path) -> None:
+        part = state.part_file(path, 1, 2)
+        tensors, header = data.read_tensors(part)
+        rows = json.loads(header["rows"])
+        change(tensors, rows)
+        tensors = {name: t.clone() for name, t in tensors.items()}
+        save_file(tensors, part, {"rows": json.dumps(rows)})
+    return act
+
+
+def written_as(text: str):
+    return lambda path: (path / "meta.json").write_text(text)
+
+
+PART = "part-00001-of-00002.safetensors"
+BIAS = "final_layer.linear.bias"
+DAMAGED = {
+    "missing part":   (lambda p: (p / PART).unlink(), f"{PART}: found no whole safetensors file"),
+    "cut part":       (lambda p: (p / PART).write_bytes((p / PART).read_bytes()[:-7]), f"{PART}: found no"),
+    "empty part":     (lambda p: (p / PART).write_bytes(b""), f"{PART}: found no whole safetensors file"),
+    "missing meta":   (lambda p: (p / "meta.json").unlink(), "meta.json: found no whole JSON file"),
+    "cut meta":       (written_as('{"parts": 2, "me'), "meta.json: found no whole JSON file"),
+    "older layout":   (written_as('{"best": 3}'), "meta.json: found {'best': 3}, a number of parts and meta"),
+    "no table":       (written_as("[2]"), "meta.json: found [2], a number of parts and meta accepted"),
+    "parts as text":  (written_as('{"parts": "2", "meta": 0}'), "found {'parts': '2', 'meta': 0}, a number"),
+    "rows missing":   (rewritten(lambda t, r: t.pop("x_embedder.proj.bias")),
+                       "found rows 0:64 of x_embedder.proj.bias, each of 0:128 once accepted"),
+    "rows twice":     (rewritten(lambda t, r: (t.update({"x_embedder.proj.bias": torch.zeros(96)}),
+                                               r.update({"x_embedder.proj.bias": [[128], 32]}))),
+                       "found rows 0:64, 32:128 of x_embedder.proj.bias, each of 0:128 once accepted"),
+    "rows beyond":    (rewritten(lambda t, r: t.update({"x_embedder.proj.bias": torch.zeros(70)})),
+                       "found rows 0:64, 64:134 of x_embedder.proj.bias, each of 0:128 once accepted"),
+    "other whole":    (rewritten(lambda t, r: r.update({"x_embedder.proj.bias": [[129], 64]})),
+                       f"{PART}: found x_embedder.proj.bias [64] torch.float32 of [129], rows of [128] "),
+    "other width":    (rewritten(lambda t, r: t.update({"context_embedder.weight": torch.zeros(64, 9)})),
+                       "found context_embedder.weight [64, 9] torch.float32 of [128, 24], rows of [128, 24]"),
+    "other dtype":    (rewritten(lambda t, r: t.update({BIAS: torch.zeros(0).half()})),
+                       f"found {BIAS} [0] torch.float16 of [1], rows of [1] torch.float32 accepted"),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGED)
+def test_a_damaged_newest_state_is_named_and_no_older_one_taken(two, tmp_path, how):
+    change, message = DAMAGED[how]
+    shutil.copytree(two[0] / "2", tmp_path, dirs_exist_ok=True)
+    open_state(tmp_path)
+    change(tmp_path / "step_000002")
+    with pytest.raises(InputError) as error:
+        open_state(tmp_path)
+    text = str(error.value)
+    assert message in text and str(tmp_path / "step_000002") in text and "\n" not in text
+    assert len(states(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.pop("view"), "step_000001: found 1 unknown: view, the run's 9 accepted"),
+    (lambda t: t.update(new=t["view"], x=t["view"]), "found 2 missing: new, x, the run's 12 accepted"),
+    (lambda t: t.update(new=t.pop("view")), "found 1 missing: new; 1 unknown: view, the run's 10 accepted"),
+    (lambda t: t.update(view=torch.zeros(3, 4)), "found view [3, 3] torch.float32, [3, 4] torch.float32 acc"),
+    (lambda t: t.update(view=torch.zeros(9)), "found view [3, 3] torch.float32, [9] torch.float32 accepted"),
+    (lambda t: t.update(view=t["view"].bfloat16()), "found view [3, 3] torch.float32, [3, 3] torch.bfloat16"),
+])
+def test_another_runs_state_is_refused_before_anything_is_written(tmp_path, change, message):
+    save(tmp_path, 1, values(1))
+    targets = blank()
+    change(targets)
+    before = digests(targets)
+    with pytest.raises(InputError) as error:
+        load(tmp_path, targets)
+    assert message in str(error.value) and "\n" not in str(error.value) and digests(targets) == before
+
+
+def test_another_optimizers_state_is_refused(tmp_path):
+    model, optimizer, named = network()
+    train(model, optimizer, range(1))
+    tensors = optimizer_tensors(optimizer, named, "opt.")
+    save(tmp_path, 1, {name: t for name, t in tensors.items() if name != "opt.0.bias.exp_avg_sq"})
+    found = open_state(tmp_path)
+    with pytest.raises(InputError, match="found 1 missing: opt.0.bias.exp_avg_sq, the run's 14 accepted"):
+        fill(found, optimizer_targets(optimizer, named, "opt.", found))
+    with pytest.raises(InputError, match="found 6 missing: opt_g.0.bias.step, opt_g.0.weight.step, opt_g.2"):
+        fill(found, optimizer_targets(optimizer, named, "opt_g.", found))
+    with pytest.raises(ValueError, match="optimizer 'opt.': its 6 parameters are not the 5 named"):
+        optimizer_tensors(optimizer, dict(list(named.items())[:5]), "opt.")
+
+
+def test_no_state_is_published_without_the_part_of_each_process(tmp_path):
+    saver = Saver(tmp_path, rank=0, world=2)
+    saver.begin(1, values(1), None)
+    with pytest.raises(InputError, match="part-00001-of-00002.safetensors: found no such file, a part"):
+        saver.finish()
+    assert states(tmp_path) == []
+
+
+def test_only_the_rows_that_a_process_holds_are_read(tmp_path, monkeypatch):
+    resident = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if "VmRSS" in line)
+    rows, held = 1 << 24, torch.zeros(5)
+    save(tmp_path, 1, {"big": torch.arange(rows).float()})                              # 64 MB
+    before = resident()
+    found = open_state(tmp_path)
+    monkeypatch.setattr(state, "placed", lambda name, target: state.Placed([rows], 1000, held, True))
+    fill(found, {"big": torch.empty(rows, device="meta")})
+    assert held.tolist() == [1000, 1001, 1002, 1003, 1004] and resident() - before < 10000

@@ -1,0 +1,356 @@
+"""train.py on several processes: two equal one; resuming on another number; signals, hangs, losses, kills."""
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import CLOCK, QUIET, TINY, load_state, log_of, main, rows_of, save_teacher, weights
+
+from ladd import evaluate, state, step
+from ladd.config import InputError
+from ladd.run import Health, pick_device
+
+ROOT = Path(__file__).parents[1]
+# several runs in one group of processes, whose start takes longer than a run; an argument is a command line
+WORKER = """
+import os, shlex, sys
+import torch
+torch.set_num_threads(1)
+import train
+from ladd import parallel
+finish, start = parallel.finish, parallel.start
+parallel.finish = parallel.agree
+parallel.start = lambda *args: None if torch.distributed.is_initialized() else start(*args)
+for line in sys.argv[1:]:
+    try:
+        train.main(shlex.split(line))
+    except train.Stopped as stopped:
+        print(stopped)
+finish()
+"""
+
+
+def processes(home: Path, count: int, *lines: str, report: bool = True) -> subprocess.CompletedProcess:
+    """Runs train.py with each of `lines` on `count` processes of torchrun."""
+    (home / "worker.py").write_text(WORKER)
+    command = torchrun(count, "worker.py", *(f"{TINY} {line}" for line in lines))
+    return subprocess.run(command, cwd=home, env=environment(), capture_output=True, text=True, timeout=600)
+
+
+def torchrun(count: int, script: str, *args: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
+            "--", script, *args]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **extra}
+
+
+def close(a: Path, b: Path, stage: str, net: str, limit: float = 0.02) -> None:
+    """The weights of two runs lie within `limit` of how far the network moved: Adam divides by a gradient's
+    size, so where that is near zero its rounding is magnified."""
+    one, other = (load_state(run / "checkpoints" / stage)[1] for run in (a, b))
+    assert one.keys() == other.keys()
+    names = [k for k in one if k.startswith(net) and one[k].is_floating_point()]
+    moved = sum(float(one[k].square().sum()) for k in one if k.startswith(MOMENTS[net])) ** 0.5
+    apart = sum(float((one[k] - other[k]).square().sum()) for k in names) ** 0.5
+    assert moved > 0 and apart < limit, (net, apart)
+
+
+MOMENTS = {"model.": "opt.", "student.": "opt_g.", "ema.": "opt_g.", "heads.": "opt_d."}
+
+
+def same_log(a: Path, b: Path, tol: float) -> None:
+    left, right = log_of(a), log_of(b)
+    assert [(x["stage"], x["step"]) for x in left] == [(x["stage"], x["step"]) for x in right] and left
+    for x, y in zip(left, right):
+        assert x.keys() == y.keys()
+        for k in x.keys() - set(CLOCK) - {"stage"}:
+            assert abs(x[k] - y[k]) <= tol * (1 + abs(x[k])), (x["stage"], x["step"], k, x[k], y[k])
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("torchrun")
+    save_teacher(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(home) -> Path:
+    """A run of one process, whose data the others take."""
+    main(home, "--name whole", report=True)
+    return home / "runs" / "whole"
+
+
+REUSE = "--teacher t.safetensors --data runs/whole/data"
+# what is compared, and on how many processes it is run: (name, flags of both, flags of the processes)
+CASES = [("ddp", "", "--parallel ddp"),
+         ("fsdp", "", "--parallel fsdp --checkpoint selective --shard-teacher on"),
+         ("micro", "--heads-steps 2 --r1-weight 1", "--parallel fsdp --micro-batch 2 --checkpoint full")]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(home, whole):
+    """The whole pipeline, then three layouts of the distillation: every line of the log, every weight."""
+    first = processes(home, 2, "--name whole2 --parallel ddp")
+    assert first.returncode == 0, first.stderr
+    same_log(home / "runs/whole", home / "runs/whole2", 2e-3)
+    for stage, nets in (("teacher", ["model."]), ("distill", ["student.", "ema.", "heads."])):
+        for net in nets:
+            close(home / "runs/whole", home / "runs/whole2", stage, net)
+    ours, theirs = rows_of(home / "runs/whole"), rows_of(home / "runs/whole2")
+    for a, b in zip(ours, theirs):
+        assert a["model"] == b["model"] and abs(a["fd"] - b["fd"]) < 2e-2 * a["fd"]
+    assert first.stdout.count("wrote runs/whole2/report.json") == 1               # one process speaks
+    for name, flags, _ in CASES:
+        main(home, f"--name one-{name} {REUSE} {flags} {QUIET}")
+    both = processes(home, 2, *(f"--name two-{name} {REUSE} {flags} {more} {QUIET}"
+                                for name, flags, more in CASES))
+    assert both.returncode == 0, both.stderr
+    for name, _, _ in CASES:
+        one, two = (home / "runs" / f"{kind}-{name}" for kind in ("one", "two"))
+        same_log(one, two, 2e-3)
+        for net in ("student.", "ema.", "heads."):
+            close(one, two, "distill", net)
+        assert len(list((two / "checkpoints/distill").glob("step_000006/part-*"))) == 2
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(home, whole):
+    """2 -> 1 and 1 -> 2 against the undisturbed run on one; 2 -> 2 is bit for bit."""
+    flags = f"{REUSE} {QUIET}"
+    main(home, f"--name straight {flags}")
+    main(home, f"--name up {flags} --stop-after 3")
+    done = processes(home, 2, f"--name down {flags} --stop-after 3", f"--name up {flags}",
+                     f"--name even {flags}", f"--name odd {flags} --stop-after 3", f"--name odd {flags}")
+    assert done.returncode == 0 and "saved step 3" in done.stdout, done.stderr
+    main(home, f"--name down {flags}")
+    for name in ("up", "down"):
+        same_log(home / "runs/straight", home / "runs" / name, 2e-3)
+        for net in ("student.", "ema.", "heads."):
+            close(home / "runs/straight", home / "runs" / name, "distill", net)
+    even, odd = (load_state(home / f"runs/{name}/checkpoints/distill")[1] for name in ("even", "odd"))
+    assert all(torch.equal(even[k], odd[k]) for k in even)
+    assert all(torch.equal(a, b) for a, b in zip(*(weights(home / f"runs/{n}/checkpoints/student.safetensors")
+                                                   .values() for n in ("even", "odd"))))
+
+
+LONG = f"--steps 4000 --save-every 20 --log-every 20 {QUIET} --parallel fsdp"
+
+
+def until(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it does not come"
+        time.sleep(0.05)
+
+
+def begin(home: Path, name: str, *extra: str) -> tuple[subprocess.Popen, Path]:
+    """torchrun with two processes that train; when the first states are there."""
+    flags = f"{TINY} --name {name} {REUSE} {LONG} {' '.join(extra)}"
+    job = subprocess.Popen(torchrun(2, str(ROOT / "train.py"), *shlex.split(flags)), cwd=home,
+                           env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    folder = home / "runs" / name / "checkpoints" / "distill"
+    until(lambda: job.poll() is not None or len(state.states(folder)) == 2)
+    assert job.poll() is None, job.communicate()[0]
+    return job, folder
+
+
+def children(job: subprocess.Popen) -> list[int]:
+    """The processes that torchrun started, by rank."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            text = path.read_text()
+            env = (path.parent / "environ").read_bytes()
+        except OSError:
+            continue
+        if int(text.rsplit(")", 1)[1].split()[1]) == job.pid and b"LOCAL_RANK=" in env:
+            found.append((int(re.search(rb"\bRANK=(\d+)", env)[1]), int(path.parent.name)))
+    return [pid for _, pid in sorted(found)]
+
+
+@pytest.mark.slow
+def test_sigterm_saves_a_lost_or_hanging_rank_ends_the_run(home, whole):
+    """In each case the last state is whole and the run goes on from it."""
+    job, folder = begin(home, "term")
+    job.send_signal(signal.SIGTERM)
+    said = job.communicate(timeout=120)[0]
+    assert "SIGTERM: saved step" in said, said
+    assert state.open_state(folder).step == max(int(p.name[5:]) for p in state.states(folder))
+
+    job, folder = begin(home, "lost")
+    os.kill(children(job)[1], signal.SIGKILL)
+    assert job.wait(timeout=120) != 0 and state.open_state(folder).step >= 40
+
+    job, folder = begin(home, "hang", "--timeout 4")
+    os.kill(children(job)[1], signal.SIGSTOP)
+    start = time.monotonic()
+    until(lambda: job.poll() is not None, 90)
+    said = job.communicate()[0]
+    assert job.returncode != 0 and re.search(r"distill: rank 1 did not reach step \d+ within 4 s", said), said
+    assert time.monotonic() - start < 60 and state.open_state(folder).step >= 40
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_ends_as_if_undisturbed(home, whole):
+    """SIGKILL at 20 random moments and more; a forked child saves the start of Python."""
+    flags = f"{REUSE} {QUIET} --steps 700 --save-every 4 --log-every 4"
+    main(home, f"--name calm {flags}")
+    draw, kills, lives = random.Random(0), 0, 0
+    done = home / "runs/killed/checkpoints/student.safetensors"
+    while not done.exists():
+        child = os.fork()
+        if child == 0:
+            try:
+                os.chdir(home)
+                with open(os.devnull, "w") as null:
+                    os.dup2(null.fileno(), 1), os.dup2(null.fileno(), 2)
+                main(home, f"--name killed {flags}")
+            finally:
+                os._exit(0)
+        lives += 1
+        patience = draw.uniform(0.1, 1.2) if kills < 25 else 1e9
+        end = time.monotonic() + patience
+        while time.monotonic() < end and os.waitpid(child, os.WNOHANG) == (0, 0):
+            time.sleep(0.005)
+        if time.monotonic() >= end:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            kills += 1
+        assert lives < 300
+    assert kills >= 20, kills
+    calm, killed = (load_state(home / f"runs/{name}/checkpoints/distill") for name in ("calm", "killed"))
+    assert calm[0] == killed[0] == 700 and all(torch.equal(calm[1][k], killed[1][k]) for k in calm[1])
+    assert log_of(home / "runs/calm") == log_of(home / "runs/killed")
+
+
+# one process
+
+def test_each_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch):
+    taken = []
+    for name, value in (("is_available", True), ("device_count", 2)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert pick_device("auto") == torch.device("cuda", 0) and pick_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device("cuda") == torch.device("cuda", 1) and taken == [0, 1]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(InputError, match="torchrun: found process 3 on a machine of 2 GPUs, one a GPU"):
+        pick_device("auto")
+
+
+def test_out_of_memory_says_what_the_plan_was_and_what_helps(home, whole, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    monkeypatch.setattr(step, "student_backward", full)
+    with pytest.raises(InputError) as error:
+        main(home, f"--name full {REUSE} {QUIET} --save-every 1")
+    said = str(error.value)
+    assert re.fullmatch(r"out of memory on cpu \(CUDA out of memory\. Tried .*\); the plan was, in GiB: "
+                        r"student \(fp32.*, sum [\d.]+; less take a --micro-batch below 8, --checkpoint .*",
+                        said), said
+    assert state.open_state(home / "runs/full/checkpoints/distill").step in (1, 2)
+
+
+def test_batches_that_cannot_be_shared_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(InputError, match="--batch: found 8, a multiple of the 3 processes expected"):
+        main(tmp_path, "")
+    with pytest.raises(InputError, match="--teacher-batch: found 8, a multiple of the 3 processes"):
+        main(tmp_path, "--batch 9")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="WORLD_SIZE 2 without LOCAL_RANK, MASTER_ADDR, MASTER_PORT"):
+        main(tmp_path, "")
+    with pytest.raises(InputError, match="--replicas: found 2 with --parallel ddp"):
+        main(tmp_path, "--parallel ddp --replicas 2")
+    assert not list(tmp_path.iterdir())
+
+
+def numbers(good: float = 1.0):
+    """(module, norms) of two parameters whose gradients have norm `good`."""
+    from ladd.parallel import Norms
+    each = torch.tensor([1.0, good])
+    return torch.nn.Linear(2, 2), Norms(each.norm(), each)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_the_first_step_that_is_no_number_is_named(bad):
+    health = Health()
+    health.look()
+    health.note(1, {"loss_d": torch.tensor(1.0)}, {"heads": numbers()})
+    health.look()
+    health.note(2, {"loss_d": torch.tensor(1.0)}, {"heads": numbers()})
+    health.note(3, {"loss_d": torch.tensor(1.0)}, {"heads": numbers(), "student": numbers(bad)})
+    health.note(4, {"loss_d": torch.tensor(bad)}, {"heads": numbers(bad)})
+    with pytest.raises(FloatingPointError, match=f"^step 3: the gradient of student bias has norm {bad};"):
+        health.look()
+    health.note(5, {"loss_d": torch.tensor(bad), "loss_g": torch.tensor(2.0)}, {"heads": numbers()})
+    with pytest.raises(FloatingPointError, match=f"^step 5: loss_d is {bad}; the last"):
+        health.look()
+
+
+DUEL = {"auc_n": 96.0, "auc": 0.6, "auc_memory": 0.5, "auc_null": 0.5}
+
+
+@pytest.mark.parametrize("values, said", [
+    ({"entropy_1": 0.79}, "entropy_1 is 0.79"), ({"entropy_1": 0.81}, ""), ({"entropy_4": 0.5}, ""),
+    ({"margin_real": 0.04, "margin_fake": 0.03}, "active margins"),
+    ({"margin_real": 0.04, "margin_fake": 0.2}, ""),
+    (DUEL, ""), (DUEL | {"auc": 0.999}, "the heads win"), (DUEL | {"auc": 0.2}, "the heads are lost"),
+    (DUEL | {"auc": 0.4}, ""), (DUEL | {"auc_memory": 0.75}, "memorised"), (DUEL | {"auc_memory": 0.65}, ""),
+    (DUEL | {"auc_null": 0.85}, "leaks"), (DUEL | {"auc_null": 0.15}, "leaks"),
+    (DUEL | {"auc_null": 0.7}, "")])
+def test_alarms(values, said):
+    """entropy_4 was lower at the first evaluation; 5 sd of an AUC are .21 at 96 against 96, .29 at 48."""
+    found = evaluate.alarms(values, {"entropy_4": 0.4, "entropy_1": 0.9})
+    assert len(found) == bool(said) and all(said in text for text in found)
+
+
+def test_on_collapse_decides_whether_a_run_goes_on(home, whole, monkeypatch):
+    monkeypatch.setattr(evaluate, "alarms", lambda values, before={}: ["all is grey"] * ("auc" in values))
+    flags = f"{REUSE} --eval-every 2 --grid-every 0"
+    said = main(home, f"--name warned {flags}")
+    assert all(f"step {step}: warning: all is grey" in said for step in (0, 2, 4))
+    assert (home / "runs/warned/checkpoints/student.safetensors").exists()
+    said = main(home, f"--name stopped {flags} --on-collapse stop")
+    assert "step 0: all is grey; --on-collapse stop ends the run" in said
+    assert not (home / "runs/stopped/checkpoints/student.safetensors").exists()
+    assert state.open_state(home / "runs/stopped/checkpoints/distill").step == 2
+
+
+def test_checkpoint_keeps_less_and_changes_nothing(home, whole):
+    found = {}
+    for keep in ("none", "selective", "full"):
+        main(home, f"--name keep-{keep} {REUSE} {QUIET} --checkpoint {keep}")
+        found[keep] = load_state(home / f"runs/keep-{keep}/checkpoints/distill")[1]
+    for keep in ("selective", "full"):
+        assert all(torch.equal(found["none"][k], found[keep][k]) for k in found["none"])
+
+
+@pytest.mark.slow
+def test_compiled_graphs_are_reused(home, whole, monkeypatch):
+    """Three kinds of block, two sizes: after both were seen in every use, no step compiles anything."""
+    from torch._dynamo.utils import counters
+    compile_, counts, heads_step = torch.nn.Module.compile, [], step.heads_step
+    eager = lambda self, **kind: compile_(self, backend="eager", **kind)
+    monkeypatch.setattr(torch.nn.Module, "compile", eager)
+
+    def counted(*args):
+        counts.append(counters["stats"]["unique_graphs"])
+        return heads_step(*args)
+    import train
+    monkeypatch.setattr(train, "heads_step", counted)
+    torch._dynamo.reset(), counters.clear()
+    sizes = "--sizes 32x64,48x48 --depth 3 --dual-blocks 1 --qk-norm on --taps 0,2 --pos-grid 4"
+    main(home, f"--name graphs {sizes} --data-size 240 --teacher-steps 2 --steps 14 {QUIET} --compile on "
+               "--checkpoint selective")
+    assert counts[-1] == counts[8] and 6 < counts[-1] <= 24, counts
