@@ -272,11 +272,12 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, domai
                     values = evaluate.quality(config, domain, viewer, prompts, reference) if reference else {}
                     values |= evaluate.duel(viewer, p.teacher, p.heads, latents, dc, config.eval_batch)
                     values = parallel.mean(values)             # equal but for rounding: one for all
-                    evals.write(it, **values)
+                    alarms = evaluate.alarms(values, meta["first"] or values)
+                    evals.write(it, **values, **({"alarms": alarms} if alarms else {}))
                     bar.write(f"step {step:5d}  " + "  ".join(
                         f"{k} {v:.3f}" for k, v in values.items() if k.startswith(("fd_", "prompt", "auc"))))
                     meta["first"] = meta["first"] or values
-                    warn(config, bar, saver, step, evaluate.alarms(values, meta["first"]))
+                    warn(config, bar, saver, step, alarms)
                     score = values["fd_1"] + values[f"fd_{len(config.levels)}"] if reference else math.inf
                     if score < meta["best"]:
                         meta["best"] = score
@@ -307,10 +308,11 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, domai
                 line = {k: v.item() for k, v in losses.items()} | {"norm_d": norms_d.total.item()}
                 line |= {"norm_g": norms_g.total.item()} if step >= 0 else {}
                 line = parallel.mean(line | duel_line(stats)) | pace.line(stream.waited, config.log_every)
-                log.write(it + 1, **line)
+                alarms = evaluate.alarms(line) if step >= 0 else []
+                log.write(it + 1, **line, **({"alarms": alarms} if alarms else {}))
                 bar.set_postfix({k: f"{line[k]:.2f}" for k in ("loss_d", "loss_g") if k in line},
                                 gb=f"{line['gb']:.1f}")
-                warn(config, bar, saver, step, evaluate.alarms(line) if step >= 0 else [])
+                warn(config, bar, saver, step, alarms)
             save_every(config, saver, health, it + 1, it + 1 - start, stopper, p.tensors, meta)
         look(health, saver)
         saver.finish()
@@ -329,9 +331,11 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, domai
 
 
 def warn(config: Config, bar, saver: state.Saver, step: int, alarms: list[str]) -> None:
-    """Says what looks like a collapse, above the progress line; stops there if --on-collapse says so."""
+    """Says what looks like a collapse, above the progress line, whose name shows that something was said; stops
+    there if --on-collapse says so."""
     for alarm in alarms:
         bar.write(f"step {step}: warning: {alarm}")
+        bar.set_description("distill!")
     if alarms and config.on_collapse == "stop":
         saver.finish()
         raise Stopped(f"step {step}: {alarms[0]}; --on-collapse stop ends the run, the last checkpoint "

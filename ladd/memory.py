@@ -141,7 +141,7 @@ class Heads(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         u, k, need = ctx.saved_tensors[0], len(ctx.saved_tensors[0]), ctx.needs_input_grad[2:]
-        _scratch = [torch.empty_like(u) for _ in range(2 + any(need[k:]))]             # dv, du; y for weights
+        scratch = [torch.empty_like(u) for _ in range(2 + any(need[k:]))]             # dv, du; y for weights
         (shape, dtype), feats = ctx.shapes[0], [None] * k
         if any(need[:k]):
             feats = torch.empty(k, *shape, dtype=dtype, device="meta").unbind(0)

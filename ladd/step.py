@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 import kernels
 from kernels import Kernels
 from ladd import feed, flow, parallel, shapes, state
-from ladd.config import Config
+from ladd.config import Config, InputError
 from ladd.data import Latents
 from ladd.discriminator import Discriminator, DiscriminatorConfig
 from ladd.distill import (DistillConfig, Fake, Text, draw, fake_pass, grid_of, heads_loss, student_loss,
@@ -128,6 +128,9 @@ def moments(optimizer: torch.optim.Optimizer, network: nn.Module, prefix: str,
 def make_players(config: Config, base: MMDiT, layout: Layout) -> Players:
     """Student and average in fp32 from the teacher `base`, the frozen teacher, new heads, two AdamWs."""
     device = layout.device
+    if config.teacher_fp8 and layout.shard_teacher:
+        raise InputError("--teacher-fp8: found a teacher that is sharded, one whole on each process accepted "
+                         "(--shard-teacher off)")
     teacher = network(base.config, base.state_dict(), config, layout, compute_dtype(config.precision, device),
                       False, layout.shard_teacher)
     if config.teacher_fp8:

@@ -1,4 +1,5 @@
 """train.py on several processes: two equal one; resuming on another number; signals, hangs, losses, kills."""
+import json
 import os
 import random
 import re
@@ -71,8 +72,8 @@ def same_log(a: Path, b: Path, tol: float) -> None:
     left, right = log_of(a), log_of(b)
     assert [(x["stage"], x["step"]) for x in left] == [(x["stage"], x["step"]) for x in right] and left
     for x, y in zip(left, right):
-        assert x.keys() == y.keys()
-        for k in x.keys() - set(CLOCK) - {"stage"}:
+        assert x.keys() - {"alarms"} == y.keys() - {"alarms"}
+        for k in x.keys() - set(CLOCK) - {"stage", "alarms"}:
             assert abs(x[k] - y[k]) <= tol * (1 + abs(x[k])), (x["stage"], x["step"], k, x[k], y[k])
 
 
@@ -113,8 +114,12 @@ def test_two_processes_train_as_one(home, whole):
     for name, flags, _ in CASES:
         main(home, f"--name one-{name} {REUSE} {flags} {QUIET}")
     both = processes(home, 2, *(f"--name two-{name} {REUSE} {flags} {more} {QUIET}"
-                                for name, flags, more in CASES))
+                                for name, flags, more in CASES), f"--name two-trace {REUSE} --steps 2 {QUIET} "
+                     "--profile trace.json", "--bench-steps 1")
     assert both.returncode == 0, both.stderr
+    assert min((home / "trace.json").stat().st_size, (home / "trace.json.1").stat().st_size) > 10 ** 4
+    timed = json.loads(both.stdout[both.stdout.index('{\n "preset"'):].split("\n}")[0] + "\n}")
+    assert timed["world_size"] == 2 and timed["micro_batch"] == 4 and len(timed["rows"]) == 3
     for name, _, _ in CASES:
         one, two = (home / "runs" / f"{kind}-{name}" for kind in ("one", "two"))
         same_log(one, two, 2e-3)
@@ -320,6 +325,8 @@ def test_on_collapse_decides_whether_a_run_goes_on(home, whole, monkeypatch):
     flags = f"{REUSE} --eval-every 2 --grid-every 0"
     said = main(home, f"--name warned {flags}")
     assert all(f"step {step}: warning: all is grey" in said for step in (0, 2, 4))
+    lines = [json.loads(line) for line in (home / "runs/warned/log.jsonl").read_text().splitlines()]
+    assert [line.get("alarms") for line in lines if line["stage"] == "eval"] == [["all is grey"]] * 3
     assert (home / "runs/warned/checkpoints/student.safetensors").exists()
     said = main(home, f"--name stopped {flags} --on-collapse stop")
     assert "step 0: all is grey; --on-collapse stop ends the run" in said
