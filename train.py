@@ -39,7 +39,7 @@ from ladd.mmdit import MMDiT, MMDiTConfig, shrunk
 from ladd.parallel import Watch, agree, ranks
 from ladd.run import (Health, Log, Stopped, Stopper, compute_dtype, device_name, memory_gb, open_run,
                       pick_device, progress)
-from ladd.step import (Layout, calibrate, distill_config, heads_step, inference, learning_rate,
+from ladd.step import (Layout, calibrate, distill_config, heads_step, inference, lcm_step, learning_rate,
                        make_players, moments, network, on_meta, ops_of, step_keys, step_parts, student_step,
                        teacher_config, tokens_of)
 
@@ -209,6 +209,8 @@ def make_data(config: Config, run: Path, teacher: MMDiT, domain: Domain, device:
     skipped where --data names a folder."""
     if config.data:
         return load_data(config, Path(config.data), teacher.config)
+    if config.data_from == "world":
+        return world_latents(config, config.data_size, config.seed + 1)
     if config.real:
         prompts, _ = encode.read_prompts(config.prompts)
         plan = synthesize.prompt_plan(prompts, config.hw, config.data_size, config.data_batch, config.seed)
@@ -233,7 +235,7 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, domai
     if out.exists():
         return
     torch.manual_seed(config.seed + 1)
-    dc, p = distill_config(config), make_players(config, base, layout)
+    dc, p, lcm = distill_config(config), make_players(config, base, layout), config.objective == "lcm"
 
     # resume: every random draw is a function of the step,
     # so weights, optimizers and the best value are all there is
@@ -242,7 +244,7 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, domai
     if saved := state.open_state(saver.folder):
         start, meta = saved.step, saved.meta
         state.fill(saved, p.tensors(saved))
-    else:
+    elif not lcm:
         calibrate(config, dc, p.teacher, p.heads, latents)
 
     if config.real:
@@ -252,16 +254,18 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, domai
         prompts = draw_prompts(config, config.eval_n, BEST)
         reference = make_reference(config, prompts, config.eval_n, VALIDATION)
     viewer = p.ema if layout.mesh else inference(p.ema, config, device)
-    total = config.heads_first + config.steps                  # the first steps move the heads alone
+    first = 0 if lcm else config.heads_first                   # the first steps move the heads alone
+    total, turns = first + config.steps, 1 if lcm else config.heads_steps
+    null = Text(*(t.to(device) for t in latents.null))
     # the evaluation at `start` comes after its state
     log, evals, health = Log(run, "distill", start), Log(run, "eval", start - 1), Health()
     bar, pace = progress("distill", total, start, quiet=rank), speed.Pace(
         config, base.config, (16, config.hw[0][0] // 8, config.hw[0][1] // 8), device)
-    stream = Feed(partial(step_parts, config, dc, latents), step_keys(config, start, total), device)
+    stream = Feed(partial(step_parts, config, dc, latents), step_keys(start, total, turns), device)
     batches = iter(stream)
     with Watch("distill", config.timeout) as watch:
         for it in range(start, total + 1):
-            step = it - config.heads_first                     # the student's own count
+            step = it - first                                  # the student's own count
             every = lambda n: n and (step >= 0 and step % n == 0 or it == total)
             with pace.paused():
                 if (every(config.grid_every) or every(config.eval_every)) and viewer is not p.ema:
@@ -270,7 +274,8 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, domai
                     evaluate.save_grid(config, domain, viewer, shown, run / "samples" / f"{step:06d}.png")
                 if every(config.eval_every):
                     values = evaluate.quality(config, domain, viewer, prompts, reference) if reference else {}
-                    values |= evaluate.duel(viewer, p.teacher, p.heads, latents, dc, config.eval_batch)
+                    if not lcm:
+                        values |= evaluate.duel(viewer, p.teacher, p.heads, latents, dc, config.eval_batch)
                     values = parallel.mean(values)             # equal but for rounding: one for all
                     alarms = evaluate.alarms(values, meta["first"] or values)
                     evals.write(it, **values, **({"alarms": alarms} if alarms else {}))
@@ -291,23 +296,27 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, domai
 
             p.opt_g.param_groups[0]["lr"] = config.lr * learning_rate(config, step, max(step, 0))
             p.opt_d.param_groups[0]["lr"] = config.heads_lr * learning_rate(config, step, it)
-            for j in range(config.heads_steps):
-                share, parts = step >= 0 and j == config.heads_steps - 1, next(batches)
+            losses, norms = {}, {}
+            for j in range(turns):
+                share, parts = step >= 0 and j == turns - 1, next(batches)
                 watch.reach(it)
-                loss_d, norms_d, stats, fakes = heads_step(config, dc, p, parts, share)
-            losses, norms = {"loss_d": loss_d}, {"heads": (p.heads, norms_d)}
+                if not lcm:
+                    losses["loss_d"], norms_d, stats, fakes = heads_step(config, dc, p, parts, share)
+                    norms["heads"] = p.heads, norms_d
             if step >= 0:
-                stats_g, norms_g = student_step(config, dc, p, parts, fakes)
-                losses |= {k: stats_g[k] for k in ("loss_g", "loss_distill")}
+                stats_g, norms_g = (lcm_step(config, p, parts, null) if lcm
+                                    else student_step(config, dc, p, parts, fakes))
+                losses |= {k: v for k, v in stats_g.items() if k.startswith("loss")}
                 norms["student"] = p.student, norms_g
 
             bar.update()
             health.note(it + 1, losses, norms)
             if (it + 1) % config.log_every == 0:
                 look(health, saver)
-                line = {k: v.item() for k, v in losses.items()} | {"norm_d": norms_d.total.item()}
-                line |= {"norm_g": norms_g.total.item()} if step >= 0 else {}
-                line = parallel.mean(line | duel_line(stats)) | pace.line(stream.waited, config.log_every)
+                line = {k: v.item() for k, v in losses.items()} | ({} if lcm else duel_line(stats))
+                line |= {f"norm_{'d' if name == 'heads' else 'g'}": n.total.item()
+                         for name, (_, n) in norms.items()}
+                line = parallel.mean(line) | pace.line(stream.waited, config.log_every)
                 alarms = evaluate.alarms(line) if step >= 0 else []
                 log.write(it + 1, **line, **({"alarms": alarms} if alarms else {}))
                 bar.set_postfix({k: f"{line[k]:.2f}" for k in ("loss_d", "loss_g") if k in line},
@@ -331,8 +340,8 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, domai
 
 
 def warn(config: Config, bar, saver: state.Saver, step: int, alarms: list[str]) -> None:
-    """Says what looks like a collapse, above the progress line, whose name shows that something was said; stops
-    there if --on-collapse says so."""
+    """Says what looks like a collapse, above the progress line, whose name shows that something was said;
+    stops there if --on-collapse says so."""
     for alarm in alarms:
         bar.write(f"step {step}: warning: {alarm}")
         bar.set_description("distill!")

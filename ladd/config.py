@@ -79,7 +79,12 @@ class Config:
     data_batch:      int = option(128, "latents a shard and a generating batch", low=1)
     guidance:        float = option(2.0, "teacher's guidance in data and samples", low=1)
     sample_steps:    int = option(8, "teacher's steps: data and the report's many-step row", low=1)
+    data_from:       str = option("teacher", "who makes the latents: the teacher, or the world's renders", (
+        "teacher", "world"))
     # student
+    objective:       str = option("ladd", "what the student learns by; lcm: the paper's baseline",
+                                  ("ladd", "lcm"))
+    lcm_steps:       int = option(16, "steps of the teacher's path on which x0_hat is to stay one", low=2)
     student_depth:   int = option(0, "blocks of the student, taken evenly from the teacher's; 0: all", low=0)
     steps:           int = option(180, "training steps of the student", low=1)
     batch:           int = option(64, "pairs a step", low=1)
@@ -182,7 +187,7 @@ PROCESS_FIELDS = ("micro_batch", "parallel", "replicas", "shard_teacher", "check
 
 # of the built-in world and of a teacher trained on it: refused where they would do nothing
 WORLD_FIELDS = ("objects", "stated", "teacher_images", "teacher_steps", "teacher_batch", "teacher_lr",
-                "teacher_means", "text_dropout", "n")
+                "teacher_means", "text_dropout", "data_from", "n")
 REAL_FIELDS = "prompts", "eval_prompts", "t5", "t5_tokens", "pooled_dim"
 
 # SD3's own values where they are known (shift, guidance, sampling steps); the rest is our choice, unmeasured
@@ -289,6 +294,8 @@ def parse_config(argv: list[str], preset: str, description: str = "") -> Config:
             where = ("of the built-in world, which --encoders and the sd3 presets leave" if config.real
                      else "of real prompts: --encoders FOLDER expected beside it")
             raise InputError(f"--{name.replace('_', '-')}: found {given[name]!r}, an option {where}")
+        if name == "lcm_steps" and config.objective != "lcm":
+            raise InputError(f"--lcm-steps: found {given[name]} without --objective lcm, which reads it")
     if config.real and not config.dry_run and not config.bench_steps:
         needed = {"encoders": config.encoders, "teacher": config.teacher,
                   "prompts": config.prompts or config.data,

@@ -19,7 +19,9 @@ from ladd.distill import (DistillConfig, Fake, Text, draw, fake_pass, grid_of, h
                           taps_of)
 from ladd.feed import Part, moved
 from ladd.fp8 import in_fp8
+from ladd.lcm import lcm_loss
 from ladd.mmdit import MMDiT, MMDiTConfig, shrunk
+from ladd.parallel import Norms
 from ladd.run import compute_dtype, frozen, pick_kernels
 
 
@@ -44,6 +46,11 @@ def teacher_config(config: Config) -> MMDiTConfig:
 
 
 def distill_config(config: Config) -> DistillConfig:
+    if config.objective == "lcm":
+        n = config.lcm_steps
+        levels = tuple((n - i) / n for i in range(n))
+        return DistillConfig(levels, (1 / n,) * n, 0, config.shift, 0.0, 1.0, False, 0.0, "heads",
+                             0.0, 0.0, 0.0)
     return DistillConfig(config.levels, config.probs, config.easy_steps, config.shift,
                          config.d_mean, config.d_std, config.shared_noise, config.misaligned,
                          config.misaligned_at, config.r1_weight, config.r1_sigma, config.distill_weight)
@@ -169,9 +176,9 @@ def learning_rate(config: Config, step: int, steps_taken: int) -> float:
     return min(1, (steps_taken + 1) / max(1, config.warmup), left)
 
 
-def step_keys(config: Config, start: int, total: int) -> Iterator[tuple[int, int]]:
-    """(iteration, heads' step) of every batch from iteration `start` on."""
-    return ((it, j) for it in range(start, total) for j in range(config.heads_steps))
+def step_keys(start: int, total: int, turns: int) -> Iterator[tuple[int, int]]:
+    """(iteration, heads' step) of every batch from iteration `start` on, `turns` of them in each."""
+    return ((it, j) for it in range(start, total) for j in range(turns))
 
 
 def step_parts(config: Config, dc: DistillConfig, latents: Latents, it: int, j: int) -> list[Part]:
@@ -245,9 +252,29 @@ def student_step(config: Config, dc: DistillConfig, p: Players, parts: list[Part
         return student_backward(dc, p, part, fake, len(parts), last, lap)
 
     stats = joined([backward(part, part is parts[-1]) for part in parts])
+    return stats, student_update(config, p, lap)
+
+
+def lcm_step(config: Config, p: Players, parts: list[Part], null: Text):
+    """(stats, gradient norms) of a consistency step on the micro-batches; moves the average too."""
+    levels = flow.euler_levels(config.lcm_steps, config.shift).to(parts[0].x0.device)
+
+    def backward(part: Part) -> dict[str, Tensor]:
+        loss, stats = lcm_loss(p.student, p.ema, p.teacher, part.x0, part.text, null, part.draws.eps_s,
+                               part.draws.sigma_s, levels, config.guidance)
+        parallel.accumulate(p.student, part is parts[-1])
+        (loss / len(parts)).backward()
+        return stats
+
+    stats = joined([backward(part) for part in parts])
+    return stats, student_update(config, p)
+
+
+def student_update(config: Config, p: Players, lap: Callable[[str], None] = lambda name: None) -> Norms:
+    """Clips the student's gradients, steps, moves the average; the norms before."""
     norms = parallel.clip(p.student, config.clip)
     p.opt_g.step()
     p.opt_g.zero_grad()                                     # here: no gradients beside the next fakes
     torch._foreach_lerp_(list(p.ema.parameters()), list(p.student.parameters()), 1 - config.ema)
     lap("student's optimizer, average")
-    return stats, norms
+    return norms

@@ -114,8 +114,8 @@ def test_two_processes_train_as_one(home, whole):
     for name, flags, _ in CASES:
         main(home, f"--name one-{name} {REUSE} {flags} {QUIET}")
     both = processes(home, 2, *(f"--name two-{name} {REUSE} {flags} {more} {QUIET}"
-                                for name, flags, more in CASES), f"--name two-trace {REUSE} --steps 2 {QUIET} "
-                     "--profile trace.json", "--bench-steps 1")
+                                for name, flags, more in CASES),
+                     f"--name two-trace {REUSE} --steps 2 {QUIET} --profile trace.json", "--bench-steps 1")
     assert both.returncode == 0, both.stderr
     assert min((home / "trace.json").stat().st_size, (home / "trace.json.1").stat().st_size) > 10 ** 4
     timed = json.loads(both.stdout[both.stdout.index('{\n "preset"'):].split("\n}")[0] + "\n}")
