@@ -378,6 +378,19 @@ def to_json(c: Config) -> str:
     return json.dumps(asdict(c), indent=1) + "\n"
 
 
+def read_config(path: Path) -> Config:
+    """The configuration that a run folder holds; InputError for what this version did not write."""
+    try:
+        stored = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: found no run's configuration ({error})") from None
+    names = [f.name for f in fields(Config)]
+    if not isinstance(stored, dict) or (odd := sorted(set(names) ^ set(stored))):
+        kind = f"other options ({', '.join(odd[:3])})" if isinstance(stored, dict) else "no options"
+        raise InputError(f"{path}: found {kind}, the configuration of a run of this version accepted")
+    return validated(Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}))
+
+
 def check_same(c: Config, stored: dict) -> None:
     """Raises InputError unless a run folder's stored configuration is `c`,
     but for what concerns one process alone."""

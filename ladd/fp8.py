@@ -58,12 +58,14 @@ def in_fp8(model: MMDiT) -> MMDiT:
     """The frozen bf16 network `model`, its blocks' products over tokens in fp8 from now on, in place.
 
     Modulation, embedders and the output layer, which see few rows or set the scale, stay in bf16.
-    Raises ValueError where the network trains or computes in another dtype.
+    Raises ValueError where the network trains, computes in another dtype or has a LoRA that is not merged.
     """
     trains = any(p.requires_grad for p in model.parameters())
     if model.compute_dtype != torch.bfloat16 or trains:
         raise ValueError(f"fp8: found {model.compute_dtype}, trainable weights {trains}; a frozen bf16 "
                          "network accepted")
+    if any(hasattr(layer, "lora_a") for layer in model.modules()):
+        raise ValueError("fp8: found a LoRA, a network without accepted: merge and remove it")
     for block in model.joint_blocks:
         for stream in (block.x_block, block.context_block):
             for parent in (stream.attn, getattr(stream, "attn2", None), getattr(stream, "mlp", None)):

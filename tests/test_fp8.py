@@ -3,6 +3,7 @@ import pytest
 import torch
 from conftest import assert_close, rng, tiny, tiny_inputs
 
+from ladd import lora
 from ladd.fp8 import Fp8Linear, in_fp8, quantised
 from ladd.mmdit import Linear
 
@@ -81,6 +82,10 @@ def test_what_trains_or_computes_in_fp32_is_refused():
         in_fp8(tiny(dtype=torch.float32).requires_grad_(False))
     with pytest.raises(ValueError, match="trainable weights True; a frozen bf16"):
         in_fp8(tiny(dtype=torch.bfloat16))
+    model = frozen()
+    lora.add(model, 2, 2.0, lora.ALL, rng())
+    with pytest.raises(ValueError, match="found a LoRA"):
+        in_fp8(model.requires_grad_(False))
 
 
 def test_a_block_in_fp8_compiles_whole():

@@ -33,7 +33,7 @@ def setting():
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_the_loss_by_hand(guidance):
-    """Guided Euler step of the teacher, target by the average at the next level; at level 0 the path's end."""
+    """Guided Euler step of the teacher, target by the average at the next level; at 0 the path's end."""
     x0, text, null, eps, sigma = setting()
     student, average, teacher = AffineStudent(), AffineStudent(), Reader()
     with torch.no_grad():
