@@ -209,21 +209,22 @@ def _waves(dim: int) -> Tensor:
     return (torch.cos(math.pi / dim * k * j) * torch.where(k > 0, math.sqrt(2), 1.)).float()
 
 
-def embed(texts: list[str], length: int, dim: int) -> tuple[Tensor, Tensor]:
+def embed(texts: list[str], length: int, dim: int,
+          vocab: list[str] = VOCAB) -> tuple[Tensor, Tensor]:
     """(context [n, length, dim] = word + .3 position, pooled [n, dim] = sum of the words / sqrt(count)).
 
     Vectors are frozen waves, words the first ones and positions the last, so orthogonal where dim allows.
     Word 0 pads to `length`; "" is all padding, its pooled vector zero.
     """
-    if dim < len(VOCAB) + 1:
-        raise InputError(f"width of the text embedding: found {dim}, accepted is at least {len(VOCAB) + 1}")
+    if dim < len(vocab) + 1:
+        raise InputError(f"width of the text embedding: found {dim}, accepted is at least {len(vocab) + 1}")
     ids = torch.zeros(len(texts), length, dtype=torch.long)
     for row, text in zip(ids, texts):
         words = text.lower().split()
-        _check_words(words, VOCAB, text)
+        _check_words(words, vocab, text)
         if len(words) > length:
             raise InputError(f"prompt {text!r}: found {len(words)} words, accepted are at most {length}")
-        row[:len(words)] = torch.tensor([VOCAB.index(word) + 1 for word in words], dtype=torch.long)
+        row[:len(words)] = torch.tensor([vocab.index(word) + 1 for word in words], dtype=torch.long)
     waves, said = _waves(dim), (ids > 0)[..., None]     # said [n, l, 1]
     words, positions = waves[ids], waves[-1 - torch.arange(length) % dim]
     return words + .3 * positions, (words * said).sum(1) / said.sum(1).clamp(min=1).sqrt()
