@@ -83,8 +83,8 @@ def save_every(config: Config, saver: state.Saver, health: Health, step: int, do
         saver.begin(step, tensors(), meta)
     if stop:
         saver.finish()
-        raise Stopped(f"{stopper.signal or '--stop-after'}: saved step {step} in {saver.folder}; "
-                      "the same command resumes")
+        reason = stopper.signal or ("--stop-after" if done == config.stop_after else "a signal elsewhere")
+        raise Stopped(f"{reason}: saved step {step} in {saver.folder}; the same command resumes")
 
 
 def look(health: Health, saver: state.Saver) -> None:
@@ -313,10 +313,11 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, domai
             health.note(it + 1, losses, norms)
             if (it + 1) % config.log_every == 0:
                 look(health, saver)
-                line = {k: v.item() for k, v in losses.items()} | ({} if lcm else duel_line(stats))
+                line = {k: v.item() for k, v in losses.items()}
                 line |= {f"norm_{'d' if name == 'heads' else 'g'}": n.total.item()
                          for name, (_, n) in norms.items()}
-                line = parallel.mean(line) | pace.line(stream.waited, config.log_every)
+                line = parallel.mean(line) | ({} if lcm else duel_line(stats))
+                line |= pace.line(stream.waited, config.log_every)
                 alarms = evaluate.alarms(line) if step >= 0 else []
                 log.write(it + 1, **line, **({"alarms": alarms} if alarms else {}))
                 bar.set_postfix({k: f"{line[k]:.2f}" for k in ("loss_d", "loss_g") if k in line},
@@ -352,15 +353,20 @@ def warn(config: Config, bar, saver: state.Saver, step: int, alarms: list[str]) 
 
 
 def duel_line(stats: dict[str, Tensor]) -> dict[str, float]:
-    """The duel on the training batch: active margins and accuracy of the heads, and the mean logits' gap."""
+    """The duel on the training batch of all processes: active margins and accuracy of the heads, and the mean
+    logits' gap."""
     real, fake = stats["logits_real"], stats["logits_fake"]
     margins, accuracies = metrics.active_margins(real, fake), metrics.accuracy(real, fake)
     line = {"margin_real": margins[0], "margin_fake": margins[1],
             "accuracy_real": accuracies[0], "accuracy_fake": accuracies[1],
             "gap": real.mean() - fake.mean(), "loss_r1": stats["loss_r1"]}
-    if stats["logits_misaligned"] is not None:
-        line["accuracy_misaligned"] = (stats["logits_misaligned"] < 0).float().mean()
-    return {k: v.item() for k, v in line.items()}
+    if (wrong := stats["logits_misaligned"]) is not None:
+        right = (wrong < 0).float().mean((0, 2, 3))                         # [m] of the samples
+        line |= {"accuracy_misaligned": right.sum(), "misaligned": len(right)}
+    line = parallel.mean({k: float(v) for k, v in line.items()})
+    # its samples lie unevenly: a process, or a small batch, may have none
+    count, right = line.pop("misaligned", 0), line.pop("accuracy_misaligned", 0)
+    return line | ({"accuracy_misaligned": right / count} if count else {})
 
 
 def describe(config: Config, role: str) -> dict[str, str]:
@@ -414,11 +420,13 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--teacher-fp8: found {torch.cuda.get_device_name()}, compute capability 9.0 "
                          "accepted")
     config.micro(world)
+    if world > 1 and world % config.replicas:
+        raise InputError(f"--replicas: found {config.replicas}, a divisor of the {world} processes accepted")
     if not config.real and not config.teacher and config.teacher_batch % world:
         raise InputError(f"--teacher-batch: found {config.teacher_batch}, a multiple of the {world} "
                          "processes expected")
     if config.dry_run:
-        return dry_run(config, device)
+        return dry_run(config, device) if rank == 0 else None
     for path, what in ((config.teacher, "--teacher"), (config.data, "--data")):
         if path and not Path(path).exists():
             raise InputError(f"{what}: {path} does not exist")
@@ -442,6 +450,9 @@ def main(argv: list[str]) -> None:
     run, stopper = Path("runs") / config.run_name, Stopper()
     if rank == 0:
         open_run(config)
+        if config.real:                                  # one process writes the file of text, all read it
+            domain.embed(["", *report_prompts(config)])
+            domain.release()
     agree()                                              # the run folder is there and of this configuration
     say(f"{run}: {device_name(device)}, {compute_dtype(config.precision, device)}")
     clock = run / "seconds.json"
@@ -462,6 +473,10 @@ def main(argv: list[str]) -> None:
         latents = timed("data", make_data, teacher, domain, device, stopper)
         timed("distill", distill, teacher, latents, domain, layout, stopper)
         if not (run / "report.json").exists():
+            if agree(bool(stopper)):
+                raise Stopped(f"{stopper.signal or 'a signal elsewhere'}: the student is saved; the same "
+                              "command reports")
+            stopper.end()
             write_report(config, run, teacher, domain, layout, seconds)
     except torch.OutOfMemoryError as error:
         mesh = layout.mesh

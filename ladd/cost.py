@@ -86,7 +86,7 @@ def plan(config: Config, student: MMDiT, teacher: MMDiT, heads: Discriminator, d
     networks = student, teacher, heads, latent, (tokens, sizes.context_dim)
     costs = step_cost(*networks, micro, dc, config.schedule_of(1), config.checkpoint, ops)
     yield (f"parameters: teacher {count(teacher):,}, student {count(student):,}, heads {count(heads):,}")
-    for gpus in [n for n in ((1, 8) if config.real else (1,)) if config.batch % n == 0]:
+    for gpus in [n for n in ((1, 8 * config.replicas) if config.real else (1,)) if config.batch % n == 0]:
         part = Step(*networks, config.micro(gpus), dc, config.schedule_of(gpus), config.checkpoint)
         shard, shared, found = placed(memory, gpus, config.replicas if gpus > 1 else 1, partial(
             memory_plan, part, ops, gpus, accumulate=config.batch // gpus // part.batch,

@@ -58,11 +58,11 @@ class Discriminator(nn.Module):
         self.register_buffer("feat_std", torch.ones(k, d, 1))
 
     @torch.no_grad()
-    def calibrate(self, feats: list[Tensor]) -> None:
-        """Sets the statistics of the standardisation from real features, k tensors [b, l, d]."""
-        for i, f in enumerate(feats):
-            std, mean = torch.std_mean(f.float().flatten(0, 1), 0)
-            self.feat_mean[i, 0], self.feat_std[i, :, 0] = mean, std.clamp_min(1e-4)
+    def calibrate(self, moments: Tensor) -> None:
+        """Sets the statistics of the standardisation from the channel_moments of real features."""
+        mean, square = moments
+        self.feat_mean.copy_(mean[:, None])
+        self.feat_std.copy_((square - mean.square()).clamp_min(1e-8).sqrt()[..., None])
 
     def forward(self, feats: list[Tensor], sigma_d: Tensor, pooled: Tensor, grid: tuple[int, int]) -> Tensor:
         """Logits [k, b, h, w]; feats k tensors [b, h*w, d], sigma_d [b], pooled [b, pooled_dim],
@@ -74,3 +74,12 @@ class Discriminator(nn.Module):
         w_in = (p.w_in / self.feat_std).to(feats[0].dtype).to(dtype)
         b_in = p.b_in - (self.feat_mean @ w_in).squeeze(1)
         return self.kernels.discriminator_heads(feats, p._replace(w_in=w_in, b_in=b_in), cond, grid)
+
+
+@torch.no_grad()
+def channel_moments(feats: list[Tensor]) -> Tensor:
+    """Mean and mean square of each channel, [2, k, d] in float64, of k tensors [b, l, d]; those of equal
+    batches average to the moments of all."""
+    found = (torch.var_mean(f.float().flatten(0, 1), 0, correction=0) for f in feats)
+    var, mean = (torch.stack(part).double() for part in zip(*found))
+    return torch.stack([mean, var + mean.square()])

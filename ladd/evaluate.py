@@ -179,8 +179,9 @@ def save_grid(config: Config, domain: Domain, student: MMDiT, prompts: list[Prom
 
 @torch.no_grad()
 def duel(student: MMDiT, teacher: MMDiT, heads: Discriminator, latents: Latents, config: DistillConfig,
-         n: int) -> dict[str, float]:
-    """How well the heads tell apart, over held-out latents of the first bucket and four bands of sigma_d.
+         batch: int) -> dict[str, float]:
+    """How well the heads tell apart, over held-out latents of the first bucket, `batch` at a time, and four
+    bands of sigma_d.
 
     auc: held-out real against fake (near .5: the heads are too weak; near 1: too strong).
     auc_memory: real from training against held-out (above .5: the heads have memorised).
@@ -190,12 +191,16 @@ def duel(student: MMDiT, teacher: MMDiT, heads: Discriminator, latents: Latents,
     device = next(teacher.parameters()).device
     bucket = min(latents.buckets)
     size = len(latents.buckets[bucket][1])
-    n = min(n, latents.holdout) // 2 * 2
+    n = min(max(batch, 64), latents.holdout) // 2 * 2            # fewer tell no AUC from 1
 
     def logits(first: int, fake: bool) -> tuple[Tensor, Tensor]:
-        batch = latents.gather(bucket, torch.arange(first, first + n))
-        x0, text = batch.x0.to(device), Text(batch.context.to(device), batch.pooled.to(device))
-        drawn = draw(x0, config.easy_steps, config, (first, fake))
+        parts = [part(first, fake, i, min(i + batch, n)) for i in range(0, n, batch)]
+        return torch.cat([out for out, _ in parts], 1), torch.cat([sigma for _, sigma in parts])
+
+    def part(first: int, fake: bool, start: int, end: int) -> tuple[Tensor, Tensor]:
+        found = latents.gather(bucket, torch.arange(first + start, first + end))
+        x0, text = found.x0.to(device), Text(found.context.to(device), found.pooled.to(device))
+        drawn = draw(x0, config.easy_steps, config, (first, fake), start, n)
         if fake:
             out = fake_pass(student, teacher, heads, x0, text, drawn,
                             replace(config, distill_weight=0.0)).feats

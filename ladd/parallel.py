@@ -42,25 +42,17 @@ def ranks() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def start(device: torch.device, timeout_s: float) -> torch.device:
-    """Joins torchrun's processes; this process's own device of that kind. A collective that waits for twice
-    `timeout_s` fails: Watch, which knows who is missing, speaks first."""
-    rank, world = ranks()
+def start(device: torch.device, timeout_s: float) -> None:
+    """Joins torchrun's processes, each with its own `device`. A collective that waits for twice `timeout_s`
+    fails: Watch, which knows who is missing, speaks first."""
+    world = ranks()[1]
     if world == 1:
-        return device
+        return
     if absent := [n for n in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]:
         raise InputError(f"environment: found WORLD_SIZE {world} without {', '.join(absent)}; torchrun's "
                          "variables accepted")
-    if device.type == "cuda":
-        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= count:
-            raise InputError(f"torchrun: found process {local + 1} on a machine of {count} GPUs, one a GPU "
-                             f"accepted (--nproc-per-node {count})")
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                             timeout=timedelta(seconds=2 * timeout_s))
-    return device
 
 
 def finish() -> None:
@@ -89,6 +81,14 @@ def mean(values: dict[str, float]) -> dict[str, float]:
     total = torch.tensor(list(values.values()), dtype=torch.float64)
     dist.all_reduce(total)
     return dict(zip(values, (total / ranks()[1]).tolist()))
+
+
+def averaged(tensor: Tensor) -> Tensor:
+    """The mean of the processes' tensors of one shape."""
+    if ranks()[1] > 1:
+        dist.all_reduce(tensor)
+        tensor = tensor / ranks()[1]
+    return tensor
 
 
 class Watch:

@@ -5,6 +5,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -13,8 +14,9 @@ from tqdm import tqdm
 
 import kernels
 from ladd.config import Config, InputError, check_same, to_json
+from ladd.data import publish
 from ladd.mmdit import MMDiT
-from ladd.parallel import Norms, ranks
+from ladd.parallel import Norms, agree, ranks
 from ladd.report import commit, versions
 
 
@@ -96,9 +98,10 @@ def open_run(config: Config) -> Path:
             raise InputError(f"{stored}: not JSON ({e})") from None
     for name in ("samples", "checkpoints"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    stored.write_text(to_json(config))
     env = {"command": command(), "commit": commit(), **versions()}
-    (folder / "env.txt").write_text("\n".join(f"{k}: {v}" for k, v in env.items()) + "\n")
+    lines = "".join(f"{k}: {v}\n" for k, v in env.items())
+    for name, text in (("config.json", to_json(config)), ("env.txt", lines)):
+        publish(folder / name, lambda path, text=text: path.write_text(text))
     return folder
 
 
@@ -153,16 +156,25 @@ def curves(folder: Path, stage: str) -> dict[str, list]:
 
 class Stopper:
     """True after SIGINT or SIGTERM: the loops look after each step, save and end with code 0.
-    A second signal ends at once."""
+    Another signal ends at once, but not one of the next two seconds: a batch system's and torchrun's come
+    together."""
 
     def __init__(self):
-        self.signal = None
+        self.signal, self.since = None, 0.0
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, self._note)
 
     def _note(self, number, frame) -> None:
-        self.signal = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        if self.signal is None:
+            self.signal, self.since = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self.since > 2:
+            self.end()
+            signal.raise_signal(number)
+
+    def end(self) -> None:
+        """From here on there is nothing to save: a signal ends at once."""
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, signal.SIG_DFL)
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -184,13 +196,13 @@ class Health:
 
     def look(self) -> None:
         """Raises FloatingPointError at the first step with a loss or gradient that is no number, naming step,
-        term and parameter. Norms are the same in all processes, so all of them raise."""
+        term and parameter. A loss is one process's own: where one is no number, all of them raise."""
         seen, self.seen = self.seen, []
         if not seen:
             return
         totals = torch.stack([n.total for _, _, norms in seen for _, n in norms.values()])
         terms = torch.stack([loss for _, losses, _ in seen for loss in losses.values()])
-        if torch.isfinite(torch.cat([totals, terms])).all():
+        if not agree(not torch.isfinite(torch.cat([totals, terms])).all()):
             return
         for step, losses, norms in seen:
             bad = [f"{name} is {loss.item()}" for name, loss in losses.items() if not loss.isfinite()]
@@ -201,6 +213,8 @@ class Health:
                 bad += worst[:1]
             if bad:
                 raise FloatingPointError(f"step {step}: {'; '.join(bad)}; the last checkpoint is intact")
+        raise FloatingPointError(f"step {seen[-1][0]} or before: another process found a loss that is no "
+                                 "number; the last checkpoint is intact")
 
 
 def memory_gb(device: torch.device) -> float:

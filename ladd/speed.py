@@ -1,4 +1,5 @@
 """Time of a step and its stages, peak rates, forwards counted: the log's rates and --bench-steps."""
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from torch import nn
 from ladd import cost, parallel, report
 from ladd.config import SCHEDULES, Config
 from ladd.data import Latents
-from ladd.feed import moved
+from ladd.feed import Feed
 from ladd.memory import fused
 from ladd.mmdit import MMDiT, MMDiTConfig
 from ladd.run import device_name, memory_gb
@@ -144,10 +145,14 @@ def bench(config: Config, layout: Layout) -> None:
     del base
     calibrate(config, dc, p.teacher, p.heads, latents)
 
+    keys = ((it, j) for it in itertools.count() for j in range(config.heads_steps))
+    made = partial(step_parts, replace(config, heads_first=0), dc, latents)
+    batches = iter(Feed(made, keys, device))                               # beside the steps, as in a run
+
     def step(schedule: str, it: int, lap: Callable[[str], None] = lambda name: None) -> None:
-        run = replace(config, schedule=schedule, heads_first=0)
+        run = replace(config, schedule=schedule)
         for j in range(run.heads_steps):
-            parts = moved(step_parts(run, dc, latents, it, j), device)
+            parts = next(batches)
             lap("batch and noise")
             fakes = heads_step(run, dc, p, parts, j == run.heads_steps - 1, lap)[-1]
         student_step(run, dc, p, parts, fakes, lap)
@@ -155,6 +160,8 @@ def bench(config: Config, layout: Layout) -> None:
     seconds = interleaved({s: partial(step, s) for s in SCHEDULES}, config.bench_steps, device)
     peak, world, rows = peak_flops(device_name(device)), parallel.ranks()[1], []
     for schedule in SCHEDULES:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         with forwards(student=p.student, teacher=p.teacher) as count:
             laps = Laps(device)
             step(schedule, 0, laps)

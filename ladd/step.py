@@ -14,8 +14,8 @@ from kernels import Kernels
 from ladd import feed, flow, parallel, shapes, state
 from ladd.config import Config, InputError
 from ladd.data import Latents
-from ladd.discriminator import Discriminator, DiscriminatorConfig
-from ladd.distill import (DistillConfig, Fake, Text, draw, fake_pass, grid_of, heads_loss, student_loss,
+from ladd.discriminator import Discriminator, DiscriminatorConfig, channel_moments
+from ladd.distill import (DistillConfig, Fake, Text, fake_pass, grid_of, heads_loss, student_loss,
                           taps_of)
 from ladd.feed import Part, moved
 from ladd.fp8 import in_fp8
@@ -153,17 +153,19 @@ def make_players(config: Config, base: MMDiT, layout: Layout) -> Players:
 
 def calibrate(config: Config, dc: DistillConfig, teacher: MMDiT, heads: Discriminator,
               latents: Latents) -> None:
-    """Sets the heads' standardisation from one batch of renoised reals."""
-    device = heads.feat_mean.device
-    batch = moved(latents.batch(0, config.batch, config.seed, latents.holdout), device)
-    drawn = draw(batch.x0, dc.easy_steps, dc, (config.seed, 3))
-    micro = config.micro_batch or config.batch
-    xt, text = flow.noised(batch.x0, drawn.eps_r, drawn.sigma_r), Text(batch.context, batch.pooled)
-    with torch.no_grad():
-        parts = [taps_of(teacher, heads, *(t[i:i + micro] for t in (xt, drawn.sigma_r)),
-                         Text(*(t[i:i + micro] for t in text))) for i in range(0, config.batch, micro)]
-    heads.calibrate([torch.cat(feats) for feats in zip(*parts)])
-    parallel.broadcast(heads)
+    """Sets the heads' standardisation from one batch of renoised reals, which processes and micro-batches
+    share as in a step."""
+    rank, world = parallel.ranks()
+    parts = feed.parts(latents, 0, dc.easy_steps, (config.seed, 3), config.seed, config.batch,
+                       config.micro(world), dc, rank, world)
+
+    def of(part: Part) -> Tensor:
+        x0, text, _, drawn = moved(part, heads.feat_mean.device)
+        with torch.no_grad():
+            xt = flow.noised(x0, drawn.eps_r, drawn.sigma_r)
+            return channel_moments(taps_of(teacher, heads, xt, drawn.sigma_r, text))
+
+    heads.calibrate(parallel.averaged(sum(map(of, parts)) / len(parts)))
 
 
 # --- the step ---

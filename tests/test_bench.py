@@ -48,6 +48,7 @@ def test_a_library_attention_is_the_joint_one():
         assert all(torch.allclose(a, e, atol=1e-5) for a, e in zip(found, expected))
 
 
+@pytest.mark.slow
 def test_smoke_writes_a_row_for_each_contender(tmp_path):
     """On the CPU, under the interpreter: the file that a GPU would leave, with times that mean nothing."""
     command = [sys.executable, "-m", "kernels.bench", "--smoke", "--model", "sd3.5-medium", "--batch", "1",

@@ -136,6 +136,7 @@ def test_the_stand_ins_keep_what_the_kernels_keep(checkpoint):
         assert memory.peak(step, memory.fused()) == memory.peak(step, kernels.load("triton"))
 
 
+@pytest.mark.slow
 def test_flops_of_a_checkpoint_are_those_made_again():
     """full: the blocks of the student and of the teacher's fake pass once more, but for products whose result
     nobody keeps; selective: less by their attentions exactly; a no_grad pass: none."""

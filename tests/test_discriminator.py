@@ -8,7 +8,7 @@ from torch import Tensor
 
 import kernels
 from kernels.heads import HeadParams, reference_discriminator_heads
-from ladd.discriminator import Discriminator, DiscriminatorConfig
+from ladd.discriminator import Discriminator, DiscriminatorConfig, channel_moments
 from ladd.distill import hinge_d
 from ladd.mmdit import sinusoid
 
@@ -76,8 +76,9 @@ def test_discriminator_standardises_conditions_and_reads():
     level = F.silu(sinusoid(sigma.double()) @ w["level_embedder.0.weight"].T + w["level_embedder.0.bias"])
     level = level @ w["level_embedder.2.weight"].T + w["level_embedder.2.bias"]
     cond = F.silu(level + pooled.double() @ w["text_embedder.weight"].T + w["text_embedder.bias"])
-    heads.calibrate(feats)
-    standard = [(f.double() - f.double().mean((0, 1))) / f.double().flatten(0, 1).std(0) for f in feats]
+    heads.calibrate(channel_moments(feats))
+    wide = [f.double() for f in feats]
+    standard = [(f - f.mean((0, 1))) / f.flatten(0, 1).std(0, correction=0) for f in wide]
     expected = naive_heads(standard, HeadParams(*(w[name] for name in HeadParams._fields)), cond, GRID)
     logits = heads(feats, sigma, pooled, GRID)
     assert logits.shape == (3, 3, *GRID) and logits.dtype == torch.float32
@@ -87,12 +88,12 @@ def test_discriminator_standardises_conditions_and_reads():
 def test_calibrate_standardises_every_channel():
     heads, (feats, _, _) = make(), inputs()
     feats[1][..., 3] = 7.0                                           # a constant channel: no division by zero
-    heads.calibrate(feats)
+    heads.calibrate(channel_moments(feats))
     for i, f in enumerate(feats):
         standard = (f - heads.feat_mean[i]) / heads.feat_std[i].T
         assert standard.mean((0, 1)).abs().max() < 1e-4
         live = [j for j in range(24) if (i, j) != (1, 3)]
-        assert (standard.flatten(0, 1).std(0)[live] - 1).abs().max() < 1e-4
+        assert (standard.flatten(0, 1).std(0, correction=0)[live] - 1).abs().max() < 1e-4
     assert heads(feats, *inputs()[1:], GRID).isfinite().all()
     assert not any(name.startswith("feat_") for name, _ in heads.named_parameters())
     assert {"feat_mean", "feat_std"} <= set(heads.state_dict())      # a checkpoint carries them
@@ -102,7 +103,7 @@ def test_scaling_and_shifting_the_features_changes_nothing_after_calibration():
     feats, sigma, pooled = inputs()
     moved = [f * torch.logspace(-1, 2, 24) + torch.linspace(-9, 9, 24) for f in feats]
     heads, other = make(), make()
-    heads.calibrate(feats), other.calibrate(moved)
+    heads.calibrate(channel_moments(feats)), other.calibrate(channel_moments(moved))
     # fp32 and |mean| / std up to 90: the folded mean costs two digits
     assert_close("logits", other(moved, sigma, pooled, GRID), heads(feats, sigma, pooled, GRID), 1e-3)
 
@@ -170,7 +171,7 @@ def separation(seed: int, steps: int) -> tuple[float, float]:
     scale, gap = torch.rand(24) * 10, 0.2 * torch.randn(24)
     real, fake = ([scale * (torch.randn(8, 15, 24) + offset) for _ in CONFIG.taps] for offset in (0, gap))
     sigma, pooled = torch.rand(8), torch.randn(8, 10)
-    heads.calibrate(real)
+    heads.calibrate(channel_moments(real))
     optimizer = torch.optim.AdamW(heads.parameters(), lr=1e-3, betas=(0.0, 0.95))
     for _ in range(steps):
         optimizer.zero_grad()

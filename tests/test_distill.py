@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import kernels
 from ladd import distill, flow
-from ladd.discriminator import Discriminator, DiscriminatorConfig
+from ladd.discriminator import Discriminator, DiscriminatorConfig, channel_moments
 from ladd.distill import DistillConfig, Draws, Text, Wrong
 
 LEVELS = (1.0, 0.75, 0.5, 0.25)
@@ -536,7 +536,8 @@ def distance_after(seed: int, steps: int, adversarial: float = 1.0) -> float:
         x0 = target + 0.3 * torch.randn(8, 4, 4, 4)
         draws = distill.draw(x0, step, config, (1000 * seed + step,))
         if step == 0:
-            heads.calibrate(teacher(mix(x0, draws.eps_r, draws.sigma_r), draws.sigma_r, *text, taps=TAPS)[1])
+            xt = mix(x0, draws.eps_r, draws.sigma_r)
+            heads.calibrate(channel_moments(teacher(xt, draws.sigma_r, *text, taps=TAPS)[1]))
         fake = distill.fake_pass(student, teacher, heads, x0, text, draws, config)
         optimizer_d.zero_grad()
         loss_d = distill.heads_loss(teacher, heads, x0, text, None, fake.feats, draws, config)[0]

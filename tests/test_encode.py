@@ -147,6 +147,7 @@ def test_an_absent_package_is_named_with_its_command(monkeypatch, folder, packag
 
 # the libraries beside our folder kernels/
 
+@pytest.mark.slow
 @pytest.mark.parametrize("installed", [False, True])
 def test_kernels_does_not_disturb_the_libraries(folder, tmp_path, installed):
     """In a process of its own, the repository first on sys.path; also where the package kernels is installed,

@@ -507,6 +507,7 @@ def write_random(path: Path, c: MMDiTConfig, layout: str, max_shard_bytes: int =
     return sum(2 * t.numel() for t in meta.values())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells a process's peak there")
 @pytest.mark.parametrize("layout", ["single", "diffusers"])
 def test_a_network_is_never_twice_in_memory(tmp_path, layout):

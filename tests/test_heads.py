@@ -20,7 +20,7 @@ import kernels
 from kernels import heads
 from kernels.heads import HeadParams, reference_discriminator_heads
 from ladd import distill
-from ladd.discriminator import Discriminator, DiscriminatorConfig
+from ladd.discriminator import Discriminator, DiscriminatorConfig, channel_moments
 
 pytestmark = pytest.mark.skipif(heads.triton is None or not heads.INTERPRET,
                                 reason="needs Triton's interpreter: TRITON_INTERPRET=1 and no CUDA")
@@ -261,7 +261,7 @@ def test_the_discriminator_takes_the_same_steps():
         config = DiscriminatorConfig(taps=(0, 2), feat_dim=128, pooled_dim=20, width=32, cond_dim=12)
         net = randomise(Discriminator(config, kernels.load("torch")._replace(discriminator_heads=op)))
         fake = distill.fake_pass(student, teacher, net, x0, text, drawn, dc)
-        net.calibrate([f.detach() for f in fake.feats])
+        net.calibrate(channel_moments([f.detach() for f in fake.feats]))
         loss_d = distill.heads_loss(teacher, net, x0, text, wrong, fake.feats, drawn, dc)[0]
         parameters = dict(net.named_parameters())
         of_heads = dict(zip(parameters, torch.autograd.grad(loss_d, parameters.values())))

@@ -195,6 +195,7 @@ def test_only_its_matrices_train_and_all_of_them():
     assert all(p.grad is None for name, p in model.named_parameters() if name not in moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep, compiled", [("full", False), ("selective", True)])
 def test_checkpointed_and_compiled_blocks_train_the_same(keep, compiled):
     inputs = tiny_inputs(dtype=torch.float32)

@@ -299,6 +299,7 @@ def ended() -> dict[str, list[tuple[int, str]]]:
     return {job: end(processes, 30) for job, processes in started.items()}
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_ends_the_run_with_its_name(ended):
     (code0, out0), (code1, out1) = ended["hang"]
     assert code0 == code1 == 1, out0 + out1

@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("diffusers"), pytest.importorskip("transformers")
 
 import numpy as np
+import test_torchrun
 import test_train
 from PIL import Image
 from sd3 import JOINT, POOLED, make_folder
@@ -99,6 +100,16 @@ def test_one_command_encodes_generates_distills_and_shows(home):
     assert (run / "samples" / "000000.png").exists() and Image.open(run / "report.png").width > 600
     changed, teacher = load_mmdit(run).state_dict(), load_mmdit(home / "sd3").state_dict()
     assert any(not torch.equal(changed[k], v) for k, v in teacher.items())
+
+
+@pytest.mark.slow
+def test_two_processes_do_as_one(home):
+    """One of them encodes and writes the file of text, both read it."""
+    flags = f"{FLAGS} --name two {GIVEN} --eval-prompts shown.jsonl"
+    done = subprocess.run(test_torchrun.torchrun(2, str(ROOT / "train.py"), *flags.split()), cwd=home,
+                          env=test_torchrun.environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    test_torchrun.same_log(home / "runs/real", home / "runs/two", 2e-3)
 
 
 def test_the_data_are_the_teachers_guided_samples(home):

@@ -10,6 +10,7 @@ from test_train import TINY
 import kernels
 import train
 from ladd import cost, memory, speed
+from ladd.config import parse_config
 from ladd.discriminator import Discriminator, DiscriminatorConfig
 from ladd.distill import DistillConfig
 from ladd.mmdit import MMDiT, MMDiTConfig
@@ -86,6 +87,23 @@ def test_peaks_and_laps():
     steps = {name: lambda i, name=name: calls.append((name, i)) for name in "xy"}
     seconds = speed.interleaved(steps, 3, torch.device("cpu"), warm=1)
     assert calls == [(name, i) for i in range(4) for name in "xy"] and set(seconds) == {"x", "y"}
+
+
+def test_rates_of_a_loop(monkeypatch):
+    """2 steps of 8 pairs in 4 s, of which 1 s was an evaluation and 0.6 s the data; then 1 step in 2 s."""
+    clock = [10.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    pace = speed.Pace(parse_config(TINY.split(), "tiny"), None, None, torch.device("cpu"))
+    clock[0] = 12.0
+    with pace.paused():
+        clock[0] = 13.0
+    clock[0] = 14.0
+    line = pace.line(0.6, 2)
+    assert (line["seconds"], line["pairs_per_second"]) == (4, pytest.approx(16 / 3))
+    assert line["data_wait"] == pytest.approx(0.6 / 3) and "mfu" not in line
+    clock[0] = 16.0
+    line = pace.line(1.0, 1)
+    assert (line["seconds"], line["pairs_per_second"], line["data_wait"]) == (6, 4, pytest.approx(0.2))
 
 
 def test_peers_schedules_call_what_they_are_read_to_call():

@@ -1,15 +1,17 @@
 """The step as train.py runs it: nothing is read back from the device, nothing is held longer than needed."""
+import dataclasses
 import gc
 import weakref
 from collections import Counter
 
 import pytest
 import torch
+from conftest import assert_close
 from test_feed import latents
 from test_train import TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ladd import distill, step
+from ladd import distill, parallel, step
 from ladd.config import parse_config
 from ladd.mmdit import MMDiT, MMDiTConfig
 
@@ -95,6 +97,45 @@ def test_gradients_are_dropped_not_filled_with_zeros():
         players.opt_g.zero_grad(), players.opt_d.zero_grad()
     assert not any(name.startswith("aten") for name in calls.count)
     assert all(p.grad is None for n in players[::3] for p in n.parameters())
+
+
+def test_gradients_are_clipped_network_by_network(monkeypatch):
+    config, dc, players, parts = setting("--clip 1e-3")
+    grads = lambda net: [p.grad for p in net.parameters() if p.grad is not None]
+    seen, norm = {}, lambda net: torch.stack(torch._foreach_norm(grads(net))).norm()
+    for name, optimizer, net in (("d", players.opt_d, players.heads), ("g", players.opt_g, players.student)):
+        take = lambda name=name, net=net: seen.update({name: float(norm(net))})
+        monkeypatch.setattr(optimizer, "step", take)
+    _, norms_d, _, fakes = step.heads_step(config, dc, players, parts, True)
+    norms_g = step.student_step(config, dc, players, parts, fakes)[1]
+    assert min(norms_d.total, norms_g.total) > 0.01                    # before clipping
+    assert seen == {"d": pytest.approx(1e-3, rel=.01), "g": pytest.approx(1e-3, rel=.01)}
+
+
+def test_levels_count_the_students_steps_and_data_the_heads(monkeypatch):
+    config, dc, _, _ = setting("--heads-steps 2")
+    config, seen = dataclasses.replace(config, heads_first=2), []
+    monkeypatch.setattr(step.feed, "parts", lambda _, index, count, *rest: seen.append((index, count)))
+    for it, j in step.step_keys(0, 4, 2):
+        step.step_parts(config, dc, None, it, j)
+    assert seen == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (5, 0), (6, 1), (7, 1)]
+
+
+def test_processes_and_micro_batches_share_the_calibration(monkeypatch):
+    config, dc, players, _ = setting("--micro-batch 2")
+    heads, rows, own, tapped = players.heads, [], [], step.taps_of
+    one = parse_config(f"{TINY} --kernels torch --batch 8 --heads-first 0".split(), "tiny")
+    step.calibrate(one, dc, players.teacher, heads, latents())
+    whole = heads.feat_mean.clone(), heads.feat_std.clone()
+    monkeypatch.setattr(step, "taps_of", lambda *args: rows.append(len(args[2])) or tapped(*args))
+    monkeypatch.setattr(parallel, "averaged", lambda moments: own.append(moments) or moments)
+    for rank in (0, 1):
+        monkeypatch.setattr(parallel, "ranks", lambda rank=rank: (rank, 2))
+        step.calibrate(config, dc, players.teacher, heads, latents())
+    assert rows == [2, 2, 2, 2] and not torch.equal(*own)
+    heads.calibrate((own[0] + own[1]) / 2)
+    assert_close("mean", heads.feat_mean, whole[0])
+    assert_close("std", heads.feat_std, whole[1])
 
 
 def student_after(flags: str) -> torch.Tensor:

@@ -14,9 +14,10 @@ import pytest
 import torch
 from test_train import CLOCK, QUIET, TINY, load_state, log_of, main, rows_of, save_teacher, weights
 
-from ladd import evaluate, state, step
+import train
+from ladd import evaluate, run, state, step
 from ladd.config import InputError
-from ladd.run import Health, pick_device
+from ladd.run import Health, Stopper, pick_device
 
 ROOT = Path(__file__).parents[1]
 # several runs in one group of processes, whose start takes longer than a run; an argument is a command line
@@ -95,6 +96,7 @@ REUSE = "--teacher t.safetensors --data runs/whole/data"
 # what is compared, and on how many processes it is run: (name, flags of both, flags of the processes)
 CASES = [("ddp", "", "--parallel ddp"),
          ("fsdp", "", "--parallel fsdp --checkpoint selective --shard-teacher on"),
+         ("few", "--misaligned .125", "--parallel ddp"),         # none on the first process
          ("micro", "--heads-steps 2 --r1-weight 1", "--parallel fsdp --micro-batch 2 --checkpoint full")]
 
 
@@ -277,6 +279,8 @@ def test_batches_that_cannot_be_shared_are_refused(tmp_path, monkeypatch):
         main(tmp_path, "")
     with pytest.raises(InputError, match="--replicas: found 2 with --parallel ddp"):
         main(tmp_path, "--parallel ddp --replicas 2")
+    with pytest.raises(InputError, match="--replicas: found 3, a divisor of the 2 processes accepted"):
+        main(tmp_path, "--replicas 3")
     assert not list(tmp_path.iterdir())
 
 
@@ -300,6 +304,15 @@ def test_the_first_step_that_is_no_number_is_named(bad):
         health.look()
     health.note(5, {"loss_d": torch.tensor(bad), "loss_g": torch.tensor(2.0)}, {"heads": numbers()})
     with pytest.raises(FloatingPointError, match=f"^step 5: loss_d is {bad}; the last"):
+        health.look()
+
+
+def test_a_loss_of_another_process_stops_this_one_too(monkeypatch):
+    """Else it would wait in the next step's collective for one that has left."""
+    monkeypatch.setattr(run, "agree", lambda bad: True)
+    health = Health()
+    health.note(7, {"loss_d": torch.tensor(1.0)}, {"heads": numbers()})
+    with pytest.raises(FloatingPointError, match="^step 7 or before: another process found a loss that is"):
         health.look()
 
 
@@ -334,6 +347,68 @@ def test_on_collapse_decides_whether_a_run_goes_on(home, whole, monkeypatch):
     assert state.open_state(home / "runs/stopped/checkpoints/distill").step == 2
 
 
+def test_a_state_is_the_newest_before_the_next_is_begun(home, whole, monkeypatch):
+    seen, save_every = {}, train.save_every
+
+    def spied(config, saver, health, step, *rest):
+        until(lambda: saver.written)
+        save_every(config, saver, health, step, *rest)
+        seen[step] = [path.name for path in state.states(saver.folder)]
+    monkeypatch.setattr(train, "save_every", spied)
+    main(home, f"--name published {REUSE} {QUIET} --save-every 4")
+    assert seen[3] == seen[4] == [] and seen[5] == ["step_000004"]
+
+
+def test_an_alarm_of_the_training_batch_is_heard(home, whole, monkeypatch):
+    """But not while the heads train alone."""
+    monkeypatch.setattr(evaluate, "alarms", lambda values, *before: ["grey"] * ("margin_real" in values))
+    said = main(home, f"--name heard {REUSE} {QUIET}")
+    assert re.findall(r"step (-?\d+): warning: grey", said) == ["0", "1", "2", "3"]
+
+
+def test_a_share_without_misaligned_captions_has_no_accuracy_of_them(home, whole):
+    """Of a batch of 8 one sample in ten: none. A mean over nothing would be NaN, which no report takes."""
+    main(home, f"--name few {REUSE} {QUIET} --misaligned 0.1", report=True)
+    lines = [line for line in log_of(home / "runs/few") if "loss_d" in line]
+    assert len(lines) == 6 and not any("accuracy_misaligned" in line for line in lines)
+    assert (home / "runs/few/report.json").exists()
+
+
+def test_signals_that_come_together_are_one_wish(monkeypatch):
+    """A batch system signals torchrun and its processes, torchrun them too; one later ends at once."""
+    clock, raised = [100.0], []
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    try:
+        stopper = Stopper()
+        assert not stopper
+        for clock[0] in (100.0, 101.5):
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stopper and stopper.signal == "SIGTERM"
+        monkeypatch.setattr(signal, "raise_signal", raised.append)
+        clock[0] = 102.5
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert raised == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+
+
+def test_a_signal_ends_the_report_at_once(home, whole, monkeypatch):
+    """There is nothing to save: torchrun would wait for half a minute and kill it."""
+    seen = []
+    monkeypatch.setattr(train, "write_report", lambda *args: seen.append(signal.getsignal(signal.SIGTERM)))
+    main(home, f"--name ended {REUSE} {QUIET}", report=True)
+    assert seen == [signal.SIG_DFL]
+
+
+def test_one_process_prints_the_dry_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "batch: 8" in main(tmp_path, "--dry-run")
+    monkeypatch.setenv("RANK", "1")
+    assert not main(tmp_path, "--dry-run")
+
+
 def test_checkpoint_keeps_less_and_changes_nothing(home, whole):
     found = {}
     for keep in ("none", "selective", "full"):
@@ -354,7 +429,6 @@ def test_compiled_graphs_are_reused(home, whole, monkeypatch):
     def counted(*args):
         counts.append(counters["stats"]["unique_graphs"])
         return heads_step(*args)
-    import train
     monkeypatch.setattr(train, "heads_step", counted)
     torch._dynamo.reset(), counters.clear()
     sizes = "--sizes 32x64,48x48 --depth 3 --dual-blocks 1 --qk-norm on --taps 0,2 --pos-grid 4"

@@ -194,6 +194,22 @@ def test_the_student_kept_is_the_moving_average_at_its_best_evaluation(home, bas
     assert (meta["levels"], meta["sampler"], meta["sizes"]) == ("1.0,0.75,0.5,0.25", "euler", "32x64,64x32")
 
 
+def test_alarms_compare_with_the_first_evaluation(base):
+    lines = [line for line in log_of(base) if "fd_1" in line]
+    first = load_state(base / "checkpoints/distill")[2]["first"]
+    assert len(lines) == 3 and all(first[k] == lines[0][k] for k in ("fd_1", "fd_4", "auc"))
+    assert first["fd_1"] != lines[1]["fd_1"]
+
+
+def test_noise_counts_over_all_sizes(home, base, monkeypatch):
+    """Prompt i of all starts from the noise of seed + i, whatever its size and batch."""
+    seen, noise = [], evaluate.image_noise
+    spy = lambda seeds, shape: seen.extend(seeds) or noise(seeds, shape)
+    monkeypatch.setattr(evaluate, "image_noise", spy)
+    main(home, f"--name noise {REUSE} --steps 1 --heads-first 0 --eval-every 0 --grid-every 1 --eval-batch 3")
+    assert seen == [*range(8)] * 6                     # 4 of each size; 3 rows of the grid, at steps 0 and 1
+
+
 def test_the_same_command_again_does_no_work(home, base):
     before = stamps(base)
     main(home, "--name base", report=True)
@@ -345,6 +361,22 @@ def test_learning_rates_rise_stay_and_fall_and_are_never_negative():
     assert student[:20] == pytest.approx([(i + 1) / 20 for i in range(20)]) and set(student[20:60]) == {1}
     assert (heads[100:] == student[60:] == pytest.approx([(100 - s) / 40 for s in range(60, 100)])
             and min(heads + student) > 0)
+
+
+def test_each_network_is_given_its_own_learning_rate(home, base, monkeypatch):
+    """heads-first 2, warm-up over 4 steps, no decay: the heads' rate rises from their own first step."""
+    seen, heads_step, student_step = {"d": [], "g": []}, train.heads_step, train.student_step
+
+    def spied(name, function):
+        def call(config, dc, p, *rest):
+            seen[name].append((p.opt_d if name == "d" else p.opt_g).param_groups[0]["lr"])
+            return function(config, dc, p, *rest)
+        return call
+    monkeypatch.setattr(train, "heads_step", spied("d", heads_step))
+    monkeypatch.setattr(train, "student_step", spied("g", student_step))
+    main(home, f"--name rates {REUSE} {QUIET} --warmup 4 --decay 0 --lr 4e-3 --heads-lr 8e-3")
+    assert seen == {"d": pytest.approx([2e-3, 4e-3, 6e-3, 8e-3, 8e-3, 8e-3]),
+                    "g": pytest.approx([1e-3, 2e-3, 3e-3, 4e-3])}
 
 
 # resume
@@ -587,3 +619,11 @@ def test_nan_stops_and_is_not_saved(home, base, monkeypatch, name, stage, call, 
         main(home, f"--name {run.name} --log-every {log_every} {QUIET} {REUSE if stage == 'distill' else ''}")
     found, tensors, _ = load_state(run / "checkpoints" / stage)
     assert found == 2 and all(t.isfinite().all() for t in tensors.values())
+
+
+def test_a_last_step_that_is_no_number_gives_no_student(home, base, monkeypatch):
+    """Where neither a line of the log nor a state has looked at it."""
+    monkeypatch.setattr(step, "heads_loss", Poison(step.heads_loss, 6))
+    with pytest.raises(FloatingPointError, match="^step 6: loss_d is nan"):
+        main(home, f"--name nan_last --log-every 100 --save-every 100 {QUIET} {REUSE}")
+    assert not list((home / "runs/nan_last/checkpoints").glob("*.safetensors"))
