@@ -216,10 +216,12 @@ def make_data(config: Config, run: Path, teacher: MMDiT, domain: Domain, device:
         plan = synthesize.prompt_plan(prompts, config.hw, config.data_size, config.data_batch, config.seed)
     else:
         plan = synthesize.world_plan(config)
-    whole = synthesize.synthesize(
-        run / "data", plan, teacher, lambda model: inference(model, config, device), domain,
-        config.sample_steps, config.shift, config.guidance, config.eval_batch,
-        *((torch.bfloat16, 256) if config.real else (torch.float32, 1024)), lambda: bool(stopper))
+    with Watch("data", config.timeout) as watch:
+        whole = synthesize.synthesize(
+            run / "data", plan, teacher, lambda model: inference(model, config, device), domain,
+            config.sample_steps, config.shift, config.guidance, config.eval_batch,
+            *((torch.bfloat16, 256) if config.real else (torch.float32, 1024)), lambda: bool(stopper),
+            watch.reach)
     if not whole:
         raise Stopped(f"{stopper.signal}: shards saved in {run / 'data'}; the same command resumes")
     return load_data(config, run / "data", teacher.config)
@@ -390,7 +392,8 @@ def write_report(config: Config, run: Path, base: MMDiT, domain: Domain, layout:
                shrunk(base, student.config.depth))
     networks = [network(*pair, config, layout, compute_dtype(config.precision, device), False,
                         layout.shard_teacher) for pair in weights]
-    evaluate.compare(config, run, domain, *networks, seconds, start)
+    with Watch("report", config.timeout) as watch:
+        evaluate.compare(config, run, domain, *networks, seconds, start, watch.reach)
 
 
 def dry_run(config: Config, device: torch.device) -> None:
@@ -440,7 +443,8 @@ def main(argv: list[str]) -> None:
     parallel.start(device, config.timeout)
     layout = lay_out(config, sizes, device)
     if config.bench_steps:
-        return speed.bench(config, layout)
+        speed.bench(config, layout)
+        return parallel.finish()
     domain = (sd3_domain(config.encoders, device, config.t5, config.t5_tokens,
                          Path("runs") / config.run_name / "text.safetensors") if config.real
               else world_domain(config))

@@ -269,10 +269,10 @@ def report_prompts(config: Config) -> list[str]:
 
 
 def compare(config: Config, run: Path, domain: Domain, teacher: MMDiT, student: MMDiT, untrained: MMDiT,
-            seconds: dict[str, float], start: float) -> None:
+            seconds: dict[str, float], start: float, reach: Callable[[int], None] = lambda row: None) -> None:
     """report.json and report.png: the student against the teacher at equal evaluations, at equal n, with the
     floor. Real prompts have no grader: there it is pictures at equal seeds, and times. `start`: when the
-    stage began, by time.perf_counter."""
+    stage began, by time.perf_counter; `reach` hears of each row."""
     if config.real:
         prompts, reference = given_prompts(config, report_prompts(config)), None
         shown, floor = prompts, dict.fromkeys(("fd", "fd2"))
@@ -289,7 +289,8 @@ def compare(config: Config, run: Path, domain: Domain, teacher: MMDiT, student: 
     plan += [(name, model, config.sampler, k, 1.0, levels_of(config.levels, k))
              for name, model in (("untrained", untrained), ("student", student)) for k in counts]
     rows, bar = [], progress("report", len(plan) * n, quiet=ranks()[0])
-    for name, model, sampler, steps, guidance, levels in plan:
+    for i, (name, model, sampler, steps, guidance, levels) in enumerate(plan):
+        reach(i)
         row = measure(model, config, domain, prompts, reference, steps, sampler, guidance, levels,
                       seed=REPORT * 10 ** 6, progress=bar.update)
         rows.append({"model": name, **row})

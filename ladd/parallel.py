@@ -5,6 +5,7 @@ gradients are means over the processes. One code path serves all layouts, a mesh
 (world, 1) keeps a whole copy in each process, (1, world) a part, (n, world / n) parts within groups.
 Order: checkpointed, compiled, shard, load; then the optimizer.
 """
+import gc
 import os
 import sys
 import threading
@@ -59,6 +60,7 @@ def finish() -> None:
     """Waits for all and leaves. Not after an error: the others may never come, and torchrun ends them."""
     if dist.is_initialized():
         agree()
+        gc.collect()       # networks in cycles hold groups, whose threads end with them: not at Python's end
         dist.destroy_process_group()
 
 

@@ -178,4 +178,3 @@ def bench(config: Config, layout: Layout) -> None:
                           "versions": report.versions(), "commit": report.commit(), "batch": config.batch,
                           "micro_batch": config.micro(world), "size": config.sizes[0], "gain": gain,
                           "rows": rows}, indent=1))
-    parallel.finish()

@@ -79,9 +79,10 @@ def weights_sha(model: MMDiT) -> str:
 
 def synthesize(folder: Path, plan: Plan, weights: MMDiT, prepare: Callable[[MMDiT], MMDiT],
                domain: Domain, steps: int, shift: float, guidance: float, batch: int, dtype: torch.dtype,
-               rows: int = 1024, stopped: Callable[[], bool] = lambda: False) -> bool:
+               rows: int = 1024, stopped: Callable[[], bool] = lambda: False,
+               reach: Callable[[int], None] = lambda done: None) -> bool:
     """Fills `folder` with the plan's text and latents (in `dtype`) by Euler over `steps` levels; True when it
-    is whole, False when `stopped` said so before a file.
+    is whole, False when `stopped` said so before a file. `reach` hears how many files this process has done.
 
     Text is encoded first and stored, `rows` prompts a file; then the encoders are released and `prepare` puts
     the teacher on its device, `batch` samples at a time. Each process takes every world-th file.
@@ -98,9 +99,10 @@ def synthesize(folder: Path, plan: Plan, weights: MMDiT, prepare: Callable[[MMDi
     agree()                                                          # all have looked before one writes
     mine = missing[rank::world]
     with progress("text", len(mine) * rows, quiet=rank or not mine) as bar:
-        for i in mine:
+        for done, i in enumerate(mine):
             if stopped():
                 break
+            reach(done)
             data.write_text(folder, i, *domain.encode(plan.prompts[i * rows:(i + 1) * rows]))
             bar.update(rows)
     domain.release()
@@ -118,9 +120,10 @@ def synthesize(folder: Path, plan: Plan, weights: MMDiT, prepare: Callable[[MMDi
     whole = sum(len(shard.prompt_id) for shard in plan.shards)
     left = sum(len(plan.shards[i].prompt_id) for i in missing)
     with progress("data", whole, whole - left, quiet=rank or not mine) as bar:
-        for i in mine:
+        for done, i in enumerate(mine, -(-len(plan.prompts) // rows)):
             if stopped():
                 break
+            reach(done)
             hw, ids, seed = plan.shards[i]
             parts = []
             for j in range(0, len(ids), batch):

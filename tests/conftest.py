@@ -21,7 +21,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}   
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than ten seconds; .ci/run runs it")
+    config.addinivalue_line("markers", "slow: takes seconds that the suite cannot spare; .ci/run runs it")
     config.addinivalue_line("markers", "gpu: needs a GPU")
     # both run by name: -m slow, -m gpu
     config.option.markexpr = config.option.markexpr or "not slow and not gpu"

@@ -420,6 +420,7 @@ def test_an_unknown_architecture_is_announced_once(monkeypatch):
         assert attention._launches(x) == attention.CONSERVATIVE
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the main guard would time a GPU")
 def test_the_file_checks_itself_alone(tmp_path):
     (tmp_path / "attention.py").write_text((ROOT / "kernels" / "attention.py").read_text())

@@ -80,6 +80,7 @@ def test_shipped_tiles_give_the_same(row, monkeypatch):
     compare(head_inputs(torch.float32, k=2, b=2, h=5, w=7, d=72, c=48))
 
 
+@pytest.mark.slow
 def test_float64_gradcheck():
     feats, params, cond, grid = head_inputs(k=1, b=2, h=2, w=3, d=8, c=16, e=3)
     leaves = [t.requires_grad_() for t in (*feats, *params, cond)]
@@ -216,6 +217,7 @@ def test_every_buffer_is_fully_written(monkeypatch):
 
 # --- torch.library and torch.compile ---
 
+@pytest.mark.slow
 def test_opcheck():
     feats, params, cond, grid = head_inputs(torch.float32, h=1, w=2, c=16)
     p = [t.requires_grad_() for t in params if t is not params.w_cond]
@@ -354,6 +356,7 @@ def test_compiled_for_gpus_that_are_not_here(arch):
             assert "MMAx4" in row["order"] and row["waits"] <= 3, row
 
 
+@pytest.mark.slow
 def test_the_file_checks_itself_alone(tmp_path):
     (tmp_path / "heads.py").write_text((ROOT / "kernels" / "heads.py").read_text())
     done = subprocess.run([sys.executable, "-I", "heads.py"], cwd=tmp_path, capture_output=True, text=True)

@@ -421,6 +421,7 @@ def subprocess_python(args: list[str], **env) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_file_alone_checks_itself(tmp_path):
     copy = tmp_path / "modulation.py"
     copy.write_text(Path(modulation.__file__).read_text())
@@ -463,6 +464,7 @@ torch.compile(block, fullgraph=True, backend=backend)(*inputs).sum().backward()
 """
 
 
+@pytest.mark.slow
 def test_torch_compile_sees_the_launches_and_what_they_write():
     """Without the interpreter: CPU tensors are refused; traced for a GPU that is not here, each launch is in
     the graph, and only outputs count as written (arguments that stand for absent ones do not)."""

@@ -24,6 +24,7 @@ def bench(capsys, flags: str) -> dict:
     return json.loads(said[said.index("{"):])
 
 
+@pytest.mark.slow
 def test_one_command_compares_the_schedules(capsys, tmp_path, monkeypatch):
     """Forwards of a step: the student 1 against 2, the teacher 2 against 3: fake, all that needs no
     gradient (real, misaligned); fake again."""

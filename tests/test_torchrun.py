@@ -171,6 +171,19 @@ def begin(home: Path, name: str, *extra: str) -> tuple[subprocess.Popen, Path]:
     return job, folder
 
 
+@pytest.mark.slow
+def test_a_rank_that_hangs_while_data_are_made_is_named_too(home):
+    flags = f"{TINY} --name made --teacher t.safetensors --data-size 60000 --timeout 4"
+    job = subprocess.Popen(torchrun(2, str(ROOT / "train.py"), *flags.split()), cwd=home, env=environment(),
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    until(lambda: job.poll() is not None or len(list((home / "runs/made/data").glob("0*"))) > 2)
+    os.kill(children(job)[1], signal.SIGSTOP)
+    until(lambda: job.poll() is not None, 90)
+    said = job.communicate()[0]
+    assert job.returncode != 0 and re.search(r"data: rank 1 did not reach step \d+ within 4 s", said), said
+    assert len(list((home / "runs/made/data").glob("0*"))) > 2
+
+
 def children(job: subprocess.Popen) -> list[int]:
     """The processes that torchrun started, by rank."""
     found = []

@@ -103,8 +103,10 @@ def ladd_step(ops: kernels.Kernels, qk_norm: bool = True, dual: tuple[int, ...] 
     return {k: v.detach().cpu() for k, v in out.items()}
 
 
-@pytest.mark.parametrize("qk_norm, dual", [(False, ()), (True, ()), (True, (0,))],
-                         ids=["sd3", "sd3.5-large", "sd3.5-medium"])
+@pytest.mark.parametrize("qk_norm, dual", [
+    pytest.param(False, (), marks=pytest.mark.slow, id="sd3"),
+    pytest.param(True, (), marks=pytest.mark.slow, id="sd3.5-large"),
+    pytest.param(True, (0,), id="sd3.5-medium")])
 def test_a_ladd_step_on_the_kernels_is_the_one_on_the_references(qk_norm, dual):
     ours, reference = (ladd_step(kernels.load(name), qk_norm, dual) for name in ("triton", "torch"))
     assert ours.keys() == reference.keys() and len(ours) > 50
