@@ -37,7 +37,7 @@ from ladd.data import read_json
 from ladd.distill import Text
 from ladd.domain import Domain, sd3_domain, world_domain
 from ladd.mmdit import MMDiT
-from ladd.parallel import ranks
+from ladd.parallel import finish, ranks
 from ladd.run import (Stopper, compute_dtype, device_name, frozen, levels_of, memory_gb, pick_device,
                       pick_kernels)
 from ladd.sampler import Graphed, image_noise, sample
@@ -340,6 +340,7 @@ def save_latents(args: Namespace, config: Config, prompts: list[str], sizes: lis
     if ranks()[0] == 0:
         print(f"{args.save_latents}: {f'{count} latents' if whole else 'stopped, the same call goes on'}, "
               f"{time.perf_counter() - begin:.0f} s, {memory_gb(device):.2f} GB at peak")
+    finish()
 
 
 def main(argv: list[str]) -> None:

@@ -34,40 +34,13 @@ from ladd.domain import Domain, sd3_domain, world_domain
 from ladd.evaluate import (BEST, VALIDATION, draw_prompts, given_prompts, make_reference, report_prompts,
                            world_latents)
 from ladd.feed import Feed
-from ladd.memory import Step, fused, memory_plan, placed, references
 from ladd.mmdit import MMDiT, MMDiTConfig, shrunk
 from ladd.parallel import Watch, agree, ranks
 from ladd.run import (Health, Log, Stopped, Stopper, compute_dtype, device_name, memory_gb, open_run,
                       pick_device, progress)
-from ladd.step import (Layout, calibrate, distill_config, heads_step, inference, lcm_step, learning_rate,
-                       make_players, moments, network, on_meta, ops_of, step_keys, step_parts, student_step,
-                       teacher_config, tokens_of)
-
-
-def lay_out(config: Config, sizes: MMDiTConfig, device: torch.device) -> Layout:
-    """Where the networks of this process lie: as the flags say, else by the memory plan; rank 0 says how."""
-    rank, world = ranks()
-    if world == 1:
-        return Layout(device)
-    cuda = device.type == "cuda"
-    limit = torch.cuda.get_device_properties(device).total_memory if cuda else math.inf
-    shard, teacher_shard, plan = placed(limit, world, config.replicas, memory_plan_of(config, sizes, device),
-                                        config.parallel, config.shard_teacher)
-    if rank == 0:
-        lies = lambda n: f"sharded over {n}" if n > 1 else "whole on each"
-        print(f"{world} processes: student {lies(shard)}, teacher {lies(teacher_shard)}; plan "
-              f"{plan['sum'] / 2 ** 30:.1f} GiB each")
-    return Layout(device, parallel.mesh(device, world // shard), teacher_shard > 1)
-
-
-def memory_plan_of(config: Config, sizes: MMDiTConfig, device: torch.device):
-    """memory_plan of this run's step; shard and teacher_shard are left to say."""
-    (h, w), world, cuda = config.hw[0], ranks()[1], device.type == "cuda"
-    teacher, student, heads = on_meta(config, sizes, device)
-    step = Step(student, teacher, heads, (16, h // 8, w // 8), (tokens_of(config), sizes.context_dim),
-                config.micro(world), distill_config(config), config.schedule_of(world), config.checkpoint)
-    return partial(memory_plan, step, fused() if cuda and config.kernels != "torch" else references(), world,
-                   accumulate=config.batch // world // step.batch, device=device.type)
+from ladd.step import (Layout, calibrate, distill_config, heads_step, inference, lay_out, lcm_step,
+                       learning_rate, make_players, moments, network, on_meta, ops_of, plan_in_words,
+                       step_keys, step_parts, student_step, teacher_config, tokens_of)
 
 
 def save_every(config: Config, saver: state.Saver, health: Health, step: int, done: int, stopper: Stopper,
@@ -483,14 +456,10 @@ def main(argv: list[str]) -> None:
             stopper.end()
             write_report(config, run, teacher, domain, layout, seconds)
     except torch.OutOfMemoryError as error:
-        mesh = layout.mesh
-        shard = mesh["shard"].size() if mesh else 1
-        plan = memory_plan_of(config, sizes, device)(
-            shard=shard, teacher_shard=shard if layout.shard_teacher else 1)
-        parts = ", ".join(f"{name} {size / 2 ** 30:.1f}" for name, size in plan.items())
         raise InputError(f"out of memory on {device} ({str(error).splitlines()[0]}); the plan was, in GiB: "
-                         f"{parts}; less take a --micro-batch below {config.micro(world)}, --checkpoint "
-                         "selective or full, --parallel fsdp, --shard-teacher on") from None
+                         f"{plan_in_words(config, sizes, layout)}; less take a --micro-batch below "
+                         f"{config.micro(world)}, --checkpoint selective or full, --parallel fsdp, "
+                         "--shard-teacher on") from None
     parallel.finish()
 
 

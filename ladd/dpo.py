@@ -189,6 +189,8 @@ def train(args, config: Config, model: MMDiT, reference: MMDiT, latents: Latents
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
+    if parallel.ranks()[1] > 1:
+        raise InputError(f"torchrun: found {parallel.ranks()[1]} processes, one accepted")
     run, began = Path(args.run), time.perf_counter()
     config, device = read_config(run / "config.json"), pick_device(args.device)
     if bool(args.preferences) != config.real:
@@ -219,7 +221,6 @@ def main(argv: list[str]) -> None:
     if not train(args, config, model, still["teacher"], latents, out, device, stopper):
         return print(f"{stopper.signal}: saved in {out / 'checkpoints'}; the same command resumes")
     path = out / "lora.safetensors"
-    path.unlink(missing_ok=True)
     lora.save(path, model, "comfyui", {"run": run.name, "beta": str(args.beta), "steps": str(args.steps)})
     print(f"{path}: rank {args.rank} on {len(lora.of_kind(model, lora.Lora))} layers")
     if not config.real:

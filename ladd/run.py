@@ -16,7 +16,7 @@ import kernels
 from ladd.config import Config, InputError, check_same, to_json
 from ladd.data import publish
 from ladd.mmdit import MMDiT
-from ladd.parallel import Norms, agree, ranks
+from ladd.parallel import Norms, agree, load, ranks
 from ladd.report import commit, versions
 
 
@@ -67,10 +67,8 @@ def frozen(model: MMDiT, dtype: torch.dtype, device: torch.device) -> MMDiT:
     weights in the compute dtype, none of them trains. Made tensor by tensor, so that a memory-mapped network
     is never whole in the host's memory."""
     with torch.device("meta"):
-        out = MMDiT(model.config, model.kernels, dtype)
-    state = {name: t.detach().to(device, dtype, copy=True) for name, t in model.state_dict().items()}
-    out.load_state_dict(state, assign=True)
-    return out.requires_grad_(False).eval()
+        out = MMDiT(model.config, model.kernels, dtype).to(dtype).requires_grad_(False).eval()
+    return load(out, model.state_dict(), device)
 
 
 def step_counts(levels: tuple[float, ...]) -> list[int]:

@@ -2,7 +2,9 @@
 
 The algebra is ladd/distill.py's; what lies sharded over processes, ladd/parallel.py's.
 """
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ from ladd.distill import (DistillConfig, Fake, Text, fake_pass, grid_of, heads_l
 from ladd.feed import Part, moved
 from ladd.fp8 import in_fp8
 from ladd.lcm import lcm_loss
+from ladd.memory import Step, fused, memory_plan, placed, references
 from ladd.mmdit import MMDiT, MMDiTConfig, shrunk
 from ladd.parallel import Norms
 from ladd.run import compute_dtype, frozen, pick_kernels
@@ -166,6 +169,43 @@ def calibrate(config: Config, dc: DistillConfig, teacher: MMDiT, heads: Discrimi
             return channel_moments(taps_of(teacher, heads, xt, drawn.sigma_r, text))
 
     heads.calibrate(parallel.averaged(sum(map(of, parts)) / len(parts)))
+
+
+# --- where they lie ---
+
+def lay_out(config: Config, sizes: MMDiTConfig, device: torch.device) -> Layout:
+    """Where the networks of this process lie: as the flags say, else by the memory plan; rank 0 says how."""
+    rank, world = parallel.ranks()
+    if world == 1:
+        return Layout(device)
+    cuda = device.type == "cuda"
+    limit = torch.cuda.get_device_properties(device).total_memory if cuda else math.inf
+    shard, teacher_shard, plan = placed(limit, world, config.replicas, memory_plan_of(config, sizes, device),
+                                        config.parallel, config.shard_teacher)
+    if rank == 0:
+        lies = lambda n: f"sharded over {n}" if n > 1 else "whole on each"
+        print(f"{world} processes: student {lies(shard)}, teacher {lies(teacher_shard)}; plan "
+              f"{plan['sum'] / 2 ** 30:.1f} GiB each")
+    return Layout(device, parallel.mesh(device, world // shard), teacher_shard > 1)
+
+
+def memory_plan_of(config: Config, sizes: MMDiTConfig,
+                   device: torch.device) -> Callable[..., dict[str, int]]:
+    """memory_plan of this run's step; shard and teacher_shard are left to say."""
+    (h, w), world, cuda = config.hw[0], parallel.ranks()[1], device.type == "cuda"
+    teacher, student, heads = on_meta(config, sizes, device)
+    step = Step(student, teacher, heads, (16, h // 8, w // 8), (tokens_of(config), sizes.context_dim),
+                config.micro(world), distill_config(config), config.schedule_of(world), config.checkpoint)
+    return partial(memory_plan, step, fused() if cuda and config.kernels != "torch" else references(), world,
+                   accumulate=config.batch // world // step.batch, device=device.type)
+
+
+def plan_in_words(config: Config, sizes: MMDiTConfig, layout: Layout) -> str:
+    """The memory plan of this layout: each purpose and its GiB."""
+    shard = layout.mesh["shard"].size() if layout.mesh else 1
+    plan = memory_plan_of(config, sizes, layout.device)(
+        shard=shard, teacher_shard=shard if layout.shard_teacher else 1)
+    return ", ".join(f"{name} {size / 2 ** 30:.1f}" for name, size in plan.items())
 
 
 # --- the step ---

@@ -155,6 +155,13 @@ def test_bad_input_is_one_line(home, flags, said):
         call(home, dpo.main, flags.split())
 
 
+def test_several_processes_are_refused(home, monkeypatch):
+    """Each would write the others' files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="torchrun: found 2 processes, one accepted"):
+        call(home, dpo.main, FLAGS.split())
+
+
 def test_a_smaller_student_takes_no_delta(home):
     main(home, f"--name small --teacher t.safetensors --data-from world --steps 1 --student-depth 1 {QUIET}")
     with pytest.raises(InputError, match="found a student of 1 blocks, the teacher's 2 accepted"):
