@@ -5,6 +5,13 @@
     python sample.py --run runs/tiny --prompt "small blue cross" --num 3 --compare --out compare.png
     python sample.py --checkpoint student.safetensors --prompt "" --out any.png
 
+With a picture, whose size is kept: an instruction edits it, or a mask says where to repaint it, by networks
+of those tasks (train.py --task); or a network of captions alone starts from it, noised to --strength:
+
+    python sample.py --run runs/tiny-edit --init-image a.png --instruction "make it red" --out b.png
+    python sample.py --run runs/tiny-inpaint --init-image a.png --mask m.png --prompt "red circle" --out b.png
+    python sample.py --run runs/tiny --init-image a.png --strength 0.5 --prompt "small red cross" --out b.png
+
 Networks of real images need SD3's encoders and VAE, a folder as it is published. A teacher also writes
 latents to distill from, shard by shard; the same call completes them, torchrun shares them out:
 
@@ -13,14 +20,15 @@ latents to distill from, shard by shard; the same call completes them, torchrun 
 
 Image i starts from the noise of seed + i, made on the CPU in fp32: its picture is the same, to rounding,
 whatever the batch or device. Several images go to a folder, as 000000_seed0.png and so on; no file is
-overwritten. The script reads top to bottom: parse, load, plan, write, main (text, noise, sample, decode).
+overwritten. The script reads top to bottom: parse, picture, load, plan, write, main (text, noise, sample,
+decode).
 """
 import hashlib
 import json
 import os
 import time
 from argparse import Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,28 +38,35 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kernels
-from ladd import checkpoint, encode, flow, report, shapes, synthesize
+from ladd import checkpoint, encode, evaluate, flow, images, report, shapes, synthesize, tasks
 from ladd.config import (PRESETS, Config, InputError, Parser, parse_size, parse_value, run_script,
                          validated)
 from ladd.data import read_json
-from ladd.distill import Text
+from ladd.distill import Text, TextImage
 from ladd.domain import Domain, sd3_domain, world_domain
 from ladd.mmdit import MMDiT
 from ladd.parallel import finish, ranks
 from ladd.run import (Stopper, compute_dtype, device_name, frozen, levels_of, memory_gb, pick_device,
                       pick_kernels)
-from ladd.sampler import Graphed, image_noise, sample
+from ladd.sampler import Graphed, evaluations, image_noise, sample
 from ladd.speed import wait
 
 ROLES = "student", "teacher"
-RECIPE = "objects", "text_dim", "sizes", "shift", "levels", "sampler", "guidance", "sample_steps"
-RANGES = dict(num=(1, 10 ** 6), steps=(1, 1000), guidance=(0, 100), seed=(0, 2 ** 62), batch=(1, 4096),
-              shard=(1, 10 ** 6), t5_tokens=(1, 512))
+RECIPE = ("task", "objects", "text_dim", "sizes", "shift", "levels", "sampler", "guidance", "image_guidance",
+          "sample_steps")
+RANGES = dict(num=(1, 10 ** 6), steps=(1, 1000), guidance=(0, 100), image_guidance=(0, 100),
+              seed=(0, 2 ** 62), batch=(1, 4096), shard=(1, 10 ** 6), t5_tokens=(1, 512))
+READS = {"text": ("prompt", "init_image", "strength"), "inpaint": ("prompt", "init_image", "mask"),
+         "edit": ("instruction", "init_image", "image_guidance")}       # flags of some tasks alone
 
 
 def must(ok: bool, message: str) -> None:
     if not ok:
         raise InputError(message)
+
+
+def flags(names: Iterable[str], between: str = " ") -> str:
+    return between.join(f"--{name}".replace("_", "-") for name in names)
 
 
 # --- parse ---
@@ -69,14 +84,22 @@ def parse(argv: list[str]) -> Namespace:
     flag("--tiled", action="store_true", help="decode large images in tiles, to save memory")
     flag("--model", choices=ROLES, help="network of the run; default: the student")
     flag("--prompt", metavar="TEXT", action="append", help="caption, repeatable; empty: anything")
-    flag("--prompt-file", metavar="FILE", help="captions, one a line; empty lines and # comments are skipped")
+    flag("--instruction", metavar="TEXT", action="append", help="in place of captions where a network edits")
+    flag("--prompt-file", metavar="FILE", help="captions or instructions, one a line; empty lines and # "
+         "comments are skipped")
+    flag("--init-image", metavar="FILE", help="the picture to edit, to repaint or to start from")
+    flag("--mask", metavar="FILE", help="white where a network that inpaints is to repaint, black elsewhere")
+    flag("--strength", metavar="S", type=float, help="of a text network: above 0, near the picture, to "
+         "1, noise alone; the nearest of the levels that it samples at")
     flag("--num", metavar="N", type=int, default=1, help="images a prompt")
     flag("--steps", metavar="N", type=int, help="default: all levels of a student, a teacher's as in its run")
     flag("--sigmas", metavar="S,S", help="final levels falling from 1, in place of --steps; 0 is implied")
     flag("--guidance", metavar="G", type=float, help="the teacher's; default: as in its run")
+    flag("--image-guidance", metavar="G", type=float, help="and towards the picture that is edited; default: "
+         "as in its run")
     flag("--seed", metavar="N", type=int, default=0, help="image i uses seed + i")
-    flag("--size", metavar="HxW", help="pixels, multiples of 16; default: the first size of the run; "
-         "--save-latents takes several, comma-separated")
+    flag("--size", metavar="HxW", help="pixels, multiples of 16; default: the picture's, else the first "
+         "size of the run; --save-latents takes several, comma-separated")
     flag("--batch", metavar="N", type=int, default=16, help="images at a time")
     flag("--compare", action="store_true", help="one sheet: teacher at many and 4 steps, student at 4, 2, 1")
     flag("--grid", action="store_true", help="one sheet of all images")
@@ -88,29 +111,46 @@ def parse(argv: list[str]) -> Namespace:
     flag("--graph", action="store_true", help="each network as a CUDA graph: for small pictures and batches")
     flag("--no-metadata", action="store_true", help="PNGs without their parameters")
     args = parser.parse(argv)
-    for a, b in ("run", "checkpoint"), ("prompt", "prompt_file"):
-        given = sum(getattr(args, name) is not None for name in (a, b))
-        found = ("neither", "one", "both")[given]
-        must(given == 1, f"--{a}, --{b}: found {found}, exactly one expected".replace("_", "-"))
+    for names in ("run", "checkpoint"), ("prompt", "prompt_file", "instruction"):
+        given = [name for name in names if getattr(args, name) is not None]
+        must(len(given) == 1, f"{flags(names, ', ')}: found {flags(given) or 'none'}, exactly one expected")
     for name, (low, high) in RANGES.items():
-        value = getattr(args, name)
-        must(value is None or low <= value <= high, f"--{name}: found {value}, {low} to {high} expected")
+        n = getattr(args, name)
+        must(n is None or low <= n <= high, f"{flags([name])}: found {n}, {low} to {high} expected")
+    must(args.strength is None or 0 < args.strength <= 1,                # NaN does not pass
+         f"--strength: found {args.strength}, above 0 and at most 1 expected")
     must(args.steps is None or args.sigmas is None, "--steps, --sigmas: found both, at most one expected")
     extra = [name for name in ("checkpoint", "model", "steps", "sigmas", "grid") if getattr(args, name)]
-    must(not args.compare or not extra, f"--compare: found --{' --'.join(extra)}, only --run expected")
+    must(not args.compare or not extra, f"--compare: found {flags(extra)}, only --run expected")
     if args.save_latents:
-        pictures = "out", "compare", "grid", "sigmas", "tiled", "text_cache", "graph"
-        extra = [f"--{name.replace('_', '-')}" for name in pictures if getattr(args, name)]
-        must(not extra, f"--save-latents: found {' '.join(extra)} beside it, which are for pictures")
+        pictures = "out", "compare", "grid", "sigmas", "tiled", "text_cache", "graph", "init_image"
+        extra = [name for name in pictures if getattr(args, name)]
+        must(not extra, f"--save-latents: found {flags(extra)} beside it, which are for pictures")
     else:
         must(bool(args.out), "--out: found nothing, a .png for one picture or a folder for several expected")
     return args
 
 
+def check_task(args: Namespace, task: str) -> None:
+    """InputError for flags that a network of this task does not read, and for those that it misses."""
+    what = f"a network of task {task}"
+    must(task == "text" or not args.save_latents,
+         f"--save-latents: found {what}, one of task text expected; train.py makes the latents of others")
+    extra = [name for names in READS.values() for name in names
+             if name not in READS[task] and getattr(args, name) is not None]
+    must(not extra, f"{flags(extra[:1])}: found with {what}, {flags(READS[task], ', ')} accepted")
+    pair = [name for name in ("init_image", "strength") if getattr(args, name) is not None]
+    must(task != "text" or len(pair) != 1,
+         f"{flags(pair)}: found alone with {what}, --init-image and --strength together accepted")
+    for name in {"text": (), "edit": ("init_image",), "inpaint": ("init_image", "mask")}[task]:
+        must(getattr(args, name) is not None, f"{flags([name])}: found nothing, a file for {what} expected")
+
+
 def read_prompts(args: Namespace, config: Config) -> list[str]:
-    """The prompts; "" is the null prompt. Those of the world as shapes.embed spells them, each checked by the
-    grammar."""
-    prompts = args.prompt
+    """The prompts or instructions; "" is the null prompt. Those of the world as shapes.embed spells them,
+    each checked by the grammar."""
+    prompts = args.prompt or args.instruction
+    parse = tasks.parse_instruction if config.task == "edit" else shapes.parse
     if prompts is None:
         prompts, notes = encode.read_prompts(args.prompt_file)
         for note in notes:
@@ -119,7 +159,7 @@ def read_prompts(args: Namespace, config: Config) -> list[str]:
         return prompts
     prompts = [" ".join(prompt.lower().split()) for prompt in prompts]
     for prompt in filter(None, prompts):
-        shapes.parse(prompt, config.objects)
+        parse(prompt, config.objects)
     return prompts
 
 
@@ -133,6 +173,80 @@ def read_sigmas(text: str) -> list[float]:
     must(sigmas[0] == 1 and all(a > b for a, b in zip(sigmas, sigmas[1:])),      # NaN does not pass
          f"--sigmas: found {text!r}, numbers falling from 1 expected, such as 1,0.5")
     return sigmas
+
+
+# --- picture ---
+
+class Source(NamedTuple):
+    """The picture that is given."""
+    picture: Tensor             # [1, 3, H, W] in [-1, 1]
+    mask: Tensor | None         # bool [1, H, W], True is repainted
+
+
+def read_file(flag: str, path: str) -> Tensor:
+    """uint8 [3, H, W] of an image file, of its own size; InputError names the flag."""
+    try:
+        return images.read_image(Path(path), images.image_size(Path(path)))
+    except InputError as error:
+        raise InputError(f"{flag} {path}: {error}") from None
+
+
+def read_source(args: Namespace) -> Source | None:
+    """What --init-image and --mask hold; InputError where they do not fit each other, --size or the codec."""
+    if args.init_image is None:
+        return None
+    pixels = read_file("--init-image", args.init_image)
+    h, w = hw = tuple(pixels.shape[1:])
+    must(h % 16 == w % 16 == 0, f"--init-image {args.init_image}: found {h}x{w} pixels, sides that are "
+         "multiples of 16 expected")
+    must(args.size is None or parse_size(args.size) == hw,
+         f"--size: found {args.size}, --init-image {args.init_image} has {h}x{w}")
+    picture = pixels[None].float() / 127.5 - 1
+    if args.mask is None:
+        return Source(picture, None)
+    mask = read_file("--mask", args.mask)
+    must(bool((mask == mask[:1]).all()), f"--mask {args.mask}: found colours, black and white expected")
+    try:
+        return Source(picture, tasks.check_mask(mask[:1], hw))
+    except InputError as error:
+        raise InputError(f"--mask {args.mask}: {str(error).removeprefix('mask: ')}") from None
+
+
+def sizes_of(args: Namespace, config: Config, source: Source | None) -> list[tuple[int, int]]:
+    """(H, W) of the pictures: the given one's, or of --size, or the first of the run."""
+    if source:
+        return [tuple(source.picture.shape[2:])]
+    sizes = [config.hw[0]] if args.size is None else [parse_size(size) for size in args.size.split(",")]
+    must(len(sizes) == 1 or bool(args.save_latents), f"--size: found {args.size}, one size expected")
+    return sizes
+
+
+def conditions(source: Source | None, task: str, domain: Domain,
+               device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """(latents to noise and start from, channels beside the noise), [1, c, h, w] each, None for none."""
+    if source is None:
+        return None, None
+    if task == "inpaint":
+        return None, tasks.beside(domain.latents, *source).to(device)
+    latents = domain.latents(source.picture).to(device)
+    return (latents, None) if task == "text" else (None, latents)
+
+
+def finished(pictures: Tensor, source: Source | None) -> Tensor:
+    """Pictures [b, 3, H, W] with what a mask keeps of the source."""
+    if source is None or source.mask is None:
+        return pictures
+    mask = source.mask.expand(len(pictures), -1, -1)
+    return tasks.composite(source.picture.expand_as(pictures), pictures, mask)
+
+
+def shown(source: Source | None, count: int) -> dict[str, list[Tensor]]:
+    """--compare's first column, `count` times the picture, stripes where it is repainted."""
+    if source is None:
+        return {}
+    if source.mask is None:
+        return {"source": [source.picture[0]] * count}
+    return {"to repaint": [tasks.hatched(*source)[0]] * count}
 
 
 # --- load ---
@@ -198,17 +312,19 @@ def locate(args: Namespace) -> tuple[Config, dict[str, Path]]:
 
 
 def load(path: Path, args: Namespace, config: Config, sizes: list[tuple[int, int]]) -> MMDiT:
-    """The network, memory-mapped on the CPU; InputError unless it takes these sizes, and reads the world's
-    text if it is of the world."""
+    """The network, memory-mapped on the CPU; InputError unless it has its task's channels, takes these sizes,
+    and reads the world's text if it is of the world."""
     model = checkpoint.load_mmdit(path, pick_kernels(args.kernels, args.device))
     c, d, channels = model.config, config.text_dim, len(shapes.CHANNELS)
-    widths, wanted = (c.in_channels, c.out_channels, c.context_dim, c.pooled_dim), (channels, channels, d, d)
+    widths = c.in_channels, c.out_channels, c.context_dim, c.pooled_dim
+    wanted = channels + config.beside, channels, d, d
     if config.real:
         widths, wanted = widths[:2], wanted[:2]
-    must(widths == wanted, f"{path}: found {widths} channels (in, out, text, pooled), {wanted} expected")
-    most = 8 * c.patch * c.pos_grid
+    must(widths == wanted, f"{path}: found {widths} channels (in, out, text, pooled), {wanted} expected of "
+         f"task {config.task}")
+    most, flag = 8 * c.patch * c.pos_grid, f"--init-image {args.init_image}" if args.init_image else "--size"
     for h, w in sizes:
-        must(max(h, w) <= most, f"--size: found {h}x{w}, {path} takes at most {most}x{most}")
+        must(max(h, w) <= most, f"{flag}: found {h}x{w}, {path} takes at most {most}x{most}")
     return model
 
 
@@ -231,36 +347,58 @@ class Column(NamedTuple):
     """One way to sample: all that decides a picture but the weights, prompt, seed and size."""
     role: str
     sampler: str
-    steps: int
-    sigmas: list[float]         # final levels from 1 to 0
+    steps: int                  # from noise; with --strength the last ones are made
+    sigmas: list[float]         # final levels from 1 to 0; with --strength from where it starts
     guidance: float
+    image_guidance: float
+    strength: float = 1.0       # the first level, before the shift
 
 
 def plan(args: Namespace, config: Config, role: str) -> dict[str, Column]:
     """The column asked for, or those of --compare, which are the report's; titles tell the evaluations."""
     guidance = config.guidance if args.guidance is None else args.guidance
+    both = evaluate.guidances(config, guidance)
+    if args.image_guidance is not None:
+        both = guidance, args.image_guidance
 
-    def column(role: str, steps: int, guidance: float = 1.0) -> Column:
+    def column(role: str, steps: int, guidance: tuple[float, float] = (1.0, 1.0)) -> Column:
         if role == "teacher":
-            return Column(role, "euler", steps, flow.euler_levels(steps, config.shift).tolist(), guidance)
+            return Column(role, "euler", steps, flow.euler_levels(steps, config.shift).tolist(), *guidance)
         levels = torch.tensor((*levels_of(config.levels, steps), 0.0))
-        return Column(role, config.sampler, steps, flow.shift(levels, config.shift).tolist(), 1.0)
+        return Column(role, config.sampler, steps, flow.shift(levels, config.shift).tolist(), 1.0, 1.0)
 
     if args.compare:
-        columns = [column("teacher", config.sample_steps, guidance), column("teacher", 4)]
+        columns = [column("teacher", config.sample_steps, both), column("teacher", 4)]
         columns += [column("student", n) for n in (4, 2, 1) if len(config.levels) % n == 0]
     else:
-        must(role == "teacher" or args.guidance in (None, 1), f"--guidance: found {args.guidance}, 1 (none) "
-             "expected: a student has its teacher's distilled into it; --model teacher takes others")
+        for name in "guidance", "image_guidance":
+            value = getattr(args, name)
+            must(role == "teacher" or value in (None, 1), f"{flags([name])}: found {value}, 1 (none) "
+                 "expected: a student has its teacher's distilled into it; --model teacher takes others")
         full = config.sample_steps if role == "teacher" else len(config.levels)
-        columns = [column(role, args.steps or full, guidance)]
+        columns = [column(role, args.steps or full, both)]
         if args.sigmas is not None:
             sigmas, trained = read_sigmas(args.sigmas), columns[0].sigmas
             columns = [columns[0]._replace(steps=len(sigmas) - 1, sigmas=sigmas)]
             new = [f"{s:g}" for s in sigmas if min(abs(s - t) for t in trained) > 1e-3]
             if role == "student" and new:
                 print(f"note: this student was not trained at levels {', '.join(new)}")
-    return {f"{c.role} {c.steps}" + (" x 2" if c.guidance != 1 else ""): c for c in columns}
+    if args.strength is not None:
+        columns = [started(args, config, c) for c in columns]
+    evals = [evaluations(c.guidance, c.image_guidance) for c in columns]
+    return {f"{c.role} {c.steps}" + (f" x {n}" if n > 1 else ""): c for c, n in zip(columns, evals)}
+
+
+def started(args: Namespace, config: Config, column: Column) -> Column:
+    """The column from that of its levels on which, before the shift, is nearest to --strength; a note says so
+    where it is another value."""
+    levels = flow.shift(torch.tensor(column.sigmas[:-1]), 1 / config.shift).tolist()  # 1 / a undoes a
+    i = min(range(len(levels)), key=lambda i: abs(levels[i] - args.strength))
+    if abs(levels[i] - args.strength) > 1e-3:
+        kind = "trained level" if column.role == "student" and args.sigmas is None else "level"
+        of = f" of {column.role} {column.steps}" if args.compare else ""
+        print(f"note: --strength {args.strength:g}: {levels[i]:.3g}, the nearest {kind}{of}")
+    return column._replace(sigmas=column.sigmas[i:], strength=round(levels[i], 6))
 
 
 # --- write ---
@@ -297,14 +435,18 @@ def texts(args: Namespace, config: Config, columns: list[Column], files: dict[st
         name = f"{Path(args.run).resolve().name}-{role}" if args.run else path.stem
         models[role] = {"model": name, "model_hash": digest}
     described = [c._asdict() | models[c.role] for c in columns]
-    shared = {"height": hw[0], "width": hw[1], "shift": config.shift, "device": device_name(device),
-              "commit": report.commit(), "versions": report.versions(), "columns": described}
+    given = {name: Path(getattr(args, name)).name for name in ("init_image", "mask") if getattr(args, name)}
+    shared = {"task": config.task, **given, "height": hw[0], "width": hw[1], "shift": config.shift,
+              "device": device_name(device), "commit": report.commit(), "versions": report.versions(),
+              "columns": described}
 
     def text(prompts: list[str], seeds: list[int]) -> dict[str, str]:
         c = described[0]                                             # the customary form knows one of each
         line = (f"Steps: {c['steps']}, Sampler: {c['sampler'].capitalize()}, CFG scale: {c['guidance']:g}, "
-                f"Seed: {seeds[0]}, Size: {hw[1]}x{hw[0]}, "
-                f"Model hash: {c['model_hash']}, Model: {c['model']}")
+                + f"Image CFG scale: {c['image_guidance']:g}, " * (c["image_guidance"] != 1)
+                + f"Seed: {seeds[0]}, Size: {hw[1]}x{hw[0]}, "
+                f"Model hash: {c['model_hash']}, Model: {c['model']}"
+                + f", Denoising strength: {c['strength']:g}" * (args.strength is not None))
         return {"parameters": "\n".join([*dict.fromkeys(prompts), line]),
                 "ladd": json.dumps({"prompts": prompts, "seeds": seeds, **shared})}
     return text
@@ -335,20 +477,32 @@ def save_latents(args: Namespace, config: Config, prompts: list[str], sizes: lis
     begin, stopper = time.perf_counter(), Stopper()
     prepare = lambda model: frozen(model, compute_dtype("auto", device), device)
     whole = synthesize.synthesize(
-        Path(args.save_latents), plan, model, prepare, domain, steps, config.shift, guidance, args.batch,
-        *((torch.bfloat16, 256) if config.real else (torch.float32, 1024)), lambda: bool(stopper))
+        Path(args.save_latents), plan, model, prepare, domain, steps, config.shift, (guidance, 1.0),
+        args.batch, *((torch.bfloat16, 256) if config.real else (torch.float32, 1024)), lambda: bool(stopper))
     if ranks()[0] == 0:
         print(f"{args.save_latents}: {f'{count} latents' if whole else 'stopped, the same call goes on'}, "
               f"{time.perf_counter() - begin:.0f} s, {memory_gb(device):.2f} GB at peak")
     finish()
 
 
+def begun(column: Column, seeds: list[int], shape: tuple[int, ...], text: Text, init: Tensor | None,
+          beside: Tensor | None) -> tuple[Tensor, Text | TextImage]:
+    """(x [b, *shape], text) that sampling begins with: noise, or `init` noised to the column's first level;
+    the text with what the network reads beside x."""
+    x = image_noise(seeds, shape).to(text.context.device)
+    if init is not None:
+        x = flow.noised(init.expand_as(x), x, torch.tensor(column.sigmas[:1]).to(x))
+    if beside is not None:
+        text = TextImage(*text, beside.expand(len(x), *beside.shape[1:]))
+    return x, text
+
+
 def main(argv: list[str]) -> None:
     args = parse(argv)
     config, files = locate(args)
-    prompts = read_prompts(args, config)
-    sizes = [config.hw[0]] if args.size is None else [parse_size(size) for size in args.size.split(",")]
-    must(len(sizes) == 1 or bool(args.save_latents), f"--size: found {args.size}, one size expected")
+    check_task(args, config.task)
+    prompts, source = read_prompts(args, config), read_source(args)
+    sizes = sizes_of(args, config, source)
     models = {role: load(path, args, config, sizes) for role, path in files.items()}
     device = pick_device(args.device)
     must(not args.graph or device.type == "cuda", f"--graph: found {device}, a CUDA device accepted")
@@ -364,34 +518,36 @@ def main(argv: list[str]) -> None:
 
     domain.embed(["", *prompts])
     domain.release()
+    given = conditions(source, config.task, domain, device)
     models = {role: frozen(model, compute_dtype("auto", device), device) for role, model in models.items()}
     if args.graph:
         models = {role: Graphed(model) for role, model in models.items()}
     null = Text(*(t[0].to(device) for t in domain.embed([""])))
     shape = len(shapes.CHANNELS), hw[0] // 8, hw[1] // 8
-    pictures: dict[str, list[Tensor]] = {title: [] for title in columns}
+    pictures = {title: [] for title in columns}
     bar = tqdm(total=len(columns) * len(prompts), desc="images", dynamic_ncols=True)
     begin, seconds, steps = time.perf_counter(), 0.0, 0
     for title, c in columns.items():
         for i in range(0, len(prompts), args.batch):
             part, drawn = prompts[i:i + args.batch], seeds[i:i + args.batch]
             text = Text(*(t.to(device) for t in domain.embed(part)))
-            noise = image_noise(drawn, shape).to(device)             # [b, c, h, w]
+            x, text = begun(c, drawn, shape, text, *given)
             wait(device)
             start, sigmas = time.perf_counter(), torch.tensor(c.sigmas)
-            x0 = sample(models[c.role], noise, text, sigmas, c.sampler, drawn, null, c.guidance)
+            x0 = sample(models[c.role], x, text, sigmas, c.sampler, drawn, null, c.guidance, c.image_guidance)
             wait(device)
-            seconds, steps = seconds + time.perf_counter() - start, steps + c.steps
-            images = domain.decode(x0)                               # [b, 3, H, W]
+            seconds, steps = seconds + time.perf_counter() - start, steps + len(sigmas) - 1
+            out = finished(domain.decode(x0), source)                # [b, 3, H, W]
             if args.grid or args.compare:
-                pictures[title].extend(images)
+                pictures[title].extend(out)
             else:                                                    # at once: an interrupted call keeps them
-                for path, image, prompt, seed in zip(paths[i:], images, part, drawn):
+                for path, image, prompt, seed in zip(paths[i:], out, part, drawn):
                     report.save_png(image, path, text_of([prompt], [seed]))
             bar.update(len(part))
     bar.close()
     if args.grid or args.compare:
-        report.save_png(sheet(args, prompts, seeds, pictures), paths[0], text_of(prompts, seeds))
+        first = shown(source, len(prompts)) if args.compare else {}
+        report.save_png(sheet(args, prompts, seeds, first | pictures), paths[0], text_of(prompts, seeds))
     count, wall = len(columns) * len(prompts), time.perf_counter() - begin
     where = paths[0] if len(paths) == 1 else paths[0].parent
     print(f"{where}: {count} images, {count / wall:.2f} images/s, {1000 * seconds / steps:.1f} ms a step of "

@@ -19,6 +19,7 @@ The file reads top to bottom: teacher, synthetic data, distillation, report. The
 import math
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -29,18 +30,19 @@ from torch import Tensor
 from ladd import (checkpoint, cost, data, encode, evaluate, flow, metrics, parallel, speed, state,
                   synthesize)
 from ladd.config import Config, InputError, parse_config, run_script
-from ladd.distill import Text, flow_loss
+from ladd.distill import Text, TextImage, flow_loss
 from ladd.domain import Domain, sd3_domain, world_domain
-from ladd.evaluate import (BEST, VALIDATION, draw_prompts, given_prompts, make_reference, report_prompts,
+from ladd.evaluate import (BEST, VALIDATION, Prompts, draw_prompts, make_reference, shown_prompts,
                            world_latents)
 from ladd.feed import Feed
-from ladd.mmdit import MMDiT, MMDiTConfig, shrunk
+from ladd.mmdit import MMDiT, MMDiTConfig, shrunk, widened
 from ladd.parallel import Watch, agree, ranks
 from ladd.run import (Health, Log, Stopped, Stopper, compute_dtype, device_name, memory_gb, open_run,
                       pick_device, progress)
-from ladd.step import (Layout, calibrate, distill_config, heads_step, inference, lay_out, lcm_step,
-                       learning_rate, make_players, moments, network, on_meta, ops_of, plan_in_words,
-                       step_keys, step_parts, student_step, teacher_config, tokens_of)
+from ladd.step import (Layout, calibrate, check_lora, distill_config, heads_step, inference, kept, lay_out,
+                       lcm_step, learning_rate, make_players, moments, network, on_meta, ops_of,
+                       plan_in_words, refresh, save_network, step_keys, step_parts, student_step,
+                       teacher_config, tokens_of, trained)
 
 
 def save_every(config: Config, saver: state.Saver, health: Health, step: int, done: int, stopper: Stopper,
@@ -74,7 +76,10 @@ def look(health: Health, saver: state.Saver) -> None:
 def load_teacher(config: Config, path: Path) -> MMDiT:
     """The teacher in `path`, checked against the run:
     text width, channels, patch, positions, taps, student's depth."""
-    teacher = checkpoint.load_mmdit(path, ops_of(config))
+    return checked(config, path, checkpoint.load_mmdit(path, ops_of(config)))
+
+
+def checked(config: Config, path: Path, teacher: MMDiT) -> MMDiT:
     want = teacher_config(config)
     text = () if config.real else ("context_dim", "pooled_dim")
     for name in (*text, "in_channels", "out_channels", "patch"):
@@ -93,7 +98,25 @@ def load_teacher(config: Config, path: Path) -> MMDiT:
     return teacher
 
 
-def load_data(config: Config, path: Path, teacher: MMDiTConfig) -> data.Latents:
+def start_of(config: Config) -> tuple[MMDiTConfig, Mapping[str, Tensor]]:
+    """(sizes, weights by name) that the teacher's training starts from: at random, or those of --base, whose
+    new input channels get zeros, so that it starts as that network."""
+    want = teacher_config(config)
+    if not config.base:
+        torch.manual_seed(config.seed)
+        return want, MMDiT(want, ops_of(config)).state_dict()
+    path = Path(config.base)
+    base = checkpoint.load_mmdit(path, ops_of(config))
+    if base.config.in_channels not in (16, want.in_channels):       # another task's mean something else
+        raise InputError(f"{path}: found {base.config.in_channels} input channels, 16 or the "
+                         f"{want.in_channels} of --task {config.task} accepted")
+    sizes, tensors = widened(base, want.in_channels)
+    with torch.device("meta"):
+        checked(config, path, MMDiT(sizes, ops_of(config)))
+    return sizes, tensors
+
+
+def load_data(config: Config, path: Path, teacher: MMDiTConfig, batch: int) -> data.Latents:
     """The latents in `path`, checked against the run: channels, text widths, a batch of every size."""
     latents = data.read_folder(path)
     found = latents.context.shape[-1], latents.pooled.shape[-1]
@@ -101,56 +124,91 @@ def load_data(config: Config, path: Path, teacher: MMDiTConfig) -> data.Latents:
     if found != wanted:
         raise InputError(f"{path}: found text of widths {found} (tokens, pooled), the teacher reads {wanted}")
     for hw, (x0, _) in latents.buckets.items():
-        if x0.shape[1] != 16 or len(x0) - latents.holdout < config.batch:
-            raise InputError(f"{path}: found {len(x0)} latents of {x0.shape[1]} channels and size "
-                             f"{hw[0]}x{hw[1]}, 16 channels and at least --batch {config.batch} beside "
-                             f"{latents.holdout} held out expected")
+        if x0.shape[1] != 16 or latents.channels != config.beside or len(x0) - latents.holdout < batch:
+            raise InputError(f"{path}: found {len(x0)} latents of {x0.shape[1]} channels, {latents.channels} "
+                             f"beside them, and size {hw[0]}x{hw[1]}; 16, {config.beside} for --task "
+                             f"{config.task}, and a batch of {batch} beside {latents.holdout} held out "
+                             "expected")
     return latents
 
 
-def train_teacher(config: Config, run: Path, layout: Layout, stopper: Stopper) -> MMDiT:
-    """Flow matching on renders; AdamW with a cosine schedule.
+def load_pairs(config: Config, teacher: MMDiTConfig, domain: Domain) -> data.Latents | None:
+    """What --pairs names, checked against the run: as load_data, text encoders, and that every size of its
+    gets a batch of generated latents."""
+    if not config.pairs:
+        return None
+    pairs = load_data(config, Path(config.pairs), teacher, 1 if config.teacher else config.teacher_batch)
+    text, own = pairs.provenance.get("text"), domain.provenance["encoders"]
+    if text != own:
+        raise InputError(f"{config.pairs}: found text of the encoders {text}, {own} accepted (--encoders, "
+                         "--t5, --t5-tokens)")
+    n, size = len(pairs.buckets), config.data_batch
+    least = n * size * math.ceil(max(config.batch + 2, config.batch * 16 / 15) / size)
+    if config.data_size < least and not config.data and config.objective != "flow":
+        raise InputError(f"--data-size: found {config.data_size}, at least {least} expected: a --batch of "
+                         f"each of the {n} sizes of {config.pairs}")
+    return pairs
+
+
+def sizes_of(config: Config) -> MMDiTConfig:
+    """Of the teacher, before it is there."""
+    if config.teacher:
+        return load_teacher(config, Path(config.teacher)).config
+    return start_of(config)[0] if config.base else teacher_config(config)
+
+
+def train_teacher(config: Config, run: Path, pairs: data.Latents | None, layout: Layout,
+                  stopper: Stopper) -> MMDiT:
+    """Flow matching on renders or `pairs`; AdamW with a cosine schedule.
     Skipped where the run has its teacher or --teacher names one."""
     done, device, (rank, world) = run / "checkpoints" / "teacher.safetensors", layout.device, ranks()
     if config.teacher or done.exists():
         return load_teacher(config, Path(config.teacher or done))
-    torch.manual_seed(config.seed)
-    fresh = MMDiT(teacher_config(config), ops_of(config))
-    model = network(fresh.config, fresh.state_dict(), config, layout, torch.float32, True)
-    optimizer = torch.optim.AdamW(model.parameters(), config.teacher_lr, betas=(0.9, 0.99), weight_decay=0.01,
-                                  fused=True)
+    sizes, untrained = start_of(config)
+    model = network(sizes, untrained, config, layout, torch.float32, True, rank=config.teacher_lora,
+                    also="x_embedder" if config.beside else "")
+    optimizer = torch.optim.AdamW(trained(model).values(), config.teacher_lr, betas=(0.9, 0.99),
+                                  weight_decay=0.01, fused=True)
 
     def tensors(saved: state.State | None = None) -> dict[str, Tensor]:
-        weights = {f"model.{k}": v for k, v in model.state_dict().items()}
+        weights = {f"model.{k}": v for k, v in kept(model, model).items()}
         return weights | moments(optimizer, model, "opt.", saved)
 
     saver, start = state.Saver(run / "checkpoints" / "teacher", rank, world, agree), 0
     if saved := state.open_state(saver.folder):
         start = saved.step
         state.fill(saved, tensors(saved))
-    latents = world_latents(config, config.teacher_images, config.seed)
+    latents = pairs or world_latents(config, config.teacher_images, config.seed)
+    exclude = latents.holdout if pairs else 0
     null = Text(*(t.to(device) for t in latents.null))
     share = config.teacher_batch // world
     mine = slice(rank * share, (rank + 1) * share)
 
     def make(step: int) -> tuple[Tensor, ...]:
-        """x0, noise, levels, text and which captions are left out, of this process's part of a step."""
-        batch = latents.batch(0 if config.overfit_one_batch else step, config.teacher_batch, config.seed)
+        """x0, noise, levels, text and what is left out of it, of this process's part of a step."""
+        batch = latents.batch(0 if config.overfit_one_batch else step, config.teacher_batch, config.seed,
+                              exclude)
         g, n = flow.generator(config.seed, 1, step), len(batch.x0)
-        empty = torch.rand(n, generator=g) < config.text_dropout
+        dropped = torch.rand(n, generator=g)
         sigma = flow.logit_normal_mixture(n, config.teacher_means, 1.0, g)
         eps = torch.randn(batch.x0.shape, generator=g)
-        return tuple(t[mine] for t in (batch.x0, eps, sigma, batch.context, batch.pooled, empty))
+        return tuple(t[mine] for t in (batch.x0, eps, sigma, dropped, *batch.text))
 
     log, health = Log(run, "teacher", start), Health()
     bar, since = progress("teacher", config.teacher_steps, start, quiet=rank), time.perf_counter()
     steps = range(start, config.teacher_steps)
     feed = Feed(make, ((i,) for i in steps), device)
     with Watch("teacher", config.timeout) as watch:
-        for step, (x0, eps, sigma, context, pooled, empty) in zip(steps, feed):
+        for step, (x0, eps, sigma, dropped, *text) in zip(steps, feed):
             watch.reach(step)
-            text = Text(torch.where(empty[:, None, None], null.context, context),
-                        torch.where(empty[:, None], null.pooled, pooled))
+            empty, bare = dropped < config.text_dropout, dropped < config.image_dropout
+            context = torch.where(empty[:, None, None], null.context, text[0])
+            pooled = torch.where(empty[:, None], null.pooled, text[1])
+            if config.task == "text":
+                text = Text(context, pooled)
+            else:
+                bare &= config.task == "edit"
+                text = TextImage(context, pooled, text[2].masked_fill(bare[:, None, None, None], 0))
             loss = flow_loss(model, x0, eps, sigma, text).mean()
             rate = (min(1, (step + 1) / max(1, config.warmup))
                     * (1 + math.cos(math.pi * step / config.teacher_steps)) / 2)
@@ -170,21 +228,24 @@ def train_teacher(config: Config, run: Path, layout: Layout, stopper: Stopper) -
         look(health, saver)
         saver.finish()
     bar.close()
-    checkpoint.save_mmdit(model, done, describe(config, "teacher"))
+    save_network(model, untrained, done, describe(config, "teacher"), Path(config.base).name
+                 + f" of {sizes.in_channels} input channels, x_embedder trained too" * bool(config.beside))
     return load_teacher(config, done)
 
 
 # --- stage 2: synthetic data ---
 
-def make_data(config: Config, run: Path, teacher: MMDiT, domain: Domain, device: torch.device,
-              stopper: Stopper) -> data.Latents:
-    """Latents that the teacher generates with guidance, from captions of the world or the run's prompts;
-    skipped where --data names a folder."""
+def make_data(config: Config, run: Path, teacher: MMDiT, pairs: data.Latents | None, domain: Domain,
+              device: torch.device, stopper: Stopper) -> data.Latents:
+    """Latents that the teacher generates with guidance, from captions of the world, the run's prompts, or
+    the sources and instructions of `pairs`; skipped where --data names a folder."""
     if config.data:
-        return load_data(config, Path(config.data), teacher.config)
+        return load_data(config, Path(config.data), teacher.config, config.batch)
     if config.data_from == "world":
         return world_latents(config, config.data_size, config.seed + 1)
-    if config.real:
+    if pairs:
+        plan = synthesize.pairs_plan(pairs, config.data_size, config.data_batch, config.seed)
+    elif config.real:
         prompts, _ = encode.read_prompts(config.prompts)
         plan = synthesize.prompt_plan(prompts, config.hw, config.data_size, config.data_batch, config.seed)
     else:
@@ -192,25 +253,29 @@ def make_data(config: Config, run: Path, teacher: MMDiT, domain: Domain, device:
     with Watch("data", config.timeout) as watch:
         whole = synthesize.synthesize(
             run / "data", plan, teacher, lambda model: inference(model, config, device), domain,
-            config.sample_steps, config.shift, config.guidance, config.eval_batch,
+            config.sample_steps, config.shift, evaluate.guidances(config, config.guidance), config.eval_batch,
             *((torch.bfloat16, 256) if config.real else (torch.float32, 1024)), lambda: bool(stopper),
             watch.reach)
     if not whole:
         raise Stopped(f"{stopper.signal}: shards saved in {run / 'data'}; the same command resumes")
-    return load_data(config, run / "data", teacher.config)
+    return load_data(config, run / "data", teacher.config, config.batch)
 
 
 # --- stage 3: distillation ---
 
-def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, domain: Domain,
-            layout: Layout, stopper: Stopper) -> None:
+def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, shown: list[Prompts],
+            domain: Domain, layout: Layout, stopper: Stopper) -> None:
     """LADD: heads' steps and student steps in turn; writes checkpoints/student.safetensors,
-    the best by the metric while training, the last where there is no metric (real prompts)."""
+    the best by the metric while training, the last where there is no metric (real prompts).
+    `shown`: of the grids."""
     out, device, (rank, world) = run / "checkpoints" / "student.safetensors", layout.device, ranks()
     if out.exists():
         return
     torch.manual_seed(config.seed + 1)
     dc, p, lcm = distill_config(config), make_players(config, base, layout), config.objective == "lcm"
+    _, untrained = shrunk(base, config.student_depth or base.config.depth)
+    origin = (Path(config.teacher or "teacher.safetensors").name
+              + f", {config.student_depth} of its blocks taken evenly" * bool(config.student_depth))
 
     # resume: every random draw is a function of the step,
     # so weights, optimizers and the best value are all there is
@@ -222,10 +287,8 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, domai
     elif not lcm:
         calibrate(config, dc, p.teacher, p.heads, latents)
 
-    if config.real:
-        shown, reference = given_prompts(config, report_prompts(config)), None
-    else:
-        shown = draw_prompts(config, 4 * len(config.hw), VALIDATION)
+    reference = None
+    if not config.real:
         prompts = draw_prompts(config, config.eval_n, BEST)
         reference = make_reference(config, prompts, config.eval_n, VALIDATION)
     viewer = p.ema if layout.mesh else inference(p.ema, config, device)
@@ -244,7 +307,7 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, domai
             every = lambda n: n and (step >= 0 and step % n == 0 or it == total)
             with pace.paused():
                 if (every(config.grid_every) or every(config.eval_every)) and viewer is not p.ema:
-                    viewer.load_state_dict(p.ema.state_dict())
+                    refresh(viewer, p.ema, untrained)
                 if every(config.grid_every):
                     evaluate.save_grid(config, domain, viewer, shown, run / "samples" / f"{step:06d}.png")
                 if every(config.eval_every):
@@ -261,8 +324,8 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, domai
                     score = values["fd_1"] + values[f"fd_{len(config.levels)}"] if reference else math.inf
                     if score < meta["best"]:
                         meta["best"] = score
-                        checkpoint.save_mmdit(p.ema, out.with_name("best.safetensors"),
-                                              describe(config, "student"))
+                        save_network(p.ema, untrained, out.with_name("best.safetensors"),
+                                     describe(config, "student"), origin)
             if it == total:
                 break
             if config.profile and it == max(start, total - 3):
@@ -308,10 +371,12 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, domai
         if rank == 0:
             print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15,
                                                 max_name_column_width=40))
-    checkpoint.save_mmdit(p.ema, out.with_name("last.safetensors"), describe(config, "student"))
-    kept = out.with_name("best.safetensors")
+    save_network(p.ema, untrained, out.with_name("last.safetensors"), describe(config, "student"), origin)
+    chosen = "best" if out.with_name("best.safetensors").exists() else "last"
     if rank == 0:
-        os.replace(kept if kept.exists() else out.with_name("last.safetensors"), out)
+        for end in ("_lora", ""):              # the student last: once it is there, the stage is done
+            if (made := out.with_name(f"{chosen}{end}.safetensors")).exists():
+                os.replace(made, out.with_name(f"student{end}.safetensors"))
     agree()
 
 
@@ -351,13 +416,14 @@ def describe(config: Config, role: str) -> dict[str, str]:
             "shift": str(config.shift),
             "sampler": config.sampler, "guidance": str(config.guidance),
             "sample_steps": str(config.sample_steps), "objects": str(config.objects),
-            "text_dim": str(config.text_dim), "sizes": listed(config.sizes)}
+            "text_dim": str(config.text_dim), "sizes": listed(config.sizes), "task": config.task,
+            "image_guidance": str(config.image_guidance)}
 
 
 # --- stage 4: report ---
 
-def write_report(config: Config, run: Path, base: MMDiT, domain: Domain, layout: Layout,
-                 seconds: dict[str, float]) -> None:
+def write_report(config: Config, run: Path, base: MMDiT, shown: list[Prompts], domain: Domain,
+                 layout: Layout, seconds: dict[str, float]) -> None:
     """report.json and report.png of the run's student beside its teacher and the untrained student."""
     start, device = time.perf_counter(), layout.device
     student = checkpoint.load_mmdit(run / "checkpoints" / "student.safetensors", ops_of(config))
@@ -366,12 +432,13 @@ def write_report(config: Config, run: Path, base: MMDiT, domain: Domain, layout:
     networks = [network(*pair, config, layout, compute_dtype(config.precision, device), False,
                         layout.shard_teacher) for pair in weights]
     with Watch("report", config.timeout) as watch:
-        evaluate.compare(config, run, domain, *networks, seconds, start, watch.reach)
+        evaluate.compare(config, run, shown, domain, *networks, seconds, start, watch.reach)
 
 
 def dry_run(config: Config, device: torch.device) -> None:
     """Prints the resolved configuration, parameters, memory, FLOPs, hours and disk; allocates nothing."""
-    sizes = load_teacher(config, Path(config.teacher)).config if config.teacher else teacher_config(config)
+    sizes = sizes_of(config)
+    check_lora(config, sizes)
     teacher, student, heads = on_meta(config, sizes, device)
     prompts = encode.read_prompts(config.prompts)[0] if config.prompts else None
     limit = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 80 * 10 ** 9
@@ -398,21 +465,23 @@ def main(argv: list[str]) -> None:
     config.micro(world)
     if world > 1 and world % config.replicas:
         raise InputError(f"--replicas: found {config.replicas}, a divisor of the {world} processes accepted")
-    if not config.real and not config.teacher and config.teacher_batch % world:
+    if (not config.real or config.base) and not config.teacher and config.teacher_batch % world:
         raise InputError(f"--teacher-batch: found {config.teacher_batch}, a multiple of the {world} "
                          "processes expected")
     if config.dry_run:
         return dry_run(config, device) if rank == 0 else None
-    for path, what in ((config.teacher, "--teacher"), (config.data, "--data")):
+    for name in ("teacher", "base", "data", "pairs"):
+        path, what = getattr(config, name), f"--{name}"
         if path and not Path(path).exists():
             raise InputError(f"{what}: {path} does not exist")
     # all are looked at before the run folder is made: a failed attempt does not take the name from the next
     for path in filter(None, (config.prompts, config.eval_prompts)):
         for note in encode.read_prompts(path)[1]:
             say(note)
-    sizes = load_teacher(config, Path(config.teacher)).config if config.teacher else teacher_config(config)
+    sizes = sizes_of(config)
+    check_lora(config, sizes)
     if config.data:
-        load_data(config, Path(config.data), sizes)
+        load_data(config, Path(config.data), sizes, config.batch)
     parallel.start(device, config.timeout)
     layout = lay_out(config, sizes, device)
     if config.bench_steps:
@@ -424,11 +493,13 @@ def main(argv: list[str]) -> None:
     if domain.widths != (sizes.context_dim, sizes.pooled_dim):
         raise InputError(f"--encoders {config.encoders}: found text of widths {domain.widths}, the "
                          f"teacher reads {(sizes.context_dim, sizes.pooled_dim)} (tokens, pooled)")
+    pairs = load_pairs(config, sizes, domain)
+    shown = shown_prompts(config, pairs)
     run, stopper = Path("runs") / config.run_name, Stopper()
     if rank == 0:
         open_run(config)
         if config.real:                                  # one process writes the file of text, all read it
-            domain.embed(["", *report_prompts(config)])
+            domain.embed(["", *(c for p in shown for c in p.captions)])
             domain.release()
     agree()                                              # the run folder is there and of this configuration
     say(f"{run}: {device_name(device)}, {compute_dtype(config.precision, device)}")
@@ -446,15 +517,19 @@ def main(argv: list[str]) -> None:
                 data.publish(clock, lambda path: data.write_json(path, seconds))
 
     try:
-        teacher = timed("teacher", train_teacher, layout, stopper)
-        latents = timed("data", make_data, teacher, domain, device, stopper)
-        timed("distill", distill, teacher, latents, domain, layout, stopper)
+        teacher = timed("teacher", train_teacher, pairs, layout, stopper)
+        if config.objective == "flow":
+            say(f"--objective flow: the run ends with its teacher, "
+                f"{config.teacher or run / 'checkpoints' / 'teacher.safetensors'}")
+            return parallel.finish()
+        latents = timed("data", make_data, teacher, pairs, domain, device, stopper)
+        timed("distill", distill, teacher, latents, shown, domain, layout, stopper)
         if not (run / "report.json").exists():
             if agree(bool(stopper)):
                 raise Stopped(f"{stopper.signal or 'a signal elsewhere'}: the student is saved; the same "
                               "command reports")
             stopper.end()
-            write_report(config, run, teacher, domain, layout, seconds)
+            write_report(config, run, teacher, shown, domain, layout, seconds)
     except torch.OutOfMemoryError as error:
         raise InputError(f"out of memory on {device} ({str(error).splitlines()[0]}); the plan was, in GiB: "
                          f"{plan_in_words(config, sizes, layout)}; less take a --micro-batch below "

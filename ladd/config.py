@@ -33,7 +33,10 @@ def option(default, help: str, choices: tuple = (), low: float = -math.inf, high
 class Config:
     """Everything that decides a run. Levels are unshifted; `shift` is applied by flow.shift alone."""
     preset:          str = option("tiny", "name of the preset", (
-        "tiny", "shapes", "sd3-medium", "sd3.5-medium", "sd3.5-large"))
+        "tiny", "tiny-edit", "tiny-inpaint", "shapes", "sd3-medium", "sd3.5-medium", "sd3.5-large"))
+    task:            str = option("text", "what the networks do: pictures from captions; a source and an "
+                                  "instruction to the edited picture; what a mask repaints of a picture",
+                                  ("text", "edit", "inpaint"))
     name:            str = option("", "run folder runs/NAME; empty: the preset's name")
     seed:            int = option(0, "seed of everything", low=0, high=2 ** 31)
     device:          str = option("auto", "auto takes CUDA where there is one", ("auto", "cpu", "cuda"))
@@ -57,8 +60,14 @@ class Config:
     t5:              str = option(
         "device", "where T5 runs; none: its tokens are zeros", ("device", "cpu", "none"))
     t5_tokens:       int = option(256, "T5 tokens a prompt", low=1, high=512)
+    pairs:           str = option("", "folder that ladd.encode made for --task edit or inpaint: what the "
+                                  "teacher learns from, and the sources of its data")
     # teacher
     teacher:         str = option("", "checkpoint of a teacher; empty: train one")
+    base:            str = option("", "network as which the teacher starts, new input channels at weight "
+                                  "zero; empty: at random")
+    teacher_lora:    int = option(0, "rank of a LoRA that trains in place of --base's weights, but for those "
+                                  "that read the image; 0: all weights do", low=0, high=1024)
     depth:           int = option(6, "blocks of the teacher", low=1)
     width:           int = option(128, "width of the teacher, a multiple of 64", low=64)
     qk_norm:         bool = option(False, "RMS norm of queries and keys")
@@ -73,19 +82,27 @@ class Config:
     teacher_lr:      float = option(4e-3, "its peak learning rate, decayed by a cosine", low=0)
     teacher_means:   tuple[float, ...] = option((1.0,), "its levels: equal parts of LogitNormal(mean, 1)")
     text_dropout:    float = option(0.1, "share of captions replaced by the empty one", low=0, high=1)
+    image_dropout:   float = option(
+        0.05, "share without caption and without the source that is to be edited", low=0, high=1)
     # synthetic data
     data:            str = option("", "folder of latents; empty: let the teacher generate them")
     data_size:       int = option(3072, "latents to generate", low=1)
     data_batch:      int = option(128, "latents a shard and a generating batch", low=1)
     guidance:        float = option(2.0, "teacher's guidance in data and samples", low=1)
+    image_guidance:  float = option(1.0, "and towards the source that is edited; 1: none", low=0)
     sample_steps:    int = option(8, "teacher's steps: data and the report's many-step row", low=1)
     data_from:       str = option("teacher", "who makes the latents: the teacher, or the world's renders", (
         "teacher", "world"))
     # student
-    objective:       str = option("ladd", "what the student learns by; lcm: the paper's baseline",
-                                  ("ladd", "lcm"))
+    objective:       str = option("ladd", "what the student learns by; lcm: the paper's baseline; flow: "
+                                  "there is none, the run ends with its teacher", ("ladd", "lcm", "flow"))
     lcm_steps:       int = option(16, "steps of the teacher's path on which x0_hat is to stay one", low=2)
     student_depth:   int = option(0, "blocks of the student, taken evenly from the teacher's; 0: all", low=0)
+    lora:            int = option(0, "rank of a LoRA on the teacher's weights that is the student; 0: all "
+                                  "weights train", low=0, high=1024)
+    lora_alpha:      float = option(0.0, "a LoRA's weight is this / its rank; 0: the rank", low=0)
+    lora_targets:    tuple[str, ...] = option(
+        ("all",), "layers with a LoRA: all of the blocks', attention, or names and patterns with *")
     steps:           int = option(180, "training steps of the student", low=1)
     batch:           int = option(64, "pairs a step", low=1)
     micro_batch:     int = option(0, "pairs at a time on a device; 0: all of its share of the batch", low=0)
@@ -176,6 +193,11 @@ class Config:
         return "two-forward" if self.schedule == "one-forward" and split else self.schedule
 
     @property
+    def beside(self) -> int:
+        """Channels beside the noised latent: the source's latents; a mask and masked latents."""
+        return {"text": 0, "edit": 16, "inpaint": 17}[self.task]
+
+    @property
     def hw(self) -> tuple[tuple[int, int], ...]:
         """Image sizes in pixels."""
         return tuple(parse_size(s) for s in self.sizes)
@@ -186,21 +208,27 @@ PROCESS_FIELDS = ("micro_batch", "parallel", "replicas", "shard_teacher", "check
                   "on_collapse", "stop_after", "dry_run", "bench_steps", "tflops", "profile")
 
 # of the built-in world and of a teacher trained on it: refused where they would do nothing
-WORLD_FIELDS = ("objects", "stated", "teacher_images", "teacher_steps", "teacher_batch", "teacher_lr",
-                "teacher_means", "text_dropout", "data_from", "n")
-REAL_FIELDS = "prompts", "eval_prompts", "t5", "t5_tokens", "pooled_dim"
+WORLD_FIELDS = "objects", "stated", "teacher_images", "data_from", "n"
+TEACHER_FIELDS = ("base", "teacher_lora", "teacher_steps", "teacher_batch", "teacher_lr", "teacher_means",
+                  "text_dropout", "image_dropout")
+PROMPT_FIELDS = "prompts", "eval_prompts"
+REAL_FIELDS = *PROMPT_FIELDS, "t5", "t5_tokens", "pooled_dim", "pairs"
+EDIT_FIELDS = "image_guidance", "image_dropout"
+LORA_FIELDS = "lora_alpha", "lora_targets"
 
 # SD3's own values where they are known (shift, guidance, sampling steps); the rest is our choice, unmeasured
 SD3 = dict(sizes=("1024x1024", "832x1216", "1216x832"), text_dim=4096, pooled_dim=2048, predicts="v",
            data_size=16384, data_batch=64, sample_steps=28, steps=2000, batch=16, micro_batch=2, lr=2e-6,
            heads_lr=2e-5, beta2=0.99, warmup=100, ema=0.995, sampler="euler", probs=(0.7, 0.1, 0.1, 0.1),
-           easy_steps=500, shift=3.0, d_mean=1.0, heads_steps=1, head_width=512, eval_every=250,
-           grid_every=250, save_every=250, eval_batch=4)
+           teacher_steps=5000, teacher_batch=64, teacher_lr=2e-5, easy_steps=500, shift=3.0, d_mean=1.0,
+           heads_steps=1, head_width=512, eval_every=250, grid_every=250, save_every=250, eval_batch=4)
 
 # fmt: off
 PRESETS = {
     #           depth width text teacher              data              student              report
-    "tiny":   {},
+    "tiny":         {},
+    "tiny-edit":    dict(task="edit", teacher_steps=720, guidance=1.5, image_guidance=1.3),
+    "tiny-inpaint": dict(task="inpaint", teacher_steps=720),
     "shapes": dict(objects=2, sizes=("256x256", "192x320", "320x192"), depth=12, width=512, qk_norm=True,
                    predicts="v", text_dim=256, teacher_images=65536, teacher_steps=3000, teacher_batch=128,
                    teacher_lr=5e-4, teacher_means=(0.7, 2.0), data_size=16384, data_batch=512,
@@ -288,22 +316,39 @@ def parse_config(argv: list[str], preset: str, description: str = "") -> Config:
     preset = given.get("preset", preset)
     if preset not in PRESETS:
         raise InputError(f"--preset: found {preset!r}, accepted are {', '.join(PRESETS)}")
+    if given.get("objective") == "dpo":
+        raise InputError("--objective: found 'dpo', which is a script of its own: python -m ladd.dpo --run RUN")
     config = Config(**{**PRESETS[preset], **given, "preset": preset})
     for name in given:
+        found = f"--{name.replace('_', '-')}: found {given[name]!r}"
+        if name in EDIT_FIELDS and config.task != "edit":
+            raise InputError(f"{found}, an option of --task edit, {config.task} is to be trained")
+        if name == "pairs" and config.task == "text" or name in PROMPT_FIELDS and config.task != "text":
+            raise InputError(f"{found} with --task {config.task}: --prompts and --eval-prompts are text's, "
+                             "--pairs what edit and inpaint read")
+        # in the built-in world a run with --teacher may keep the flags of the run that trained it
+        if name in TEACHER_FIELDS and (config.teacher and (config.real or name in ("base", "teacher_lora"))
+                                       or config.real and config.task == "text"):
+            raise InputError(f"{found}, an option of the teacher's training, which is loaded")
         if name in (WORLD_FIELDS if config.real else REAL_FIELDS):
             where = ("of the built-in world, which --encoders and the sd3 presets leave" if config.real
                      else "of real prompts: --encoders FOLDER expected beside it")
-            raise InputError(f"--{name.replace('_', '-')}: found {given[name]!r}, an option {where}")
+            raise InputError(f"{found}, an option {where}")
         if name == "lcm_steps" and config.objective != "lcm":
             raise InputError(f"--lcm-steps: found {given[name]} without --objective lcm, which reads it")
+        if name in LORA_FIELDS and not (config.lora or config.teacher_lora):
+            raise InputError(f"{found} without --lora or --teacher-lora, ranks above 0, which read it")
     if config.real and not config.dry_run and not config.bench_steps:
-        needed = {"encoders": config.encoders, "teacher": config.teacher,
-                  "prompts": config.prompts or config.data,
-                  "eval-prompts": config.prompts or config.eval_prompts}
+        needed = {"encoders": config.encoders, "teacher": config.teacher or config.base}
+        needed |= {"prompts": config.prompts or config.data,
+                   "eval-prompts": config.prompts or config.eval_prompts} if config.task == "text" else {
+                       "pairs": config.pairs}
         missing = [f"--{name}" for name, found in needed.items() if not found]
         if missing:
             raise InputError(f"--preset {preset}: found no {' '.join(missing)}; a teacher's file, an SD3 "
-                             "folder with encoders and VAE, and prompts expected; --dry-run needs none")
+                             "folder with encoders and VAE, and "
+                             f"{'prompts' if config.task == 'text' else 'pairs'} expected; --dry-run needs "
+                             "none")
     return validated(config)
 
 
@@ -358,10 +403,20 @@ def validated(c: Config) -> Config:
          f"--levels: found {c.levels}, falling from 1 and above 0 expected")
     must(list(c.taps) == sorted(set(c.taps)) and c.taps[0] >= 0,
          f"--taps: found {c.taps}, ascending block indices expected")
-    if not c.teacher:
+    if not (c.teacher or c.base):                       # else the file says how deep it is
         must(c.taps[-1] < c.depth, f"--taps: found {c.taps[-1]}, the teacher has blocks 0 to {c.depth - 1}")
         must(c.student_depth <= c.depth,
              f"--student-depth: found {c.student_depth}, at most the teacher's {c.depth} expected")
+    must(c.text_dim > 32 or c.task != "edit",
+         f"--text-dim: found {c.text_dim}, at least 33 expected for --task edit, which has more words")
+    must(c.image_dropout <= c.text_dropout or c.task != "edit", f"--image-dropout: found {c.image_dropout}, "
+         f"at most --text-dropout {c.text_dropout} expected: these samples lack the caption too")
+    must(c.base or not c.teacher_lora,
+         f"--teacher-lora: found {c.teacher_lora} without --base, weights that it adapts expected")
+    must(not c.teacher or c.objective != "flow",
+         f"--teacher: found {c.teacher} with --objective flow, which trains one; --base accepted to start from")
+    must(not c.lora or c.objective != "flow",
+         f"--lora: found {c.lora} with --objective flow, which trains no student; ladd and lcm accepted")
     # a batch of each size beside the held-out part
     least = len(c.hw) * c.data_batch * math.ceil(max(c.batch + 2, c.batch * 16 / 15) / c.data_batch)
     must(c.data_size >= least, f"--data-size: found {c.data_size}, at least {least} expected: "

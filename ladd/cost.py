@@ -13,6 +13,7 @@ from ladd.discriminator import Discriminator
 from ladd.distill import DistillConfig, flow_loss
 from ladd.memory import PRODUCTS, Step, count, fused, memory_plan, peak, placed, references
 from ladd.mmdit import MMDiT
+from ladd.sampler import evaluations
 
 
 def step_cost(student: MMDiT, teacher: MMDiT, heads: Discriminator, latent: tuple[int, int, int],
@@ -40,7 +41,7 @@ def step_cost(student: MMDiT, teacher: MMDiT, heads: Discriminator, latent: tupl
             "flops_heads_step": flops(lambda: made.heads_backward(
                 x0, text, wrong, drawn, made.fakes(x0, text, drawn, False))),
             "flops_flow_step": flops(lambda: flow_loss(
-                made.student, x0, x0, drawn.sigma_s, text).mean().backward()),
+                made.teacher.requires_grad_(), x0, x0, drawn.sigma_s, text).mean().backward()),
             "bytes_saved": peak(step, ops or references())[0],
             "bytes_weights": (count(student) + count(teacher)) * teacher.pos_embed.element_size()}
 
@@ -66,11 +67,11 @@ def measured_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3
 
 def disk_plan(student: MMDiT, heads: Discriminator, latent: tuple[int, int, int], samples: int, itemsize: int,
               text: int) -> dict[str, int]:
-    """Bytes a run leaves: latents of `itemsize` bytes a value, `text` values in bf16; two states of student,
-    average, Adam and heads; the student itself."""
+    """Bytes a run leaves: latents of `itemsize` bytes a value, `text` values in bf16; two states of what
+    trains in the student, average, Adam and heads; the student itself."""
     c, h, w = latent
     plan = {"latents": samples * c * h * w * itemsize, "text": text * 2,
-            "states (two kept)": 2 * (16 * count(student) + 12 * count(heads)),
+            "states (two kept)": 2 * (16 * count(student, True) + 12 * count(heads)),
             "students (last and best)": 8 * count(student)}
     return plan | {"sum": sum(plan.values())}
 
@@ -85,9 +86,11 @@ def plan(config: Config, student: MMDiT, teacher: MMDiT, heads: Discriminator, d
     ops = fused() if gpu and config.kernels != "torch" else references()
     networks = student, teacher, heads, latent, (tokens, sizes.context_dim)
     costs = step_cost(*networks, micro, dc, config.schedule_of(1), config.checkpoint, ops)
-    yield (f"parameters: teacher {count(teacher):,}, student {count(student):,}, heads {count(heads):,}")
+    yield (f"parameters: teacher {count(teacher):,}, student {count(student):,}"
+           + f" ({count(student, True):,} in its LoRA)" * bool(config.lora) + f", heads {count(heads):,}")
     for gpus in [n for n in ((1, 8 * config.replicas) if config.real else (1,)) if config.batch % n == 0]:
-        part = Step(*networks, config.micro(gpus), dc, config.schedule_of(gpus), config.checkpoint)
+        part = Step(*networks, config.micro(gpus), dc, config.schedule_of(gpus), config.checkpoint,
+                    not config.teacher_fp8)
         shard, shared, found = placed(memory, gpus, config.replicas if gpus > 1 else 1, partial(
             memory_plan, part, ops, gpus, accumulate=config.batch // gpus // part.batch,
             device="cuda" if gpu else "cpu"), *((config.parallel, config.shard_teacher) if gpus > 1 else ()))
@@ -103,15 +106,17 @@ def plan(config: Config, student: MMDiT, teacher: MMDiT, heads: Discriminator, d
     step = costs["flops_step"] + (config.heads_steps - 1) * costs["flops_heads_step"]
     step *= config.batch // micro
     flow_step = costs["flops_flow_step"] * config.teacher_batch / micro
-    loaded = config.teacher or config.real
+    loaded = config.teacher or config.real and config.task == "text"
     yield (f"FLOPs: {step:.3e} a LADD step of {config.batch} pairs"
            + ("" if loaded else f", {flow_step:.3e} a teacher step of {config.teacher_batch}"))
     yield (f"bytes: {costs['bytes_saved']:.3e} kept for backward of {micro} samples, "
            f"{costs['bytes_weights']:.3e} of student's and teacher's weights read in each forward")
-    samples = 0 if config.data else config.data_size
+    samples = 0 if config.data or config.objective == "flow" else config.data_size
     stages = {} if loaded else {"teacher": config.teacher_steps * flow_step}
-    stages["data"] = samples * config.sample_steps * (1 + (config.guidance != 1)) * costs["flops_v"]
-    stages["distill"] = (config.steps + config.heads_first) * step           # a heads' step alone costs less
+    each = evaluations(config.guidance, config.image_guidance if config.guidance != 1 else 1)
+    stages["data"] = samples * config.sample_steps * each * costs["flops_v"]
+    if config.objective != "flow":
+        stages["distill"] = (config.steps + config.heads_first) * step       # a heads' step alone costs less
     rate = config.tflops * 1e12 or measured_rate(device, dtype)
     yield (f"hours at {rate / 1e12:.2f} TFLOP/s "
            f"({'given' if config.tflops else 'a product timed here; networks reach a part of it'}):")
@@ -119,5 +124,6 @@ def plan(config: Config, student: MMDiT, teacher: MMDiT, heads: Discriminator, d
         yield f"  {flops / rate / 3600:9.4f} h    {name}, {flops:.3e} FLOPs"
     yield f"disk, with {samples:,} latents to generate from {prompts * bool(samples):,} prompts:"
     text = prompts * bool(samples) * (tokens * sizes.context_dim + sizes.pooled_dim)
-    for name, size in disk_plan(student, heads, latent, samples, 2 if config.real else 4, text).items():
+    stored = 16 + config.beside, *latent[1:]
+    for name, size in disk_plan(student, heads, stored, samples, 2 if config.real else 4, text).items():
         yield f"  {size / 2 ** 30:9.3f} GiB  {name}"

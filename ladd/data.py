@@ -5,7 +5,8 @@ A folder holds, each file whole or absent (written under a temporary name and re
     prompts.safetensors     codes [p, a], null_context [l, dc], null_pooled [dp] (of the empty prompt)
     provenance.json         what made the latents (sampler, guidance, seed, sha of the teacher); written third
     text-00002.safetensors  context [r, l, dc], pooled [r, dp] bf16 of the third `rows` prompts
-    00007-8x12.safetensors  one shard: x0 [n, c, h, w] of one latent size (here h 8, w 12), prompt_id [n]
+    00007-8x12.safetensors  one shard: x0 [n, c, h, w] of one latent size (here h 8, w 12), prompt_id [n]; for
+                            editing and inpainting image [n, e, h, w], what the network reads beside x0
 
 Text and latents stay memory-mapped: a folder may be larger than memory.
 
@@ -19,7 +20,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate, zip_longest
 from pathlib import Path
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from ladd import flow
 from ladd.config import InputError
+from ladd.distill import Text, TextImage
 
 
 class Batch(NamedTuple):
@@ -39,6 +41,13 @@ class Batch(NamedTuple):
     context: Tensor   # [b, l, dc] as stored
     pooled: Tensor    # [b, dp] as stored
     index: Tensor     # [b] int64, position in the dataset: bucket after bucket, by (h, w)
+    image: Tensor | None = None    # [b, e, h, w] fp32
+
+    @property
+    def text(self) -> Text | TextImage:
+        """What a network reads of it beside the noised x0."""
+        text = self.context, self.pooled
+        return Text(*text) if self.image is None else TextImage(*text, self.image)
 
 
 class Rows:
@@ -70,13 +79,20 @@ class Latents:
     null: tuple[Tensor, Tensor]                             # context [l, dc], pooled [dp] of the empty prompt
     buckets: dict[tuple[int, int], tuple[Tensor | Rows, Tensor]]   # (h, w): x0 [n, c, h, w], prompt_id [n]
     provenance: dict[str, Any]
+    images: dict[tuple[int, int], Tensor | Rows] = field(default_factory=dict)     # [n, e, h, w], or none
+
+    @property
+    def channels(self) -> int:
+        """Of the image beside x0."""
+        return next((image.shape[1] for image in self.images.values()), 0)
 
     def gather(self, bucket: tuple[int, int], index: Tensor) -> Batch:
         """The samples `index` [b] of one bucket."""
         x0, prompt_id = self.buckets[bucket]
         offset = sum(len(ids) for hw, (_, ids) in self.buckets.items() if hw < bucket)
         prompt = prompt_id[index]
-        return Batch(x0[index].float(), self.context[prompt], self.pooled[prompt], offset + index)
+        image = self.images[bucket][index].float() if self.images else None
+        return Batch(x0[index].float(), self.context[prompt], self.pooled[prompt], offset + index, image)
 
     @property
     def holdout(self) -> int:
@@ -194,11 +210,13 @@ def joined(parts: list[Tensor]) -> Tensor | Rows:
     return Rows(parts) if len(parts) > 1 else parts[0]
 
 
-def write_shard(folder: str | Path, index: int, x0: Tensor, prompt_id: Tensor) -> None:
-    """Writes the latents x0 [n, c, h, w] (dtype kept) of the prompts prompt_id [n], whole or not at all."""
+def write_shard(folder: str | Path, index: int, x0: Tensor, prompt_id: Tensor,
+                image: Tensor | None = None) -> None:
+    """Writes the latents x0 [n, c, h, w] (dtypes kept) of the prompts prompt_id [n], and the images
+    [n, e, h, w] beside them, whole or not at all."""
     path = Path(folder) / f"{index:05d}-{x0.shape[-2]}x{x0.shape[-1]}.safetensors"
-    tensors = {"x0": x0, "prompt_id": prompt_id.long()}
-    check_shard(path, tensors)
+    tensors = {"x0": x0, "prompt_id": prompt_id.long()} | ({} if image is None else {"image": image})
+    check_shard(path, tensors, beside=0 if image is None else image.shape[1])
     publish(path, lambda path: write_tensors(path, tensors))
 
 
@@ -218,19 +236,19 @@ def read_folder(folder: str | Path) -> Latents:
     """
     folder = Path(folder)
     provenance, (prompts, tensors) = read_json(folder / "provenance.json"), read_prompts(folder)
-    parts, channels = {}, None
+    parts, channels, beside = {}, None, None
     for _, hw, path in shards(folder):
         shard, _ = read_tensors(path)
-        check_shard(path, shard, hw, channels, len(prompts))
-        channels = shard["x0"].shape[1]
-        x0, prompt_id = parts.setdefault(hw, ([], []))
-        x0.append(shard["x0"])
-        prompt_id.append(shard["prompt_id"])
+        check_shard(path, shard, hw, channels, len(prompts), beside)
+        channels, beside = shard["x0"].shape[1], shard["image"].shape[1] if "image" in shard else 0
+        for name, tensors_of in zip(("x0", "prompt_id", "image"), parts.setdefault(hw, ([], [], []))):
+            tensors_of += [shard[name]] if name in shard else []
     if not parts:
         raise InputError(f"{folder}: found no shard, files such as 00000-8x8.safetensors accepted")
-    buckets = {hw: (joined(x0), torch.cat(prompt_id)) for hw, (x0, prompt_id) in sorted(parts.items())}
+    buckets = {hw: (joined(x0), torch.cat(prompt_id)) for hw, (x0, prompt_id, _) in sorted(parts.items())}
+    images = {hw: joined(image) for hw, (_, _, image) in sorted(parts.items()) if image}
     null = tensors["null_context"], tensors["null_pooled"]
-    return Latents(prompts, *read_text(folder), tensors["codes"], null, buckets, provenance)
+    return Latents(prompts, *read_text(folder), tensors["codes"], null, buckets, provenance, images)
 
 
 def shards(folder: Path) -> list[tuple[int, tuple[int, int], Path]]:
@@ -269,14 +287,20 @@ def check_shapes(where: Path, tensors: dict[str, Tensor], want: dict[str, tuple]
 
 
 def check_shard(where: Path, tensors: dict[str, Tensor], hw: tuple[int, int] | None = None,
-                channels: int | None = None, prompts: int | None = None) -> None:
+                channels: int | None = None, prompts: int | None = None, beside: int | None = None) -> None:
+    """`beside`: channels of the image, 0 for none; None: as found."""
     found = {name: [*t.shape, str(t.dtype)] for name, t in tensors.items()}
-    x0, ids = tensors.get("x0"), tensors.get("prompt_id")
-    if (len(found) != 2 or x0 is None or ids is None or x0.ndim != 4 or not x0.numel()
+    x0, ids, image = (tensors.get(name) for name in ("x0", "prompt_id", "image"))
+    if (len(found) != 2 + (image is not None) or x0 is None or ids is None or x0.ndim != 4 or not x0.numel()
             or ids.shape != x0.shape[:1] or not x0.is_floating_point() or ids.dtype != torch.int64
-            or hw not in (None, tuple(x0.shape[2:])) or channels not in (None, x0.shape[1])):
-        (h, w), c = hw or "hw", channels or "c"
-        raise InputError(f"{where}: found {found}, float x0 [n, {c}, {h}, {w}], int64 prompt_id [n] accepted")
+            or hw not in (None, tuple(x0.shape[2:])) or channels not in (None, x0.shape[1])
+            or image is not None and (image.ndim != 4 or not image.is_floating_point() or not image.shape[1]
+                                      or image.shape[:1] + image.shape[2:] != x0.shape[:1] + x0.shape[2:])
+            or beside not in (None, 0 if image is None else image.shape[1])):
+        (h, w), c, e = hw or "hw", channels or "c", beside or "e"
+        more = "" if beside == 0 else f", float image [n, {e}, {h}, {w}]" + " or none" * (beside is None)
+        raise InputError(f"{where}: found {found}, float x0 [n, {c}, {h}, {w}], int64 prompt_id [n]{more} "
+                         "accepted")
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or prompts is not None and high >= prompts:
         raise InputError(f"{where}: found prompt_id {low} to {high}, rows of the {prompts} prompts accepted")

@@ -51,6 +51,13 @@ class Text(NamedTuple):
     pooled: Tensor     # [b, pooled_dim]
 
 
+class TextImage(NamedTuple):
+    """What a network reads that edits or inpaints: Text, and channels of its own beside those of xt."""
+    context: Tensor    # [b, l, context_dim]
+    pooled: Tensor     # [b, pooled_dim]
+    image: Tensor      # [b, c', h, w], zeros for none
+
+
 class Draws(NamedTuple):
     """Every random number of one pass."""
     sigma_s: Tensor    # [b] student's level, shifted
@@ -65,7 +72,7 @@ class Draws(NamedTuple):
 class Wrong(NamedTuple):
     """Captions that do not fit: m samples of the batch count as fake under them too."""
     rows: Tensor       # [m] which samples
-    text: Text         # [m, ...] the other captions
+    text: Text         # [m, ...] the other captions, of a TextImage beside the sample's own image
     weight: Tensor     # [m] 1, or 0 where every caption fits the sample
     count: float       # sum of the weights, on average over the micro-batches and processes of a step
 
@@ -161,7 +168,7 @@ def heads_loss(teacher: MMDiT, heads: Discriminator, x0: Tensor, text: Text, wro
         read.append((sigma, text.pooled))
     together = [torch.cat(parts) for parts in zip(*passes)]
     with torch.no_grad():                                                       # real features need no graph
-        feats = taps_of(teacher, heads, *together[:2], Text(*together[2:]))
+        feats = taps_of(teacher, heads, *together[:2], type(text)(*together[2:]))
         if wrong is not None and config.misaligned_at == "heads":
             feats = [torch.cat([f[:b], f[wrong.rows], f[b:]]) for f in feats]
     logits = heads(feats, *(torch.cat(parts) for parts in zip(*read)), grid)

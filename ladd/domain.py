@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ladd import data, encode, shapes
+from ladd import data, encode, shapes, tasks
 from ladd.config import Config
 from ladd.distill import Text
 
@@ -15,15 +15,19 @@ class Domain(NamedTuple):
     encode: Callable[[list[str]], Text]     # prompts to text on the CPU; "" is the null prompt
     embed: Callable[[list[str]], Text]      # the same, but what was asked for before is remembered
     decode: Callable[[Tensor], Tensor]      # latents [b, 16, h, w] to images [b, 3, 8h, 8w] in [-1, 1]
+    latents: Callable[[Tensor], Tensor]     # and back, the mean where it is drawn; both on the CPU
     release: Callable[[], None]             # frees the text encoders, until they are needed again
     widths: tuple[int, int]                 # of a token of text and of the pooled text
     provenance: dict                        # what tells its text from another's
 
 
 def world_domain(config: Config) -> Domain:
-    """The built-in world of ladd/shapes.py."""
-    embed = lambda captions: Text(*shapes.embed(captions, shapes.max_words(config.objects), config.text_dim))
-    return Domain(embed, embed, lambda x: shapes.decode(x.cpu()), lambda: None, (config.text_dim,) * 2, {})
+    """The built-in world of ladd/shapes.py; instructions for editing, captions else."""
+    spell, words = ((tasks.embed, tasks.MOST_WORDS[config.objects]) if config.task == "edit"
+                    else (shapes.embed, shapes.max_words(config.objects)))
+    embed = lambda texts: Text(*spell(texts, words, config.text_dim))
+    decode, latents = lambda x: shapes.decode(x.cpu()), lambda images: shapes.encode(images.cpu())
+    return Domain(embed, embed, decode, latents, lambda: None, (config.text_dim,) * 2, {})
 
 
 def text_widths(folder: Path) -> tuple[int, int]:
@@ -54,13 +58,19 @@ def sd3_domain(folder: str | Path, device: torch.device, t5: str, t5_tokens: int
             known.update(zip(new, zip(*text)))
         return Text(*(torch.stack(rows) for rows in zip(*(known[prompt] for prompt in prompts))))
 
-    def decode(x0: Tensor) -> Tensor:
+    def vae():
         if "vae" not in loaded:
             loaded["vae"] = encode.load_vae(folder, device)
-        return encode.decode_latents(loaded["vae"], x0.to(device), tiled).cpu()
+        return loaded["vae"]
+
+    def decode(x0: Tensor) -> Tensor:
+        return encode.decode_latents(vae(), x0.to(device), tiled).cpu()
+
+    def latents(images: Tensor) -> Tensor:
+        return encode.encode_images(vae(), images).cpu()
 
     def release() -> None:
         if loaded.pop("encoders", None) and device.type == "cuda":
             torch.cuda.empty_cache()
 
-    return Domain(encoded, embed, decode, release, text_widths(Path(folder)), {"encoders": identity})
+    return Domain(encoded, embed, decode, latents, release, text_widths(Path(folder)), {"encoders": identity})

@@ -31,7 +31,6 @@ from ladd.mmdit import MMDiT
 from ladd.run import (Health, Stopper, command, compute_dtype, device_name, frozen, levels_of, pick_device,
                       pick_kernels, progress, step_counts)
 
-TARGETS = {"attention": lora.ATTENTION, "all": lora.ALL}
 PREFERENCES = 2 ** 40 + 9      # a seed of prompts like those of ladd/evaluate.py
 
 
@@ -72,8 +71,8 @@ def world_pairs(config: Config, teacher: MMDiT, domain: Domain, prompts: int, se
     parts, sigmas = draw_prompts(config, prompts, PREFERENCES + seed), flow.euler_levels(config.sample_steps,
                                                                                          config.shift)
     bar = progress("pairs", 2 * prompts)
-    samples = [generate(teacher, domain, parts, sigmas, "euler", config.guidance, (2 * seed + i) * prompts,
-                        config.eval_batch, bar.update)[0] for i in range(2)]
+    samples = [generate(teacher, domain, parts, sigmas, "euler", (config.guidance, 1.0),
+                        (2 * seed + i) * prompts, config.eval_batch, bar.update)[0] for i in range(2)]
     bar.close()
     captions = sorted({caption for part in parts for caption in part.captions})
     number, buckets = {caption: i for i, caption in enumerate(captions)}, {}
@@ -129,7 +128,7 @@ def parse(argv: list[str]):
     flag("--pairs", metavar="N", type=int, default=12288, help="prompts of the grader's pairs, ties included")
     flag("--rank", metavar="N", type=int, default=16, help="of the LoRA")
     flag("--alpha", metavar="A", type=float, help="its weight is alpha / rank; default: the rank")
-    flag("--targets", choices=TARGETS, default="all", help="layers with LoRA: attentions', or a block's")
+    flag("--targets", choices=lora.TARGETS, default="all", help="layers with LoRA: attentions', or a block's")
     flag("--beta", metavar="B", type=float, default=100.0, help="how far the network may move from its start")
     flag("--steps", metavar="N", type=int, default=200, help="training steps")
     flag("--batch", metavar="N", type=int, default=64, help="pairs a step")
@@ -196,6 +195,8 @@ def main(argv: list[str]) -> None:
     if bool(args.preferences) != config.real:
         kind = "real images, a .jsonl of pairs" if config.real else "the built-in world, none"
         raise InputError(f"--preferences: found {args.preferences}; {run} is of {kind} accepted")
+    if config.task != "text":
+        raise InputError(f"--run: found a run of --task {config.task}, text accepted: pairs are of captions")
     out, ops = Path(args.out or run / "dpo"), pick_kernels("auto", args.device, config.precision)
     paths = {"teacher": Path(config.teacher or run / "checkpoints" / "teacher.safetensors"), "student": run}
     networks = {name: checkpoint.load_mmdit(path, ops) for name, path in paths.items()}
@@ -217,7 +218,7 @@ def main(argv: list[str]) -> None:
     model = networks["teacher"].float().to(device)
     model.compute_dtype = dtype
     generator = torch.Generator().manual_seed(args.seed)
-    lora.add(model, args.rank, args.alpha or args.rank, TARGETS[args.targets], generator)
+    lora.add(model, args.rank, args.alpha or args.rank, lora.TARGETS[args.targets], generator)
     if not train(args, config, model, still["teacher"], latents, out, device, stopper):
         return print(f"{stopper.signal}: saved in {out / 'checkpoints'}; the same command resumes")
     path = out / "lora.safetensors"

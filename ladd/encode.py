@@ -1,10 +1,12 @@
-"""SD3's text encoders and VAE: captioned images or prompt files as our latents and text (ladd/data.py).
+"""SD3's text encoders and VAE: captioned images, pairs, prompt files as our latents and text (ladd/data.py).
 
     python -m ladd.encode --encoders FOLDER --out DIR (--images FOLDER | --jsonl FILE | --prompt-file FILE)
+    python -m ladd.encode --encoders FOLDER --out DIR --task edit --jsonl FILE
+    python -m ladd.encode --encoders FOLDER --out DIR --task inpaint (--images FOLDER | --jsonl FILE)
 
 FOLDER is a StableDiffusion3 pipeline as published. Every image takes the size of the aspect bucket nearest to
-it: scaled to cover that, cropped to its centre. The same command again goes on after a kill.
-transformers and diffusers are optional packages.
+it: scaled to cover that, cropped to its centre; a pair's two alike. For inpainting each gets a random mask.
+The same command again goes on after a kill. transformers and diffusers are optional packages.
 Letters: p prompts, l tokens, d e widths of context and pooled; b images, H W pixels, h w = H/8 W/8.
 """
 import hashlib
@@ -13,7 +15,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -23,10 +25,11 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ladd import data
+from ladd import data, flow, tasks
 from ladd.config import InputError, Parser, run_script
 from ladd.distill import Text
-from ladd.images import ahead, buckets, find_images, find_listed, measured, plan, read_image, read_prompts
+from ladd.images import (Captioned, ahead, buckets, find_images, find_listed, find_pairs, measured, of_files,
+                         plan, read_image, read_prompts)
 from ladd.run import compute_dtype, pick_device, progress
 
 ROWS = 256      # prompts a file: 700 MB of SD3's text. Our choice
@@ -276,40 +279,76 @@ def write_texts(args, prompts: list[str], provenance: dict, device: torch.device
     bar.close()
 
 
+class Sample(NamedTuple):
+    pixels: Tensor          # uint8 [3, H, W], what the latents are of
+    source: Tensor | None   # uint8 [3, H, W], of a pair
+    mask: Tensor | None     # bool [H, W], True is repainted
+
+
+def read_sample(image: Captioned, hw: tuple[int, int], key: tuple[int, ...]) -> Sample:
+    """An image or a pair, cut to hw; its mask is a function of `key` alone, () for none. InputError says why
+    it is refused."""
+    pixels, *source = of_files(read_image, image, hw)
+    mask = tasks.masks(1, hw, flow.generator(*key))[0] if key else None
+    return Sample(pixels, source[0] if source else None, mask)
+
+
+def encode_samples(vae, samples: Sequence[Sample]) -> tuple[Tensor, Tensor | None]:
+    """x0 [b, c, h, w] of the samples' pixels, and the image beside it: for pairs the latents of the sources
+    [b, c, h, w], for masks tasks.beside [b, 1 + c, h, w]. Both fp16 on the CPU: at the latents' unit scale
+    finer than bf16."""
+    pixels, source, mask = (None if part[0] is None else torch.stack(part) for part in zip(*samples))
+    encoded = lambda x: encode_images(vae, x)
+    scaled = lambda x: x.to(vae.device) / 127.5 - 1
+    x0, image = encoded(scaled(pixels)), None
+    if source is not None:
+        image = encoded(scaled(source))
+    elif mask is not None:
+        image = tasks.beside(encoded, scaled(pixels), mask.to(vae.device))
+    return x0.half().cpu(), image if image is None else image.half().cpu()
+
+
 def write_shards(args, pieces: list, number: dict[str, int], device: torch.device, pool: ThreadPoolExecutor,
                  skipped: dict[str, str]) -> float:
     """Writes the missing shards, images read ahead; returns the share of time spent waiting for images.
 
-    What cannot be read goes to `skipped` and, before its shard, to skipped.json. Latents are stored in fp16,
-    which at their unit scale is finer than bf16. A shard of which nothing could be read is not written.
+    What cannot be read goes to `skipped` and, before its shard, to skipped.json. A shard of which nothing
+    could be read is not written. Masks follow from --seed, the shard and the place in it, so that what is
+    skipped, or was made before a kill, changes none.
     """
     out, waited = Path(args.out), 0.0
     todo = data.missing_shards(out, [(h // 8, w // 8) for (h, w), _ in pieces])
     if not todo:
         return 0.0
     vae, began = load_vae(args.encoders, device), time.perf_counter()       # fp32, as diffusers' trainers do
-    tasks = ((image.path, pieces[index][0]) for index in todo for image in pieces[index][1])
-    stream = ahead(pool, read_image, tasks, 4 * args.batch)
+
+    def wanted() -> Iterator[tuple]:
+        for index in todo:
+            for i, image in enumerate(pieces[index][1]):
+                yield image, pieces[index][0], (args.seed, index, i) if args.task == "inpaint" else ()
+
+    stream = ahead(pool, read_sample, wanted(), 4 * args.batch)
     total, left = (sum(len(pieces[i][1]) for i in which) for which in (range(len(pieces)), todo))
     bar = progress("images", total, total - left)
     for index in todo:
         images, parts, ids, before = pieces[index][1], [], [], len(skipped)
         for start in range(0, len(images), args.batch):
-            pixels, asked = [], time.perf_counter()
+            samples, asked = [], time.perf_counter()
             for image, result in zip(images[start:start + args.batch], stream):
                 try:
-                    pixels.append(result.result())
+                    samples.append(result.result())
                     ids.append(number[image.caption])
                 except InputError as error:
-                    skipped[str(image.path)] = str(error)
+                    skipped[image.name] = str(error)
             waited += time.perf_counter() - asked
-            if pixels:
-                parts.append(encode_images(vae, torch.stack(pixels).to(device) / 127.5 - 1).half().cpu())
+            if samples:
+                parts.append(encode_samples(vae, samples))
             bar.update(min(args.batch, len(images) - start))
         if len(skipped) > before:
             data.publish(out / "skipped.json", lambda path: data.write_json(path, skipped))
         if parts:
-            data.write_shard(out, index, torch.cat(parts), torch.tensor(ids))
+            x0, image = (None if part[0] is None else torch.cat(part) for part in zip(*parts))
+            data.write_shard(out, index, x0, torch.tensor(ids), image)
     bar.close()
     return waited / (time.perf_counter() - began)
 
@@ -317,11 +356,14 @@ def write_shards(args, pieces: list, number: dict[str, int], device: torch.devic
 def parse(argv: list[str]):
     parser = Parser(prog="python -m ladd.encode", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
+    add("--task", default="text", choices=("text", "edit", "inpaint"), help="what a network learns from it: "
+        "pictures from captions; from a source and an instruction the target; what a mask repaints")
     add("--encoders", required=True, help="StableDiffusion3 pipeline folder: text encoders, tokenizers, vae")
     add("--out", required=True, help="folder of latents and text, made or completed")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", help="folder of images with a .txt or .json caption beside each")
-    source.add_argument("--jsonl", help='file of {"image": path, "caption": text} lines')
+    source.add_argument("--jsonl", help='file of {"image": path, "caption": text} lines; for --task edit of '
+                        '{"source": path, "target": path, "instruction": text}')
     source.add_argument("--prompt-file", help='.txt or .jsonl ({"prompt": text}) file: the text part alone')
     add("--t5", default="device", choices=("device", "cpu", "none"), help="where T5 runs, if at all")
     add("--t5-tokens", type=int, default=256, help="tokens of T5, 1 to 512")
@@ -331,8 +373,18 @@ def parse(argv: list[str]):
     add("--multiple", type=int, default=64, help="sides are multiples of this multiple of 16")
     add("--least", type=int, default=1,
         help="a size of fewer images gives them to the nearest (training needs a batch of each)")
+    add("--seed", type=int, help="of the masks of --task inpaint (0)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     args = parser.parse(argv)
+    if args.task == "edit" and not args.jsonl:
+        raise InputError(f"--task edit: found {'--images' if args.images else '--prompt-file'}, --jsonl FILE "
+                         "of pairs accepted")
+    if args.task == "inpaint" and args.prompt_file:
+        raise InputError("--task inpaint: found --prompt-file, --images or --jsonl accepted")
+    if args.seed is not None and (args.task != "inpaint" or args.seed < 0):
+        raise InputError(f"--seed: found {args.seed} with --task {args.task}, at least 0 with --task inpaint "
+                         "accepted")
+    args.seed = args.seed or 0
     for name in ("batch", "shard", "least"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name}: found {getattr(args, name)}, at least 1 accepted")
@@ -349,16 +401,19 @@ def main(argv: list[str]) -> None:
         prompts = list(dict.fromkeys(found))
         print(*notes, f"{args.prompt_file}: {len(found)} prompts, {len(prompts)} distinct", sep="\n")
         return write_texts(args, prompts, provenance, device)
-    listed, skipped = find_images(args.images) if args.images else (find_listed(args.jsonl), {})
+    find, what = (find_pairs, "pair") if args.task == "edit" else (find_listed, "image")
+    listed, skipped = find_images(args.images) if args.images else (find(args.jsonl), {})
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         images = measured(listed, pool, skipped)
         if not images:
             path, reason = next(iter(skipped.items()), (args.jsonl, "found no line"))
-            raise InputError(f"{args.images or args.jsonl}: found no image to encode ({path}: {reason}), "
+            raise InputError(f"{args.images or args.jsonl}: found no {what} to encode ({path}: {reason}), "
                              "at least one accepted")
         root, prompts = args.images or Path(args.jsonl).parent, list(dict.fromkeys(i.caption for i in images))
-        table = json.dumps([[os.path.relpath(image.path, root), *image[1:]] for image in images])
-        provenance |= {"vae": fingerprint(args.encoders, ["vae"]), "images": len(images),
+        names = lambda image: of_files(os.path.relpath, image, root)
+        table = json.dumps([[*names(image), image.caption, image.hw] for image in images])
+        provenance |= {"task": args.task, **({"seed": args.seed} if args.task == "inpaint" else {}),
+                       "vae": fingerprint(args.encoders, ["vae"]), "images": len(images),
                        "list": hashlib.sha256(table.encode()).hexdigest()[:16]}
         provenance |= {name: getattr(args, name) for name in ("area", "multiple", "shard", "least")}
         write_texts(args, prompts, provenance, device)
@@ -368,23 +423,23 @@ def main(argv: list[str]) -> None:
         number = {prompt: i for i, prompt in enumerate(prompts)}
         share = write_shards(args, pieces, number, device, pool, skipped)
     data.publish(out / "skipped.json", lambda path: data.write_json(path, skipped))
-    summary(out, pieces, skipped, share)
+    summary(out, pieces, skipped, share, what)
 
 
-def summary(out: Path, pieces: list, skipped: dict[str, str], share: float) -> None:
+def summary(out: Path, pieces: list, skipped: dict[str, str], share: float, what: str) -> None:
     """Prints what the folder holds by size, and what it does not hold and why; InputError if it is empty."""
     counts, enlarged = Counter(), 0
     for (h, w), images in pieces:
-        kept = [image.hw for image in images if str(image.path) not in skipped]
+        kept = [image.hw for image in images if image.name not in skipped]
         counts[h, w] += len(kept)
         enlarged += sum(h > hw[0] or w > hw[1] for hw in kept)
     for path, reason in list(skipped.items())[:20]:
         print(f"skipped {path}: {reason}")
     if not counts.total():
-        raise InputError(f"{out}: found no image that could be read, at least one accepted")
+        raise InputError(f"{out}: found no {what} that could be read, at least one accepted")
     print("  ".join(f"{h}x{w}: {n}" for (h, w), n in sorted(counts.items())))
-    print(f"{counts.total()} images, {enlarged} of them enlarged, {len(skipped)} skipped (skipped.json); "
-          f"waited {share:.1%} of the time for images")
+    print(f"{counts.total()} {what}s, {enlarged} of them enlarged, {len(skipped)} skipped (skipped.json); "
+          f"waited {share:.1%} of the time for {what}s")
 
 
 if __name__ == "__main__":

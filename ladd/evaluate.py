@@ -10,17 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ladd import encode, flow, metrics, parallel, report, shapes
+from ladd import encode, flow, metrics, parallel, report, shapes, tasks
 from ladd.config import Config
 from ladd.data import Latents
 from ladd.discriminator import Discriminator
-from ladd.distill import DistillConfig, Text, draw, fake_pass, grid_of, hinge_d, taps_of
+from ladd.distill import DistillConfig, Text, TextImage, draw, fake_pass, grid_of, hinge_d, taps_of
 from ladd.domain import Domain, world_domain
 from ladd.mmdit import MMDiT
 from ladd.parallel import ranks
 from ladd.report import contact_sheet, save_png
 from ladd.run import command, curves, device_name, levels_of, progress, step_counts
-from ladd.sampler import image_noise, sample
+from ladd.sampler import evaluations, image_noise, sample
 
 
 # seeds of prompts: beyond any --seed, so never those of training
@@ -34,20 +34,40 @@ class Prompts(NamedTuple):
     codes: Tensor       # [n, A] what the captions state
     captions: list[str]
     latents: Tensor     # [n, 16, H/8, W/8] of the renders
+    image: Tensor | None = None                   # [n, e, H/8, W/8], what the network reads beside the noise
+    mask: Tensor | None = None                    # bool [n, H, W], True where the picture is repainted
+    graded: tasks.Edits | shapes.Scenes | None = None  # what the results are graded by
 
 
 def draw_prompts(config: Config, n: int, seed: int, heldout: bool = False) -> list[Prompts]:
-    """n prompts drawn like the world's captions, split evenly over the image sizes;
-    a pure function of its arguments."""
+    """n prompts drawn like the world's captions, split evenly over the image sizes; for editing pairs with
+    their instructions, for inpainting captions with masks. A pure function of its arguments."""
     parts = []
     for i, hw in enumerate(config.hw):
         g = torch.Generator().manual_seed(seed * 1009 + i)
         count = n // len(config.hw) + (i < n % len(config.hw))
+        if config.task == "edit":
+            pairs = tasks.edits(count, hw, config.objects, g)
+            source, target = (shapes.encode(shapes.render(s, hw)) for s in (pairs.source, pairs.target))
+            parts.append(Prompts(hw, codes_of(config, pairs.texts), pairs.texts, target, source, None, pairs))
+            continue
         scenes = shapes.sample_scenes(count, hw, config.objects, g, heldout)
         codes = shapes.draw_captions(scenes.attributes, g, config.stated)
-        latents = shapes.encode(shapes.render(scenes, hw))
-        parts.append(Prompts(hw, codes, [shapes.caption(c, config.objects) for c in codes], latents))
+        images = shapes.render(scenes, hw)
+        latents = shapes.encode(images)
+        part = Prompts(hw, codes, [shapes.caption(c, config.objects) for c in codes], latents)
+        if config.task == "inpaint":
+            mask = tasks.masks(count, hw, g)
+            part = part._replace(image=tasks.beside(shapes.encode, images, mask), mask=mask, graded=scenes)
+        parts.append(part)
     return parts
+
+
+def codes_of(config: Config, captions: list[str]) -> Tensor:
+    """[n, a] what captions or instructions state, -1 where they leave it open."""
+    if config.task == "edit":
+        return tasks.instruction_codes(captions, config.objects)
+    return torch.tensor([shapes.parse(caption, config.objects) for caption in captions])
 
 
 def given_prompts(config: Config, captions: list[str]) -> list[Prompts]:
@@ -57,15 +77,36 @@ def given_prompts(config: Config, captions: list[str]) -> list[Prompts]:
     return [Prompts(hw, empty, part, empty) for hw, part in zip(config.hw, parts) if part]
 
 
+def held_out(latents: Latents, n: int) -> list[Prompts]:
+    """The last samples of a folder for editing or inpainting, n in all, which never train."""
+    parts, each = [], max(1, n // len(latents.buckets))
+    for (h, w), (x0, prompt_id) in latents.buckets.items():
+        rows = torch.arange(len(prompt_id) - min(each, latents.holdout), len(prompt_id))
+        image, mask = latents.images[h, w][rows].float(), None
+        if image.shape[1] == 17:
+            mask = image[:, 0].bool().repeat_interleave(8, 1).repeat_interleave(8, 2)
+        captions = [latents.prompts[i] for i in prompt_id[rows]]
+        parts.append(Prompts((8 * h, 8 * w), prompt_id[:0], captions, x0[rows].float(), image, mask))
+    return parts
+
+
+def shown_prompts(config: Config, pairs: Latents | None) -> list[Prompts]:
+    """What the grids show, and of real prompts the report."""
+    if not config.real:
+        return draw_prompts(config, 4 * len(config.hw), VALIDATION)
+    return held_out(pairs, 8) if pairs else given_prompts(config, report_prompts(config))
+
+
 def generate(model: MMDiT, domain: Domain, prompts: list[Prompts], sigmas: Tensor, sampler: str,
-             guidance: float, seed: int, batch: int,
+             guidance: tuple[float, float], seed: int, batch: int,
              progress: Callable[[int], None] = lambda n: None) -> tuple[list[Tensor], float]:
-    """(latents per size, seconds in the model); prompt i of all starts from the noise of seed + i.
+    """(latents per size, seconds in the model); prompt i of all starts from the noise of seed + i. guidance:
+    by the text, by the image.
 
     Processes share the prompts, in batches of one size, so that all call the model equally often and compiled
     graphs are reused (the last ones may repeat a prompt), and all get all latents; the seconds are those for
     one device."""
-    device, channels, (rank, world) = next(model.parameters()).device, model.config.in_channels, ranks()
+    device, channels, (rank, world) = next(model.parameters()).device, model.config.out_channels, ranks()
     null = Text(*(t[0].to(device) for t in domain.embed([""])))
     out, seconds, first = [], 0.0, seed
     for part in prompts:
@@ -77,10 +118,12 @@ def generate(model: MMDiT, domain: Domain, prompts: list[Prompts], sigmas: Tenso
             few = [i % n for i in range(first_of, first_of + size)]
             captions = [part.captions[i] for i in few]
             text = Text(*(t.to(device) for t in domain.embed(captions)))
+            if part.image is not None:
+                text = TextImage(*text, part.image[few].to(device))
             seeds = [first + i for i in few]
             noise = image_noise(seeds, shape).to(device)
             start = time.perf_counter()
-            latents.append(sample(model, noise, text, sigmas, sampler, seeds, null, guidance).cpu())
+            latents.append(sample(model, noise, text, sigmas, sampler, seeds, null, *guidance).cpu())
             seconds += (time.perf_counter() - start) * world
             progress(len(captions) * world)
         out.append(parallel.gathered(torch.cat(latents))[:n])
@@ -96,34 +139,76 @@ class Reference(NamedTuple):
     floor: dict
 
 
-def look(latents: list[Tensor], objects: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """(features in both spaces, grades) of the decoded latents of all sizes."""
-    images = [shapes.decode(x.cpu()) for x in latents]
+def decoded(latents: list[Tensor], prompts: list[Prompts], domain: Domain, batch: int) -> list[Tensor]:
+    """Images [n, 3, H, W] of each size; what a mask keeps is the source's."""
+    decode, out = lambda x: torch.cat([domain.decode(few) for few in x.split(batch)]), []
+    for x, part in zip(latents, prompts):
+        images = decode(x)
+        if part.mask is not None:
+            images = tasks.composite(decode(part.latents[:len(x)]), images, part.mask[:len(x)])
+        out.append(images)
+    return out
+
+
+def readings(images: list[Tensor], objects: int) -> Tensor:
+    return torch.cat([shapes.grade(x, objects) for x in images])
+
+
+def features(images: list[Tensor]) -> tuple[Tensor, Tensor]:
     gather = lambda f: torch.cat([f(x) for x in images])
-    return ((gather(metrics.features_random), gather(metrics.features_hand)),
-            gather(lambda x: shapes.grade(x, objects)))
+    return gather(metrics.features_random), gather(metrics.features_hand)
 
 
-def score(latents: list[Tensor], prompts: list[Prompts], objects: int, reference: Reference) -> dict:
-    """The metrics of one set of samples, one for each prompt."""
-    (feats, feats2), grades = look(latents, objects)
-    codes = torch.cat([p.codes for p in prompts])
+def score(images: list[Tensor], prompts: list[Prompts], objects: int, reference: Reference) -> dict:
+    """The metrics of one set of pictures, one for each prompt."""
+    feats, feats2 = features(images)
     density, coverage = metrics.density_coverage(reference.features[0], feats)
-    grades = shapes.align(grades, codes)
-    accuracy = metrics.prompt_accuracy(grades, codes)
     return {"fd": metrics.frechet(reference.features[0], feats),
             "fd2": metrics.frechet(reference.features[1], feats2),
-            "prompt_accuracy": accuracy["all"], "coverage": coverage, "density": density,
-            "entropy": metrics.attribute_entropy(grades, codes, reference.grades),
-            "readable": float((grades[:, -1] >= 0).float().mean()), "accuracy": accuracy}
+            "coverage": coverage, "density": density, **grades(images, prompts, objects, reference.grades)}
+
+
+def grades(images: list[Tensor], prompts: list[Prompts], objects: int, real: Tensor) -> dict:
+    """How images follow their prompts. prompt_accuracy: share of them with all that is asked, and all else as
+    it was. entropy: of what captions leave open, against `real`.
+
+    Editing: shares of images that show what was asked, that keep what was not, and the mean error of paper
+    (tasks.grade_edit). Inpainting: share of images with the stated attributes that the mask decides, of those
+    with any; seam error along the mask's edge (tasks.grade_inpaint). None where no image counts.
+    """
+    def mean(x: Tensor) -> float | None:
+        value = x.float().nanmean().item()
+        return None if math.isnan(value) else value
+
+    if isinstance(prompts[0].graded, tasks.Edits):
+        found = [tasks.grade_edit(x, p.graded) for x, p in zip(images, prompts)]
+        asked, kept, background, success = (torch.cat([f[k] for f in found])
+                                            for k in ("asked", "kept", "background", "success"))
+        kind = torch.cat([p.graded.kind for p in prompts])
+        each = {name: mean(success[kind == i]) for i, name in enumerate(tasks.KINDS) if (kind == i).any()}
+        return {"prompt_accuracy": mean(success), "asked": mean(asked), "kept": mean(kept),
+                "background": mean(background), "accuracy": each}
+    if prompts[0].mask is not None:
+        found = [tasks.grade_inpaint(x, p.graded, p.codes, p.mask) for x, p in zip(images, prompts)]
+        names = "graded", "want", "inside", "right", "success", "seam"
+        read, want, inside, right, success, seam = (torch.cat([f[k] for f in found]) for k in names)
+        every = (right | ~inside).all(1)[inside.any(1)]
+        return {"prompt_accuracy": mean(success), "inside": mean(every), "seam": mean(seam),
+                "accuracy": metrics.prompt_accuracy(read, want)}
+    codes = torch.cat([p.codes for p in prompts])
+    read = shapes.align(readings(images, objects), codes)
+    accuracy = metrics.prompt_accuracy(read, codes)
+    return {"prompt_accuracy": accuracy["all"], "entropy": metrics.attribute_entropy(read, codes, real),
+            "readable": mean(read[:, -1] >= 0), "accuracy": accuracy}
 
 
 def make_reference(config: Config, prompts: list[Prompts], n: int, seed: int) -> Reference:
     """n renders drawn like those of `prompts` from another seed, and the floor between the two sets."""
-    other, _ = look([p.latents for p in draw_prompts(config, n, seed)], config.objects)
-    own = [p.latents for p in prompts]
+    others, own = ([shapes.decode(p.latents) for p in some]
+                   for some in (draw_prompts(config, n, seed), prompts))
     codes = torch.cat([p.codes for p in prompts])
-    reference = Reference(other, shapes.align(look(own, config.objects)[1], codes), {})
+    real = codes if config.task != "text" else shapes.align(readings(own, config.objects), codes)
+    reference = Reference(features(others), real, {})
     return reference._replace(floor=score(own, prompts, config.objects, reference))
 
 
@@ -135,12 +220,21 @@ def measure(model: MMDiT, config: Config, domain: Domain, prompts: list[Prompts]
     reference, outside the built-in world, what would need one is None."""
     sigmas = flow.euler_levels(steps, config.shift) if levels is None else \
         flow.shift(torch.tensor((*levels, 0.0)), config.shift)
-    latents, seconds = generate(model, domain, prompts, sigmas, sampler, guidance, seed, config.eval_batch,
+    both = guidances(config, guidance)
+    latents, seconds = generate(model, domain, prompts, sigmas, sampler, both, seed, config.eval_batch,
                                 progress)
-    row = score(latents, prompts, config.objects, reference) if reference else dict.fromkeys(SCORES)
+    row = dict.fromkeys(SCORES)
+    if reference:
+        images = decoded(latents, prompts, domain, config.eval_batch)
+        row = score(images, prompts, config.objects, reference)
     n = sum(len(p.captions) for p in prompts)
-    return {"sampler": sampler, "steps": steps, "guidance": guidance,
-            "nfe": steps * (1 if guidance == 1 else 2), **row, "ms_per_image": 1000 * seconds / n}
+    return {"sampler": sampler, "steps": steps, "guidance": guidance, "nfe": steps * evaluations(*both),
+            **row, "ms_per_image": 1000 * seconds / n}
+
+
+def guidances(config: Config, guidance: float) -> tuple[float, float]:
+    """By the text and by the image: without the first there is none by the second."""
+    return guidance, config.image_guidance if guidance != 1 else 1.0
 
 
 def quality(config: Config, domain: Domain, student: MMDiT, prompts: list[Prompts],
@@ -151,14 +245,26 @@ def quality(config: Config, domain: Domain, student: MMDiT, prompts: list[Prompt
         row = measure(student, config, domain, prompts, reference, steps, config.sampler,
                       levels=levels_of(config.levels, steps))
         out |= {f"fd_{steps}": row["fd"], f"prompt_accuracy_{steps}": row["prompt_accuracy"],
-                f"entropy_{steps}": row["entropy"]}
+                **({f"entropy_{steps}": row["entropy"]} if "entropy" in row else {})}
     return out
 
 
 def pictures(config: Config, domain: Domain, model: MMDiT, prompts: list[Prompts], sigmas: Tensor,
              sampler: str, guidance: float = 1.0) -> list[Tensor]:
-    latents, _ = generate(model, domain, prompts, sigmas, sampler, guidance, 0, config.eval_batch)
-    return [image for x in latents for part in x.split(config.eval_batch) for image in domain.decode(part)]
+    latents, _ = generate(model, domain, prompts, sigmas, sampler, guidances(config, guidance), 0,
+                          config.eval_batch)
+    return [image for images in decoded(latents, prompts, domain, config.eval_batch) for image in images]
+
+
+def sources(domain: Domain, prompts: list[Prompts]) -> dict[str, list[Tensor]]:
+    """What the networks are shown beside the noise: sources, or pictures striped where to repaint."""
+    if prompts[0].image is None:
+        return {}
+    few = [domain.decode(p.image[:len(p.captions), -16:]) for p in prompts]
+    if prompts[0].mask is None:
+        return {"source": [image for images in few for image in images]}
+    few = [tasks.hatched(images, p.mask[:len(images)]) for images, p in zip(few, prompts)]
+    return {"to repaint": [image for images in few for image in images]}
 
 
 def student_pictures(config: Config, domain: Domain, model: MMDiT,
@@ -170,7 +276,7 @@ def student_pictures(config: Config, domain: Domain, model: MMDiT,
 
 def save_grid(config: Config, domain: Domain, student: MMDiT, prompts: list[Prompts], path: Path) -> None:
     """The student's samples for fixed prompts and seeds."""
-    sheet = contact_sheet(student_pictures(config, domain, student, prompts),
+    sheet = contact_sheet(sources(domain, prompts) | student_pictures(config, domain, student, prompts),
                           [c for p in prompts for c in p.captions],
                           cell=min(256, max(64, *(side // 2 for p in prompts for side in p.hw))))
     if ranks()[0] == 0:
@@ -199,7 +305,7 @@ def duel(student: MMDiT, teacher: MMDiT, heads: Discriminator, latents: Latents,
 
     def part(first: int, fake: bool, start: int, end: int) -> tuple[Tensor, Tensor]:
         found = latents.gather(bucket, torch.arange(first + start, first + end))
-        x0, text = found.x0.to(device), Text(found.context.to(device), found.pooled.to(device))
+        x0, text = found.x0.to(device), type(found.text)(*(t.to(device) for t in found.text))
         drawn = draw(x0, config.easy_steps, config, (first, fake), start, n)
         if fake:
             out = fake_pass(student, teacher, heads, x0, text, drawn,
@@ -258,8 +364,8 @@ def world_latents(config: Config, n: int, seed: int) -> Latents:
     text, null = domain.embed(captions), tuple(t[0] for t in domain.embed([""]))
     buckets = {tuple(p.latents.shape[2:]): (p.latents, torch.tensor([number[c] for c in p.captions]))
                for p in parts}
-    codes = torch.tensor([shapes.parse(c, config.objects) for c in captions])
-    return Latents(captions, *text, codes, null, buckets, {})
+    images = {tuple(p.latents.shape[2:]): p.image for p in parts if p.image is not None}
+    return Latents(captions, *text, codes_of(config, captions), null, buckets, {}, images)
 
 
 # --- the report ---
@@ -268,14 +374,14 @@ def report_prompts(config: Config) -> list[str]:
     return encode.read_prompts(config.eval_prompts or config.prompts)[0][:None if config.eval_prompts else 8]
 
 
-def compare(config: Config, run: Path, domain: Domain, teacher: MMDiT, student: MMDiT, untrained: MMDiT,
-            seconds: dict[str, float], start: float, reach: Callable[[int], None] = lambda row: None) -> None:
+def compare(config: Config, run: Path, shown: list[Prompts], domain: Domain, teacher: MMDiT,
+            student: MMDiT, untrained: MMDiT, seconds: dict[str, float], start: float,
+            reach: Callable[[int], None] = lambda row: None) -> None:
     """report.json and report.png: the student against the teacher at equal evaluations, at equal n, with the
     floor. Real prompts have no grader: there it is pictures at equal seeds, and times. `start`: when the
     stage began, by time.perf_counter; `reach` hears of each row."""
     if config.real:
-        prompts, reference = given_prompts(config, report_prompts(config)), None
-        shown, floor = prompts, dict.fromkeys(("fd", "fd2"))
+        prompts, reference, floor = shown, None, dict.fromkeys(("fd", "fd2"))
     else:
         prompts = draw_prompts(config, config.n, REPORT)
         reference = make_reference(config, prompts, config.n, REAL)
@@ -294,17 +400,21 @@ def compare(config: Config, run: Path, domain: Domain, teacher: MMDiT, student: 
         row = measure(model, config, domain, prompts, reference, steps, sampler, guidance, levels,
                       seed=REPORT * 10 ** 6, progress=bar.update)
         rows.append({"model": name, **row})
-    unseen = {} if config.real else unseen_accuracy(config, domain, (plan[0], plan[-len(counts)]))
+    unseen = {}
+    if not config.real and config.task != "edit":                        # an edit has no held-out results
+        unseen = unseen_accuracy(config, domain, (plan[0], plan[-len(counts)]))
     bar.close()
 
     many = flow.euler_levels(config.sample_steps, config.shift)
     few = flow.euler_levels(4, config.shift)
-    columns = {f"teacher {config.sample_steps} x 2": pictures(config, domain, teacher, shown, many, "euler",
-                                                              config.guidance),
-               "teacher 4": pictures(config, domain, teacher, shown, few, "euler"),
-               **student_pictures(config, domain, student, shown)}
+    each = evaluations(*guidances(config, config.guidance))
+    columns = sources(domain, shown) | {
+        f"teacher {config.sample_steps} x {each}": pictures(config, domain, teacher, shown, many, "euler",
+                                                            config.guidance),
+        "teacher 4": pictures(config, domain, teacher, shown, few, "euler"),
+        **student_pictures(config, domain, student, shown)}
     sheet = contact_sheet(columns, [c for p in shown for c in p.captions],
-                                 cell=max(128, *(side // 4 for p in shown for side in p.hw)))
+                          cell=max(128, *(side // 4 for p in shown for side in p.hw)))
     log = curves(run, "distill") | curves(run, "eval")
     floor = {**floor, "fd_curves": log.get("floor_fd", [(0, floor["fd"])])[-1][1]}
     seconds["report"] = time.perf_counter() - start
@@ -319,7 +429,7 @@ def compare(config: Config, run: Path, domain: Domain, teacher: MMDiT, student: 
         "heldout_prompt_accuracy": unseen, "rows": rows})
     print(report.table(rows, floor))
     if not config.real:
-        print(f"floor {floor['fd']:.3f}; prompts of held-out combinations: "
+        print(f"floor {floor['fd']:.3f}" + "; prompts of held-out combinations: " * bool(unseen)
               + ", ".join(f"{k} {v:.1%}" for k, v in unseen.items()))
     print("seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items())
           + f"; wrote {run / 'report.json'}, {run / 'report.png'}")

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ladd import flow
 from ladd.data import Latents, misfits
-from ladd.distill import DistillConfig, Draws, Text, Wrong, draw
+from ladd.distill import DistillConfig, Draws, Text, TextImage, Wrong, draw
 
 
 class Part(NamedTuple):
     """One micro-batch of one process."""
     x0: Tensor             # [b, c, h, w]
-    text: Text
+    text: Text | TextImage
     wrong: Wrong | None    # None without misaligned captions
     draws: Draws
 
@@ -39,10 +39,13 @@ def parts(latents: Latents, index: int, step: int, key: tuple[int, ...], seed: i
     out = []
     for first in range(rank * (batch // world), (rank + 1) * (batch // world), micro):
         mine = (rows >= first) & (rows < first + micro)
-        x0, context, pooled, _ = latents.gather(bucket, chosen[first:first + micro])
-        wrong = Wrong(rows[mine] - first, Text(latents.context[others[mine]], latents.pooled[others[mine]]),
-                      found[mine].float(), found.sum().item() * micro / batch) if config.misaligned else None
-        out.append(Part(x0, Text(context, pooled), wrong, draw(x0, step, config, key, first, batch)))
+        got = latents.gather(bucket, chosen[first:first + micro])
+        other = got.text._replace(context=latents.context[others[mine]], pooled=latents.pooled[others[mine]])
+        if len(other) == 3:
+            other = other._replace(image=got.text.image[rows[mine] - first])
+        wrong = Wrong(rows[mine] - first, other, found[mine].float(),
+                      found.sum().item() * micro / batch) if config.misaligned else None
+        out.append(Part(got.x0, got.text, wrong, draw(got.x0, step, config, key, first, batch)))
     return out
 
 

@@ -1,4 +1,4 @@
-"""Captioned images and lists of prompts on disk: read, checked, sorted into aspect buckets, cut to size.
+"""Captioned images, pairs, lists of prompts on disk: read, checked, sorted into aspect buckets, cut to size.
 
 Letters: h w an image as displayed, H W the size of its bucket, in pixels.
 """
@@ -162,8 +162,14 @@ def read_prompts(path: str | Path) -> tuple[list[str], list[str]]:
 
 class Captioned(NamedTuple):
     path: Path
-    caption: str
+    caption: str                    # of a pair the instruction
     hw: tuple[int, int] = (0, 0)    # as displayed
+    source: Path | None = None      # of a pair: what the instruction makes into `path`
+
+    @property
+    def name(self) -> str:
+        """What it is called where it is skipped: a source may be edited in several ways."""
+        return str(self.path) if self.source is None else f"{self.source} -> {self.path}"
 
 
 def find_images(folder: str | Path) -> tuple[list[Captioned], dict[str, str]]:
@@ -195,6 +201,38 @@ def find_listed(path: str | Path) -> list[Captioned]:
     return [Captioned(Path(path).parent / found["image"], found["caption"]) for found in listed]
 
 
+def find_pairs(path: str | Path) -> list[Captioned]:
+    """The pairs of a .jsonl file, {"source": ..., "target": ..., "instruction": ...} a line, paths relative
+    to the file."""
+    listed, folder = read_objects(path, ["source", "target", "instruction"]), Path(path).parent
+    return [Captioned(folder / found["target"], found["instruction"], source=folder / found["source"])
+            for found in listed]
+
+
+def of_files(function: Callable, image: Captioned, *options) -> list:
+    """function(path, *options) of the image, and of a pair's source after its target; an InputError says of
+    which of the two."""
+    files = [("", image.path)] if image.source is None else [
+        ("target: ", image.path), ("source: ", image.source)]
+    results = []
+    for which, path in files:
+        try:
+            results.append(function(path, *options))
+        except InputError as error:
+            raise InputError(f"{which}{error}") from None
+    return results
+
+
+def size_of(image: Captioned) -> tuple[int, int]:
+    """(h, w) as displayed, of a pair that of both: cut alike, what is kept lies at the same place in both.
+    InputError says why it is refused."""
+    size, *source = of_files(image_size, image)
+    if source and source[0] != size:
+        shown = ["x".join(map(str, hw)) for hw in (source[0], size)]
+        raise InputError(f"found a source of {shown[0]} pixels and a target of {shown[1]}, one size accepted")
+    return size
+
+
 def ahead(pool: ThreadPoolExecutor, function: Callable, tasks: Iterable[tuple],
           depth: int) -> Iterator[Future]:
     """function(*task) of every task in order, up to `depth` of them under way or waiting to be taken."""
@@ -209,11 +247,11 @@ def ahead(pool: ThreadPoolExecutor, function: Callable, tasks: Iterable[tuple],
 def measured(images: list[Captioned], pool: ThreadPoolExecutor, skipped: dict[str, str]) -> list[Captioned]:
     """The images whose header can be read, with their sizes; the others' reasons go to `skipped`."""
     kept, bar = [], progress("headers", len(images))
-    for image, size in zip(images, ahead(pool, image_size, ((image.path,) for image in images), 64)):
+    for image, size in zip(images, ahead(pool, size_of, ((image,) for image in images), 64)):
         try:
             kept.append(image._replace(hw=size.result()))
         except InputError as error:
-            skipped[str(image.path)] = str(error)
+            skipped[image.name] = str(error)
         bar.update()
     bar.close()
     return kept

@@ -19,13 +19,14 @@ HUBER = 0.03    # c, in units of the latents' standard deviation
 
 
 def lcm_loss(student: MMDiT, average: MMDiT, teacher: MMDiT, x0: Tensor, text: Text, null: Text, eps: Tensor,
-             sigma: Tensor, levels: Tensor, guidance: float) -> tuple[Tensor, dict[str, Tensor]]:
+             sigma: Tensor, levels: Tensor, guidance: float,
+             image_guidance: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, stats). x0, eps [b, c, h, w]; sigma [b] from `levels` [n + 1], which fall from 1 to 0; null the
     empty prompt's text without batch axis. Only the student gets gradients."""
     next_level = levels[(sigma[:, None] - levels).abs().argmin(1) + 1]
     xt = flow.noised(x0, eps, sigma)
     with torch.no_grad():
-        v = guided(teacher, null, guidance)(xt, sigma, text)
+        v = guided(teacher, null, guidance, image_guidance)(xt, sigma, text)
         xs = xt + flow.per_sample(next_level - sigma, xt) * v
         target = predict_x0(average, xs, next_level, text)
         target = torch.where(flow.per_sample(next_level, xs) > 0, target, xs)

@@ -14,7 +14,7 @@ Files; ComfyUI loads both (names read in its comfy/lora.py, diffusers 0.42 and k
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +32,7 @@ from ladd.parallel import agree, fill, full, ranks
 
 ATTENTION = "attn*.qkv", "attn*.proj"    # of both streams and the second attention: diffusers' choice for SD3
 ALL = ("joint_blocks.*",)                # every linear layer of the blocks
+TARGETS = {"attention": ATTENTION, "all": ALL}
 PREFIXES = r"transformer\.|base_model\.model\.|(model\.)?diffusion_model\.|lora_(unet|transformer)_|lycoris_"
 ROLES = {"lora_A.weight": "a", "lora_A.default.weight": "a", "lora_down.weight": "a",
          "lora_B.weight": "b", "lora_B.default.weight": "b", "lora_up.weight": "b", "alpha": "alpha"}
@@ -67,6 +68,10 @@ class Factors(NamedTuple):
     def scale(self) -> float:
         return self.alpha / len(self.a)
 
+    def delta(self) -> Tensor:
+        """(alpha / rank) B A [n, k] in float64."""
+        return self.scale * (self.b.double() @ self.a.double())
+
 
 # networks
 
@@ -78,8 +83,9 @@ def add(model: MMDiT, rank: int, alpha: float, targets: Sequence[str],
     of ATTENTION or ALL. Returns the new matrices, whole, by parameter name: A uniform within 1 / sqrt(k), B
     zero. A network on meta takes them from there: parallel.load(model, base | add(...), device).
     """
-    if rank < 1 or not 0 < alpha < math.inf:
-        raise InputError(f"LoRA: found rank {rank} and alpha {alpha}, at least 1 and above 0 accepted")
+    if not 1 <= rank <= model.config.width or not 0 < alpha < math.inf:
+        raise InputError(f"LoRA: found rank {rank} and alpha {alpha}, 1 to the network's width "
+                         f"{model.config.width} and above 0 accepted")
     linear = of_kind(model, Linear)
     meant = {target: {name for name in linear if fnmatchcase(f".{name}", f"*.{target}")}
              for target in targets}
@@ -142,7 +148,26 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def delta(layer: Lora) -> Tensor:
     """(alpha / rank) B A [n, k] in float64. Of a sharded layer this process's rows; all processes call it."""
     a = layer.lora_a.full_tensor() if isinstance(layer.lora_a, DTensor) else layer.lora_a
-    return layer.scale * (rows(layer.lora_b).double() @ a.double())
+    return Factors(a, rows(layer.lora_b), layer.alpha).delta()
+
+
+def factors(model: nn.Module) -> dict[str, Factors]:
+    """The network's LoRA, whole on the CPU, for `apply` and `merged`; all processes call it, in others than
+    process 0 it is empty."""
+    whole = dict(full(parameters(model)))
+    return {} if ranks()[0] else {
+        name: Factors(whole[f"{name}.lora_a"], whole[f"{name}.lora_b"], layer.alpha)
+        for name, layer in of_kind(model, Lora).items()}
+
+
+def merged(weights: Mapping[str, Tensor], found: Mapping[str, Factors]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a plain network's `weights`, in fp32 or better, the products of `found` added to
+    theirs: what merge would leave of a network in those weights, which may be more exact than the trained
+    one's. One at a time."""
+    for name, tensor in weights.items():
+        dtype = torch.promote_types(tensor.dtype, torch.float32)
+        f = found.get(name.removesuffix(".weight"))
+        yield name, tensor.to(dtype) if f is None else (tensor.double() + f.delta()).to(dtype)
 
 
 def rows(p: Tensor) -> Tensor:
@@ -191,7 +216,7 @@ def save(path: str | Path, model: MMDiT, layout: str, metadata: Mapping[str, str
         raise InputError(f"layout: found {layout!r}, diffusers and comfyui accepted")
     if not found:
         raise InputError(f"{path}: found a network without LoRA, one with LoRA accepted")
-    whole = dict(full(parameters(model)))
+    whole = factors(model)
     if ranks()[0] == 0:
         about = header(model.config, "diffusers" if layout == "diffusers" else "single", path.stem, {})
         about["modelspec.architecture"] += "/lora"
@@ -199,8 +224,7 @@ def save(path: str | Path, model: MMDiT, layout: str, metadata: Mapping[str, str
                             ("alpha", {layer.alpha for layer in found.values()})):
             about[key] = ",".join(f"{value:g}" for value in sorted(values))
         tensors = {}
-        for name, layer in found.items():
-            f = Factors(whole[f"{name}.lora_a"], whole[f"{name}.lora_b"], layer.alpha)
+        for name, f in whole.items():
             tensors |= spelled(name, f, layout, model.config.depth, dtype or f.b.dtype)
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():

@@ -17,9 +17,10 @@ from torch.utils.flop_counter import sdpa_flop_count
 import kernels
 from kernels import Kernels, attention
 from kernels.heads import GROUP_SIZE
+from ladd import lora
 from ladd.discriminator import Discriminator
-from ladd.distill import (DistillConfig, Draws, Fake, Text, Wrong, draw, fake_pass, grid_of, heads_loss,
-                          student_loss)
+from ladd.distill import (DistillConfig, Draws, Fake, Text, TextImage, Wrong, draw, fake_pass, grid_of,
+                          heads_loss, student_loss)
 from ladd.mmdit import MMDiT
 from ladd.parallel import checkpointed
 
@@ -166,8 +167,8 @@ def fused() -> Kernels:
                    partial(Modulation.apply, 1), lambda *args: Modulation.apply(0, *args)[0], heads)
 
 
-def count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+def count(model: nn.Module, trained: bool = False) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
 
 
 class Step(NamedTuple):
@@ -181,14 +182,21 @@ class Step(NamedTuple):
     config: DistillConfig
     schedule: str = "one-forward"
     checkpoint: str = "none"
+    shared: bool = False             # one process has one copy of what is frozen in student and teacher
 
     def made(self, ops: Kernels, masters: torch.dtype) -> "Step":
-        """The same with networks made anew: of `ops`, the student's weights in `masters`."""
+        """The same with networks made anew: of `ops`, the student's weights in `masters`; of one with a LoRA
+        those stay as they are."""
         dtype = self.teacher.pos_embed.dtype
         with torch.device("meta"):
             student, teacher = (MMDiT(m.config, ops, dtype) for m in self[:2])
             heads = Discriminator(self.heads.config, ops)
-        student, teacher = student.to(masters), teacher.to(dtype).requires_grad_(False)
+        if found := lora.of_kind(self.student, lora.Lora):
+            lora.apply(student.to(dtype), {name: lora.Factors(layer.lora_a, layer.lora_b, layer.alpha)
+                                           for name, layer in found.items()})
+        else:
+            student.to(masters)
+        teacher.to(dtype).requires_grad_(False)
         networks = *(checkpointed(m, self.checkpoint) for m in (student, teacher)), heads
         return Step(*networks, *self[3:])
 
@@ -196,8 +204,10 @@ class Step(NamedTuple):
         x0 = torch.empty(self.batch, *self.latent, device="meta")
         text = Text(torch.empty(self.batch, *self.context, device="meta"),
                     torch.empty(self.batch, self.student.config.pooled_dim, device="meta"))
+        if more := self.student.config.in_channels - self.latent[0]:
+            text = TextImage(*text, torch.empty(self.batch, more, *self.latent[1:], device="meta"))
         m = round(self.config.misaligned * self.batch)
-        wrong = Wrong(torch.arange(m, device="meta"), Text(*(t[:m] for t in text)), x0.new_ones(m), m)
+        wrong = Wrong(torch.arange(m, device="meta"), type(text)(*(t[:m] for t in text)), x0.new_ones(m), m)
         return x0, text, wrong if m else None, draw(x0, self.config.easy_steps, self.config, (0,))
 
     def fakes(self, x0: Tensor, text: Text, drawn: Draws, graph: bool) -> Fake:
@@ -220,7 +230,7 @@ class Step(NamedTuple):
             fake = self.fakes(x0, text, drawn, True)
         loss = student_loss(self.heads, text, fake, drawn, self.config, grid_of(self.teacher, x0))[0]
         look("backward")
-        loss.backward(inputs=list(self.student.parameters()))
+        loss.backward(inputs=[p for p in self.student.parameters() if p.requires_grad])
 
 
 def peak(step: Step, ops: Kernels, world: int = 1, shard: int = 1, teacher_shard: int = 1,
@@ -232,8 +242,9 @@ def peak(step: Step, ops: Kernels, world: int = 1, shard: int = 1, teacher_shard
     One process casts fp32 masters where it uses them; of several (`world`), each gathers them cast, block by
     block. `shard` of them share the gradients, `teacher_shard` the teacher."""
     made = step.made(ops, torch.float32 if world == 1 else step.teacher.pos_embed.dtype)
-    live, kept, n = LiveBytes(*made[:3]), 0, count(made.student)
-    block, size = max(map(count, made.student.joint_blocks)), step.teacher.pos_embed.element_size()
+    live, kept, n = LiveBytes(*made[:3]), 0, count(made.student, True)
+    block = max(count(module, True) for module in made.student.joint_blocks)
+    size = step.teacher.pos_embed.element_size()
 
     def gathered(model: MMDiT) -> int:
         """What is no block, the block at work, the next one as it arrives."""
@@ -256,7 +267,7 @@ def peak(step: Step, ops: Kernels, world: int = 1, shard: int = 1, teacher_shard
         if name == "student":
             live.note((world > 1) * 8 * count(made.heads))         # their gradients flat, and the mean
 
-    for p in made.student.parameters():
+    for p in (p for p in made.student.parameters() if p.requires_grad):
         p.register_post_accumulate_grad_hook(take)
     for p in made.heads.parameters():
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
@@ -268,12 +279,15 @@ def peak(step: Step, ops: Kernels, world: int = 1, shard: int = 1, teacher_shard
 def memory_plan(step: Step, ops: Kernels, world: int = 1, shard: int = 1, teacher_shard: int = 1,
                 accumulate: int = 1, device: str = "cuda") -> dict[str, int]:
     """Bytes on each of `world` processes by purpose at the worst moment of a training step of `accumulate`
-    micro-batches. `shard` of them share the student's fp32 weights, gradients, Adam moments and average,
-    `teacher_shard` the frozen teacher; 1: each has it whole."""
+    micro-batches. `shard` of them share the student's fp32 weights, gradients, Adam moments and average, and
+    what it has frozen, `teacher_shard` the frozen teacher; 1: each has it whole."""
     student, teacher, heads = step[:3]
     _, (activations, gradients, gathered) = peak(step, ops, world, shard, teacher_shard, accumulate)
-    plan = {"student (fp32 weights, Adam, average)": 16 * count(student) // shard
-            + 8 * student.pos_embed.numel(),                       # buffers are whole in every process
+    frozen = sum(p.nbytes for p in student.parameters() if not p.requires_grad)
+    own = (not step.shared if world == 1 else 2) if frozen else 2  # student and average, or one for both
+    table = student.pos_embed.nbytes if frozen else 4 * student.pos_embed.numel()
+    plan = {"student (fp32 weights, Adam, average)": 16 * count(student, True) // shard
+            + own * (frozen // shard + table),                     # buffers are whole in every process
             "student (gradients)": gradients,
             "teacher (frozen)": sum(p.nbytes for p in teacher.parameters()) // teacher_shard
             + sum(t.nbytes for t in teacher.buffers()),

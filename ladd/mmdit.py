@@ -28,7 +28,7 @@ class MMDiTConfig:
     width: int                           # d
     context_dim: int                     # of a text token
     pooled_dim: int                      # of the pooled text embedding
-    in_channels: int = 16
+    in_channels: int = 16                # of x and, where a network edits or inpaints, of the image beside it
     out_channels: int = 16
     patch: int = 2
     qk_norm: bool = False                # RMS norm of queries and keys (SD3.5)
@@ -249,12 +249,16 @@ class MMDiT(nn.Module):
         table = self.pos_embed.view(1, s, s, -1)[:, top:top + h, left:left + w]
         return table.flatten(1, 2)
 
-    def check(self, x: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor, taps: Sequence[int]) -> None:
+    def check(self, x: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor, image: Tensor | None,
+              taps: Sequence[int]) -> None:
         c, p = self.config, self.config.patch
         b, h, w = x.shape[0], x.shape[-2], x.shape[-1]
-        if x.ndim != 4 or x.shape[1] != c.in_channels or h % p or w % p or max(h, w) > p * c.pos_grid:
-            raise ValueError(f"MMDiT: x {tuple(x.shape)}; [b, {c.in_channels}, h, w] expected, "
+        own = c.in_channels if image is None else c.out_channels
+        if x.ndim != 4 or x.shape[1] != own or h % p or w % p or max(h, w) > p * c.pos_grid:
+            raise ValueError(f"MMDiT: x {tuple(x.shape)}; [b, {own}, h, w] expected, "
                              f"h and w multiples of {p}, at most {p * c.pos_grid}")
+        if image is not None and image.shape != (b, c.in_channels - own, h, w):
+            raise ValueError(f"MMDiT: image {tuple(image.shape)}; {(b, c.in_channels - own, h, w)} expected")
         if (sigma.shape != (b,) or pooled.shape != (b, c.pooled_dim)
                 or context.ndim != 3 or context.shape[::2] != (b, c.context_dim)):
             raise ValueError(f"MMDiT: sigma {tuple(sigma.shape)}, context {tuple(context.shape)}, "
@@ -263,22 +267,25 @@ class MMDiT(nn.Module):
         if any(not 0 <= i < c.depth for i in taps) or list(taps) != sorted(set(taps)):
             raise ValueError(f"MMDiT: taps {tuple(taps)}; ascending block indices below {c.depth} expected")
 
-    def forward(self, x: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor, taps: Sequence[int] = (),
+    def forward(self, x: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor, image: Tensor | None = None,
+                taps: Sequence[int] = (),
                 stop_at_last_tap: bool = False) -> Tensor | tuple[Tensor | None, list[Tensor]]:
         """v [b, c, h, w] in x's dtype;
         with taps (v, feats), feats the image tokens [b, l, d] after those blocks.
 
-        x [b, c, h, w]; sigma [b] in [0, 1]; context [b, l, context_dim]; pooled [b, pooled_dim].
+        x [b, c, h, w]; sigma [b] in [0, 1]; context [b, l, context_dim]; pooled [b, pooled_dim]; image
+        [b, in_channels - c, h, w], channels beside those of x that carry no noise.
         With stop_at_last_tap the pass ends there and v is None. Raises ValueError where a shape does not fit.
         """
-        self.check(x, sigma, context, pooled, taps)
+        self.check(x, sigma, context, pooled, image, taps)
         if stop_at_last_tap and not taps:
             raise ValueError("MMDiT: stop_at_last_tap needs taps, found none")
         dtype, p = self.compute_dtype, self.config.patch
         grid = x.shape[-2] // p, x.shape[-1] // p
         cond = self.t_embedder(sinusoid(sigma).to(dtype)) + self.y_embedder(pooled.to(dtype))   # [b, d]
         cond = F.silu(cond)                       # entry 0 of every adaLN_modulation, once for all blocks
-        x_img = self.x_embedder(x.to(dtype)) + self.positions(*grid).to(dtype)                  # [b, l, d]
+        given = x if image is None else torch.cat([x, image.to(x)], 1)                          # [b, c, h, w]
+        x_img = self.x_embedder(given.to(dtype)) + self.positions(*grid).to(dtype)              # [b, l, d]
         x_txt = self.context_embedder(context.to(dtype))                                        # [b, l, d]
         feats, last = [], (taps[-1] if stop_at_last_tap else self.config.depth - 1)
         for i, block in enumerate(self.joint_blocks[:last + 1]):
@@ -306,3 +313,14 @@ def shrunk(teacher: MMDiT, depth: int) -> tuple[MMDiTConfig, dict[str, Tensor]]:
         tensors |= {f"joint_blocks.{i}.{k}": v for k, v in teacher.joint_blocks[j].state_dict().items()}
     dual = tuple(i for i, j in enumerate(keep) if j in dual)
     return replace(teacher.config, depth=depth, dual_blocks=dual), tensors
+
+
+def widened(base: MMDiT, in_channels: int) -> tuple[MMDiTConfig, dict[str, Tensor]]:
+    """(sizes, weights by name) of a network that reads `in_channels` and starts as `base`: the weights of the
+    new input channels are zeros. The other tensors are the base's own."""
+    more = in_channels - base.config.in_channels
+    if more < 0:
+        raise ValueError(f"in_channels {in_channels}; at least the base's {base.config.in_channels} expected")
+    tensors, name = base.state_dict(), "x_embedder.proj.weight"
+    tensors[name] = F.pad(tensors[name], (0, 0, 0, 0, 0, more))            # [d, c, p, p]
+    return replace(base.config, in_channels=in_channels), tensors

@@ -28,6 +28,8 @@ KEYS = "preset command device world_size versions commit n seeds seconds floor c
 ROW = {"model": "{}", "sampler": "{}", "steps": "{}", "guidance": "{:g}", "nfe": "{}",  # keys, and their form
        "fd": "{:.3f}", "fd2": "{:.3f}", "prompt_accuracy": "{:.1%}",                    # in a table
        "coverage": "{:.3f}", "density": "{:.3f}", "ms_per_image": "{:.2f}"}
+MORE = {"asked": "{:.1%}", "kept": "{:.1%}", "background": "{:.3f}",                    # of editing
+        "inside": "{:.1%}", "seam": "{:.3f}"}                                           # of inpainting
 
 
 def _replace(path: str | Path, write: Callable[[Path], Any]) -> None:
@@ -104,7 +106,7 @@ def relative_excess(rows: list[dict], floor: dict) -> list[float | None]:
 
 def table(rows: list[dict], floor: dict) -> str:
     """The rows as an aligned Markdown table; excess is relative_excess, "-" is not measured."""
-    forms = [*ROW.items()]
+    forms = [*ROW.items(), *((key, form) for key, form in MORE.items() if key in rows[0])]
     forms.insert(6, ("excess", "{:.3f}"))
     rows = [row | {"excess": excess} for row, excess in zip(rows, relative_excess(rows, floor))]
     cells = [["-" if row[key] is None else form.format(row[key]) for key, form in forms] for row in rows]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ladd import flow
-from ladd.distill import Text
+from ladd.distill import Text, TextImage
 from ladd.mmdit import MMDiT
 
 
@@ -55,19 +55,32 @@ class Graphed:
         return replay().clone()
 
 
-def guided(model: MMDiT, null: Text, guidance: float) -> Callable[[Tensor, Tensor, Text], Tensor]:
+def evaluations(guidance: float, image_guidance: float = 1.0) -> int:
+    """Of the network, a step."""
+    return 3 if image_guidance != 1 else 2 if guidance != 1 else 1
+
+
+def guided(model: MMDiT, null: Text, guidance: float,
+           image_guidance: float = 1.0) -> Callable[[Tensor, Tensor, Text | TextImage], Tensor]:
     """v(x, sigma, text) with classifier-free guidance v_null + guidance (v_text - v_null);
     1 is none and costs one evaluation.
 
+    With an image beside x, which v_null keeps, also v_none + image_guidance (v_null - v_none) in place of
+    its v_null; v_none lacks both (Brooks et al. 2023, InstructPix2Pix, Eq. 3).
     null: the embedded empty prompt, [l, context_dim] and [pooled_dim].
     """
-    def v(x: Tensor, sigma: Tensor, text: Text) -> Tensor:
-        if guidance == 1:
+    n = evaluations(guidance, image_guidance)
+
+    def v(x: Tensor, sigma: Tensor, text: Text | TextImage) -> Tensor:
+        if n == 1:
             return model(x, sigma, *text)
-        b = x.shape[0]
-        both = (torch.cat([t, n.to(t).expand(b, *n.shape)]) for t, n in zip(text, null))
-        v_text, v_null = model(x.repeat(2, 1, 1, 1), sigma.repeat(2), *both).chunk(2)
-        return torch.lerp(v_null, v_text, guidance)
+        empty = type(text)(*(e.to(t).expand(len(x), *e.shape) for t, e in zip(text, null)), *text[2:])
+        passes = [text, empty]
+        if n == 3:
+            passes.append(empty._replace(image=torch.zeros_like(text.image)))
+        vs = model(x.repeat(n, 1, 1, 1), sigma.repeat(n), *map(torch.cat, zip(*passes))).chunk(n)
+        out = torch.lerp(vs[1], vs[0], guidance)
+        return out if n == 2 else out + (image_guidance - 1) * (vs[1] - vs[2])
     return v
 
 
@@ -95,11 +108,11 @@ def renoise(v: Callable, noise: Tensor, text: Text, sigmas: Tensor, seeds: list[
 
 
 def sample(model: MMDiT, noise: Tensor, text: Text, sigmas: Tensor, sampler: str, seeds: list[int],
-           null: Text | None = None, guidance: float = 1.0) -> Tensor:
+           null: Text | None = None, guidance: float = 1.0, image_guidance: float = 1.0) -> Tensor:
     """Latents [b, c, h, w] from noise by the sampler named "euler" or "renoise"."""
     if sampler not in ("euler", "renoise"):
         raise ValueError(f"sample: found sampler {sampler!r}, accepted are euler and renoise")
-    if guidance != 1 and null is None:
+    if evaluations(guidance, image_guidance) > 1 and null is None:
         raise ValueError("sample: guidance other than 1 needs the null text")
-    v = guided(model, null, guidance)
+    v = guided(model, null, guidance, image_guidance)
     return euler(v, noise, text, sigmas) if sampler == "euler" else renoise(v, noise, text, sigmas, seeds)

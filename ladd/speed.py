@@ -140,7 +140,8 @@ def bench(config: Config, layout: Layout) -> None:
     widths = (tokens_of(config), c.context_dim), (c.pooled_dim,)
     text = [torch.randn(n, *width).bfloat16() for width in widths]
     latents = Latents([str(i) for i in range(n)], *text, torch.arange(n)[:, None], (text[0][0], text[1][0]),
-                      {latent[1:]: (torch.randn(n, *latent), torch.arange(n))}, {})
+                      {latent[1:]: (torch.randn(n, *latent), torch.arange(n))}, {},
+                      {latent[1:]: torch.randn(n, config.beside, *latent[1:])} if config.beside else {})
     dc, p = distill_config(config), make_players(config, base, layout)
     del base
     calibrate(config, dc, p.teacher, p.heads, latents)

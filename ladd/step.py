@@ -5,6 +5,7 @@ The algebra is ladd/distill.py's; what lies sharded over processes, ladd/paralle
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import kernels
 from kernels import Kernels
-from ladd import feed, flow, parallel, shapes, state
+from ladd import checkpoint, feed, flow, lora, parallel, shapes, state, tasks
 from ladd.config import Config, InputError
 from ladd.data import Latents
 from ladd.discriminator import Discriminator, DiscriminatorConfig, channel_moments
@@ -44,8 +45,9 @@ def ops_of(config: Config) -> Kernels:
 def teacher_config(config: Config) -> MMDiTConfig:
     patches = max(max(hw) for hw in config.hw) // 16                          # codec 8, patch 2
     return MMDiTConfig(config.depth, config.width, config.text_dim, config.pooled_dim or config.text_dim,
-                       qk_norm=config.qk_norm, dual_blocks=tuple(range(config.dual_blocks)),
-                       pos_grid=config.pos_grid or patches, predicts=config.predicts)
+                       16 + config.beside, qk_norm=config.qk_norm,
+                       dual_blocks=tuple(range(config.dual_blocks)), pos_grid=config.pos_grid or patches,
+                       predicts=config.predicts)
 
 
 def distill_config(config: Config) -> DistillConfig:
@@ -79,16 +81,93 @@ def inference(model: MMDiT, config: Config, device: torch.device) -> MMDiT:
 
 
 def network(sizes: MMDiTConfig, tensors: Mapping[str, Tensor], config: Config, layout: Layout,
-            dtype: torch.dtype, trains: bool, sharded: bool = True) -> MMDiT:
+            dtype: torch.dtype, trains: bool, sharded: bool = True, rank: int = 0, also: str = "") -> MMDiT:
     """An MMDiT with the weights `tensors` in `dtype`, computing in the compute dtype; sharded over the mesh.
 
-    Built without memory, then filled tensor by tensor, each process with its own rows: neither a mapped file
-    nor the network is ever whole in one place. Blocks recompute what --checkpoint does not keep.
+    With a LoRA's `rank` the weights are frozen in the compute dtype, and what trains are its matrices and the
+    module `also`. Built without memory, then filled tensor by tensor, each process with its own rows: neither
+    a mapped file nor the network is ever whole in one place. Blocks recompute what --checkpoint drops.
     """
+    compute, mesh = compute_dtype(config.precision, layout.device), layout.mesh if sharded else None
     with torch.device("meta"):
-        model = MMDiT(sizes, ops_of(config), compute_dtype(config.precision, layout.device)).to(dtype)
-    compiled(parallel.checkpointed(model.requires_grad_(trains), config.checkpoint), config, layout.device)
-    return parallel.load(parallel.shard(model, layout.mesh if sharded else None), tensors, layout.device)
+        model = MMDiT(sizes, ops_of(config), compute).to(compute if rank else dtype).requires_grad_(trains)
+    if rank:
+        tensors = {**tensors, **adapt(config, model, rank, also)}
+        if not trains:
+            model.requires_grad_(False)
+    compiled(parallel.checkpointed(model, config.checkpoint), config, layout.device)
+    if not rank or mesh:
+        return parallel.load(parallel.shard(model, mesh), tensors, layout.device)
+    # what is frozen stays where it is: one copy serves student, average and teacher
+    model.load_state_dict({name: tensors[name].to(layout.device, t.dtype, copy=t.requires_grad)
+                           for name, t in model.state_dict(keep_vars=True).items()}, assign=True)
+    return model
+
+
+def adapt(config: Config, model: MMDiT, rank: int, also: str = "") -> dict[str, Tensor]:
+    """Gives `model`, on meta, a LoRA, which and the module `also`, in fp32, alone train; its first matrices,
+    the same in every process."""
+    targets = [name for word in config.lora_targets for name in lora.TARGETS.get(word, (word,))]
+    new = lora.add(model, rank, config.lora_alpha or rank, targets, flow.generator(config.seed, 8))
+    if also:
+        model.get_submodule(also).float().requires_grad_()
+    return new
+
+
+def check_lora(config: Config, sizes: MMDiTConfig) -> None:
+    """Raises InputError where the teacher or its student cannot have the LoRA that the flags ask for."""
+    if not (config.lora or config.teacher_lora):
+        return
+    with torch.device("meta"):
+        teacher = MMDiT(sizes, kernels.load("torch"))
+        student = MMDiT(shrunk(teacher, config.student_depth or sizes.depth)[0], teacher.kernels)
+    for rank, model in ((config.teacher_lora, teacher), (config.lora, student)):
+        if rank:
+            adapt(config, model, rank)
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What trains, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def kept(model: MMDiT, learner: MMDiT) -> dict[str, Tensor]:
+    """What a state holds of a network, by name: all, or with a LoRA what trains in `learner`, itself or whose
+    average it is; the rest is a file's."""
+    tensors = model.state_dict()
+    return {name: tensors[name] for name in trained(learner)} if lora.parameters(model) else tensors
+
+
+def summed(model: MMDiT, start: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a network as it is sampled: of one with a LoRA the sum with the weights `start` that
+    it was made from, in fp32, which are whole. All processes call it, process 0 has the values."""
+    new = lora.parameters(model)
+    if not new:
+        return iter(model.state_dict().items())
+    also = parallel.full({name: p for name, p in trained(model).items() if name not in new})
+    return lora.merged({**start, **{name: p for name, p in also if p is not None}}, lora.factors(model))
+
+
+def refresh(viewer: MMDiT, model: MMDiT, start: Mapping[str, Tensor]) -> None:
+    """Gives `viewer` the weights of `model` as it is sampled."""
+    targets = viewer.state_dict()
+    for name, tensor in summed(model, start):
+        targets[name].copy_(tensor)
+
+
+def save_network(model: MMDiT, start: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str],
+                 base: str) -> None:
+    """Writes a network as it is sampled; beside one with a LoRA that too, as ..._lora.safetensors with the
+    names that ComfyUI reads and `base`, the words for what it is of. All processes call it."""
+    if not lora.parameters(model):
+        return checkpoint.save_mmdit(model, path, metadata)
+    with torch.device("meta"):
+        whole = MMDiT(model.config, model.kernels)
+    tensors = summed(model, start)
+    if parallel.ranks()[0] == 0:
+        whole.load_state_dict(dict(tensors), assign=True)
+    checkpoint.save_mmdit(whole, path, metadata)
+    lora.save(path.with_name(f"{path.stem}_lora.safetensors"), model, "comfyui", {**metadata, "base": base})
 
 
 def on_meta(config: Config, sizes: MMDiTConfig, device: torch.device) -> tuple[MMDiT, MMDiT, Discriminator]:
@@ -97,13 +176,17 @@ def on_meta(config: Config, sizes: MMDiTConfig, device: torch.device) -> tuple[M
     ops, dtype = kernels.load("torch"), compute_dtype(config.precision, device)
     with torch.device("meta"):
         teacher = MMDiT(sizes, ops, dtype).to(dtype).requires_grad_(False)
-        smaller = shrunk(teacher, config.student_depth or sizes.depth)[0]
-        return teacher, MMDiT(smaller, ops, dtype), make_heads(config, sizes, ops)
+        student = MMDiT(shrunk(teacher, config.student_depth or sizes.depth)[0], ops, dtype)
+        if config.lora:
+            adapt(config, student.to(dtype), config.lora)
+        return teacher, student, make_heads(config, sizes, ops)
 
 
 def tokens_of(config: Config) -> int:
     """Text tokens of a prompt."""
-    return 77 + config.t5_tokens if config.real else shapes.max_words(config.objects)
+    if config.real:
+        return 77 + config.t5_tokens
+    return tasks.MOST_WORDS[config.objects] if config.task == "edit" else shapes.max_words(config.objects)
 
 
 def make_heads(config: Config, teacher: MMDiTConfig, ops: Kernels) -> Discriminator:
@@ -121,37 +204,43 @@ class Players(NamedTuple):
     opt_d: torch.optim.Optimizer
 
     def tensors(self, saved: state.State | None = None) -> dict[str, Tensor]:
-        """All that a run resumes from, by name; with `saved` the optimizers get the moments it has."""
-        networks = {"student": self.student, "ema": self.ema, "heads": self.heads}
-        out = {f"{name}.{k}": v for name, net in networks.items() for k, v in net.state_dict().items()}
+        """All that a run resumes from, by name: what trains and its average, heads, optimizers, which with
+        `saved` get the moments it has. What is frozen is the teacher's."""
+        networks = {"student": kept(self.student, self.student), "ema": kept(self.ema, self.student),
+                    "heads": self.heads.state_dict()}
+        out = {f"{name}.{k}": v for name, tensors in networks.items() for k, v in tensors.items()}
         return (out | moments(self.opt_g, self.student, "opt_g.", saved)
                 | moments(self.opt_d, self.heads, "opt_d.", saved))
 
 
 def moments(optimizer: torch.optim.Optimizer, network: nn.Module, prefix: str,
             saved: state.State | None) -> dict[str, Tensor]:
-    named = dict(network.named_parameters())
+    named = trained(network)
     return (state.optimizer_tensors(optimizer, named, prefix) if saved is None
             else state.optimizer_targets(optimizer, named, prefix, saved))
 
 
 def make_players(config: Config, base: MMDiT, layout: Layout) -> Players:
-    """Student and average in fp32 from the teacher `base`, the frozen teacher, new heads, two AdamWs."""
+    """Student and average in fp32 from the teacher `base`, the frozen teacher, new heads, two AdamWs; with
+    --lora student and average are a LoRA each, beside the teacher's own weights where those lie whole."""
     device = layout.device
     if config.teacher_fp8 and layout.shard_teacher:
         raise InputError("--teacher-fp8: found a teacher that is sharded, one whole on each process accepted "
                          "(--shard-teacher off)")
     teacher = network(base.config, base.state_dict(), config, layout, compute_dtype(config.precision, device),
                       False, layout.shard_teacher)
+    source = teacher if config.lora and not layout.mesh else base
+    start = shrunk(source, config.student_depth or base.config.depth)
+    student, ema = (network(*start, config, layout, torch.float32, trains, rank=config.lora)
+                    for trains in (True, False))
     if config.teacher_fp8:
         in_fp8(teacher)
-    start = shrunk(base, config.student_depth or base.config.depth)
-    student, ema = (network(*start, config, layout, torch.float32, trains) for trains in (True, False))
     heads = make_heads(config, base.config, ops_of(config)).to(device)
     parallel.broadcast(heads)
-    adam = dict(betas=(config.beta1, config.beta2), weight_decay=0.0, fused=True)
-    return Players(student, ema, teacher, heads, torch.optim.AdamW(student.parameters(), config.lr, **adam),
-                   torch.optim.AdamW(heads.parameters(), config.heads_lr, **adam))
+    opt_g, opt_d = (torch.optim.AdamW(trained(net).values(), lr, betas=(config.beta1, config.beta2),
+                                      weight_decay=0.0, fused=True)
+                    for net, lr in ((student, config.lr), (heads, config.heads_lr)))
+    return Players(student, ema, teacher, heads, opt_g, opt_d)
 
 
 def calibrate(config: Config, dc: DistillConfig, teacher: MMDiT, heads: Discriminator,
@@ -195,7 +284,8 @@ def memory_plan_of(config: Config, sizes: MMDiTConfig,
     (h, w), world, cuda = config.hw[0], parallel.ranks()[1], device.type == "cuda"
     teacher, student, heads = on_meta(config, sizes, device)
     step = Step(student, teacher, heads, (16, h // 8, w // 8), (tokens_of(config), sizes.context_dim),
-                config.micro(world), distill_config(config), config.schedule_of(world), config.checkpoint)
+                config.micro(world), distill_config(config), config.schedule_of(world), config.checkpoint,
+                not config.teacher_fp8)
     return partial(memory_plan, step, fused() if cuda and config.kernels != "torch" else references(), world,
                    accumulate=config.batch // world // step.batch, device=device.type)
 
@@ -303,7 +393,7 @@ def lcm_step(config: Config, p: Players, parts: list[Part], null: Text):
 
     def backward(part: Part) -> dict[str, Tensor]:
         loss, stats = lcm_loss(p.student, p.ema, p.teacher, part.x0, part.text, null, part.draws.eps_s,
-                               part.draws.sigma_s, levels, config.guidance)
+                               part.draws.sigma_s, levels, config.guidance, config.image_guidance)
         parallel.accumulate(p.student, part is parts[-1])
         (loss / len(parts)).backward()
         return stats
@@ -312,11 +402,13 @@ def lcm_step(config: Config, p: Players, parts: list[Part], null: Text):
     return stats, student_update(config, p)
 
 
+@torch.no_grad()                                            # or the average would keep each step's graph
 def student_update(config: Config, p: Players, lap: Callable[[str], None] = lambda name: None) -> Norms:
     """Clips the student's gradients, steps, moves the average; the norms before."""
     norms = parallel.clip(p.student, config.clip)
     p.opt_g.step()
     p.opt_g.zero_grad()                                     # here: no gradients beside the next fakes
-    torch._foreach_lerp_(list(p.ema.parameters()), list(p.student.parameters()), 1 - config.ema)
+    moved = [pair for pair in zip(p.ema.parameters(), p.student.parameters()) if pair[1].requires_grad]
+    torch._foreach_lerp_(*map(list, zip(*moved)), 1 - config.ema)
     lap("student's optimizer, average")
     return norms

@@ -5,17 +5,18 @@ and seed, so shards are made in any order, by any number of processes, and an in
 """
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ladd import data, flow, shapes
+from ladd import data, flow
 from ladd.config import Config
-from ladd.distill import Text
+from ladd.distill import Text, TextImage
 from ladd.domain import Domain
-from ladd.evaluate import draw_prompts
+from ladd.evaluate import codes_of, draw_prompts
 from ladd.mmdit import MMDiT
 from ladd.parallel import agree, ranks
 from ladd.run import progress
@@ -26,6 +27,7 @@ class Shard(NamedTuple):
     hw: tuple[int, int]     # latent size
     prompt_id: Tensor       # [n]
     seed: int               # of the first sample; the others count on
+    image: Callable[[], Tensor] | None = None    # [n, e, h, w], what the teacher reads beside the noise
 
 
 class Plan(NamedTuple):
@@ -47,9 +49,10 @@ def world_plan(config: Config) -> Plan:
     for i in range(count):
         part, first = parts[i % len(sizes)], i // len(sizes) * n
         ids = torch.tensor([number[caption] for caption in part.captions[first:first + n]])
-        shards.append(Shard(sizes[i % len(sizes)], ids, config.seed * 10 ** 9 + 10 ** 8 + i * n))
-    codes = torch.tensor([shapes.parse(caption, config.objects) for caption in prompts])
-    return Plan(prompts, codes, shards, {"seed": config.seed, "shards": count, "shard": n})
+        image = None if part.image is None else partial(lambda x: x, part.image[first:first + n])
+        shards.append(Shard(sizes[i % len(sizes)], ids, config.seed * 10 ** 9 + 10 ** 8 + i * n, image))
+    return Plan(prompts, codes_of(config, prompts), shards,
+                {"seed": config.seed, "shards": count, "shard": n})
 
 
 def prompt_plan(prompts: list[str], sizes: Sequence[tuple[int, int]], count: int, shard: int,
@@ -67,6 +70,21 @@ def prompt_plan(prompts: list[str], sizes: Sequence[tuple[int, int]], count: int
     return Plan(distinct, codes, shards, {"seed": seed, "shards": len(shards), "shard": shard})
 
 
+def pairs_plan(pairs: data.Latents, count: int, shard: int, seed: int) -> Plan:
+    """`count` samples for the prompts and images of a folder for editing or inpainting, without its held-out
+    samples; sample i from the noise of seed + i. The sizes take turns, each beginning anew at its end."""
+    sizes, shards, first = list(pairs.buckets), [], dict.fromkeys(pairs.buckets, 0)
+    for i in range(0, count, shard):
+        hw = sizes[i // shard % len(sizes)]
+        n = len(pairs.buckets[hw][1]) - pairs.holdout
+        rows = (first[hw] + torch.arange(min(shard, count - i))) % n
+        first[hw] += shard
+        shards.append(Shard(hw, pairs.buckets[hw][1][rows], seed + i,
+                            lambda hw=hw, rows=rows: pairs.images[hw][rows].float()))
+    return Plan(pairs.prompts, pairs.codes, shards, {"seed": seed, "shards": len(shards), "shard": shard,
+                                                     "pairs": pairs.provenance})
+
+
 def weights_sha(model: MMDiT) -> str:
     """A fingerprint of the weights, so that latents of another teacher are not mistaken for its own."""
     digest = hashlib.sha256()
@@ -78,8 +96,8 @@ def weights_sha(model: MMDiT) -> str:
 
 
 def synthesize(folder: Path, plan: Plan, weights: MMDiT, prepare: Callable[[MMDiT], MMDiT],
-               domain: Domain, steps: int, shift: float, guidance: float, batch: int, dtype: torch.dtype,
-               rows: int = 1024, stopped: Callable[[], bool] = lambda: False,
+               domain: Domain, steps: int, shift: float, guidance: tuple[float, float], batch: int,
+               dtype: torch.dtype, rows: int = 1024, stopped: Callable[[], bool] = lambda: False,
                reach: Callable[[int], None] = lambda done: None) -> bool:
     """Fills `folder` with the plan's text and latents (in `dtype`) by Euler over `steps` levels; True when it
     is whole, False when `stopped` said so before a file. `reach` hears how many files this process has done.
@@ -91,7 +109,8 @@ def synthesize(folder: Path, plan: Plan, weights: MMDiT, prepare: Callable[[MMDi
     rank, world = ranks()
     if rank == 0:
         null = domain.encode([""])
-        made = {"sampler": "euler", "steps": steps, "guidance": guidance, "shift": shift,
+        made = {"sampler": "euler", "steps": steps, "guidance": guidance[0], "shift": shift,
+                **({"image_guidance": guidance[1]} if plan.shards[0].image else {}),
                 **plan.provenance, "teacher": weights_sha(weights), **domain.provenance}
         data.open_folder(folder, made, plan.prompts, plan.codes, (null.context[0], null.pooled[0]), rows)
     agree()                                                          # the folder is there
@@ -113,7 +132,7 @@ def synthesize(folder: Path, plan: Plan, weights: MMDiT, prepare: Callable[[MMDi
     mine = missing[rank::world]
     if mine:
         model, text = prepare(weights), Text(*data.read_text(folder))
-        device, channels = next(model.parameters()).device, model.config.in_channels
+        device, channels = next(model.parameters()).device, model.config.out_channels
         _, tensors = data.read_prompts(folder)
         null = Text(tensors["null_context"].to(device), tensors["null_pooled"].to(device))
         sigmas = flow.euler_levels(steps, shift)
@@ -124,14 +143,17 @@ def synthesize(folder: Path, plan: Plan, weights: MMDiT, prepare: Callable[[MMDi
             if stopped():
                 break
             reach(done)
-            hw, ids, seed = plan.shards[i]
-            parts = []
+            hw, ids, seed, image = plan.shards[i]
+            image, parts = image and image(), []
             for j in range(0, len(ids), batch):
                 few = ids[j:j + batch]
                 seeds = list(range(seed + j, seed + j + len(few)))
                 read = Text(text.context[few].to(device), text.pooled[few].to(device))
+                if image is not None:
+                    read = TextImage(*read, image[j:j + batch].to(device))
                 noise = image_noise(seeds, (channels, *hw)).to(device)
-                parts.append(sample(model, noise, read, sigmas, "euler", seeds, null, guidance).cpu())
+                parts.append(sample(model, noise, read, sigmas, "euler", seeds, null, *guidance).cpu())
                 bar.update(len(few) * world)                         # the others are as fast
-            data.write_shard(folder, i, torch.cat(parts).to(dtype), ids)
+            data.write_shard(folder, i, torch.cat(parts).to(dtype), ids,
+                             image if image is None else image.to(dtype))
     return not agree(stopped())

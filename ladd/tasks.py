@@ -8,6 +8,7 @@ All constants are our choice. Letters as in shapes.py: n images, a attributes, o
 """
 import math
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -90,6 +91,13 @@ def parse_instruction(text: str, objects: int) -> Instruction:
     raise InputError(f"instruction {text!r}: found none, accepted are {', '.join(FORMS.values())}; THING is "
                      f"[size] [colour] shape, REF {'it or ' * (objects == 1)}the THING, PLACE a "
                      f"{ATTRIBUTES[objects][3]}{' the THING' * (objects == 2)}")
+
+
+def instruction_codes(texts: list[str], objects: int) -> Tensor:
+    """[n, 1 + a]: kind and what is asked. Two instructions that differ in what both say exclude each other:
+    an edit changes one thing alone."""
+    found = [parse_instruction(text, objects) for text in texts]
+    return torch.tensor([[KINDS.index(i.kind), *i.asked] for i in found])
 
 
 def embed(texts: list[str], length: int, dim: int) -> tuple[Tensor, Tensor]:
@@ -356,6 +364,13 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
     return x.masked_fill(mask.reshape(len(x), 1, *x.shape[2:]).bool(), 0)
 
 
+def hatched(images: Tensor, mask: Tensor) -> Tensor:
+    """images [b, 3, H, W] to look at, stripes where the mask [b, H, W] repaints."""
+    _check_same("picture", images, mask)
+    y, x = _pixels(tuple(images.shape[2:]))
+    return torch.where(mask[:, None], .8 * ((x + y) // 4 % 2 - .5), images)
+
+
 def composite(source: Tensor, result: Tensor, mask: Tensor) -> Tensor:
     """The result [b, 3, H, W] where the mask [b, H, W] repaints, elsewhere the source bit for bit."""
     _check_same("source", source, mask), _check_same("result", result, mask)
@@ -378,6 +393,13 @@ def _jump(x: Tensor, mask: Tensor) -> Tensor:
     return sum((jump * edge).sum((1, 2)) for jump, edge in pairs) / sum(edge.sum((1, 2)) for _, edge in pairs)
 
 
+def beside(encode: Callable[[Tensor], Tensor], images: Tensor, mask: Tensor) -> Tensor:
+    """[n, 17, h, w], what an inpainting network reads beside the noise: the latent mask, and the latents that
+    `encode` makes of images [n, 3, H, W] without what mask [n, H, W] repaints, 0 in the cells of the mask."""
+    cells = latent_mask(mask)
+    return torch.cat([cells, masked(encode(masked(images, mask)), cells)], 1)
+
+
 # --- grading inpainted pictures ---
 
 def decided(scenes: Scenes, mask: Tensor) -> Tensor:
@@ -395,7 +417,8 @@ def grade_inpaint(results: Tensor, scenes: Scenes, codes: Tensor, mask: Tensor) 
 
     inside [n, a]: decided by the repainted area and stated: what prompt accuracy inside counts.
     right [n, a]: read as the prompt states, or open there, where decided; as in the source elsewhere.
-    success [n]: all right, and a scene. seam [n]: seam_error against the source.
+    success [n]: all right, and a scene. seam [n]: seam_error against the source. graded, want [n, a]: what is
+    read, and what it is compared with.
     """
     _check_same("results", results, mask)
     source = shapes.render(scenes, tuple(results.shape[2:]))
@@ -403,5 +426,5 @@ def grade_inpaint(results: Tensor, scenes: Scenes, codes: Tensor, mask: Tensor) 
     want = torch.where(free, codes, scenes.attributes)
     graded = shapes.align(shapes.grade(whole, scenes.geometry.shape[1]), want)
     right = (graded == want) | (want < 0)
-    return {"inside": free & (codes >= 0), "right": right, "success": right.all(1) & (graded[:, -1] >= 0),
-            "seam": seam_error(whole, source, mask)}
+    return {"graded": graded, "want": want, "inside": free & (codes >= 0), "right": right,
+            "success": right.all(1) & (graded[:, -1] >= 0), "seam": seam_error(whole, source, mask)}

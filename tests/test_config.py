@@ -17,7 +17,7 @@ from test_train import QUIET, ROOT, log_of, main, refused, save_teacher
 
 import kernels
 import train
-from ladd import data, evaluate
+from ladd import data, evaluate, tasks
 from ladd.config import PRESETS, PROCESS_FIELDS, Config, check_same, parse_config, to_json, validated
 from ladd.mmdit import MMDiT
 
@@ -86,7 +86,7 @@ BAD = {
     "--heads-learning-rate 1": ("--heads-learning-rate", "--heads"),
     "--lr=1 --taps=0 --quality=9": ("--quality", "nearest flag is --"),
     "steps": ("'steps'", "--steps"),
-    "--preset huge": ("--preset", "'huge'", "tiny, shapes"),
+    "--preset huge": ("--preset", "'huge'", "tiny, tiny-edit, tiny-inpaint, shapes"),
     "--steps many": ("--steps", "'many'", "whole number"),
     "--steps 1.5": ("--steps", "'1.5'", "whole number"),
     "--lr fast": ("--lr", "'fast'", "a number"),
@@ -107,7 +107,18 @@ BAD = {
     "--width 100": ("--width", "100", "multiple of 64"),
     "--head-width 24": ("--head-width", "24", "multiple of 16"),
     "--teacher-fp8 --precision fp32": ("--teacher-fp8", "--precision fp32 on cpu", "bf16"),
+    "--objective dpo": ("--objective", "'dpo'", "python -m ladd.dpo"),
+    "--objective flow --teacher t": ("--teacher", "found t", "--base"),
     "--lcm-steps 4": ("--lcm-steps", "4", "--objective lcm"),
+    "--lora-alpha 4": ("--lora-alpha", "4", "--lora or --teacher-lora"),
+    "--lora-targets attention": ("--lora-targets", "attention", "--lora or --teacher-lora"),
+    "--lora 4 --objective flow": ("--lora", "4", "--objective flow", "ladd and lcm"),
+    "--lora 4 --lora-targets to_q": ("LoRA targets", "to_q", "joint_blocks", "attn.qkv"),
+    "--lora 4 --student-depth 1 --lora-targets joint_blocks.1.*": ("LoRA targets", r"joint_blocks\.1"),
+    "--lora 129": ("LoRA", "rank 129", "1 to the network's width 128"),
+    "--lora 4 --lora-targets ,": ("--lora-targets", "nothing", "at least one"),
+    "--teacher-lora 4": ("--teacher-lora", "4", "--base"),
+    "--teacher-lora 4 --teacher t": ("--teacher-lora", "4", "is loaded"),
     "--micro-batch 3": ("--micro-batch", "3", "64"),
     "--taps 1,9": ("--taps", "9", "0 to 5"),
     "--taps 3,1": ("--taps", r"\(3, 1\)", "ascending"),
@@ -144,11 +155,28 @@ BAD = {
     "--data nowhere": ("--data", "nowhere", "not exist"),
     "--dual-blocks 7": ("--dual-blocks", "7", "at most --depth 6"),
     "--pos-grid 4": ("--pos-grid", "4", "at least 5"),
+    "--task video": ("--task", "'video'", "text, edit, inpaint"),
+    "--objective gan": ("--objective", "'gan'", "ladd, lcm, flow"),
+    "--image-guidance 2": ("--image-guidance", "2", "--task edit, text is"),
+    "--task edit --image-guidance -1": ("--image-guidance", "-1", "0 to"),
+    "--task inpaint --image-dropout .1": ("--image-dropout", r"0\.1", "--task edit, inpaint is"),
+    "--task edit --text-dropout .02": ("--image-dropout", r"0\.05", r"at most --text-dropout 0\.02"),
+    "--task edit --text-dim 32": ("--text-dim", "32", "at least 33"),
+    "--base no.safetensors": ("--base", "no.safetensors", "not exist"),
+    "--base b --teacher t": ("--base", "'b'", "training, which is loaded"),
+    "--pairs p": ("--pairs", "'p' with --task text", "edit and inpaint"),
+    "--task edit --pairs p": ("--pairs", "'p'", "--encoders FOLDER expected"),
+    "--task edit --prompts p": ("--prompts", "'p' with --task edit", "--pairs"),
+    "--preset sd3-medium --task inpaint": ("--preset sd3-medium", "no --encoders --teacher --pairs"),
+    "--preset sd3-medium --base b --dry-run": ("--base", "'b'", "training, which is loaded"),
+    "--preset sd3-medium --task edit --teacher t --teacher-lr 1 --dry-run": ("--teacher-lr", "1", "loaded"),
+    "--preset sd3-medium --task edit --encoders e --base nil --pairs p": ("--base", "nil", "not exist"),
+    "--preset sd3-medium --task edit --encoders e --teacher . --pairs no": ("--pairs", "no", "not exist"),
     "--prompts p.txt": ("--prompts", "p.txt", "--encoders FOLDER expected"),
     "--t5 none": ("--t5", "'none'", "--encoders FOLDER expected"),
     "--preset sd3-medium": ("--preset sd3-medium", "no --encoders --teacher --prompts", "expected"),
     "--preset sd3.5-large --encoders e --teacher t --data d": ("--preset sd3.5-large", "no --eval-prompts"),
-    "--preset sd3-medium --dry-run --teacher-steps 5": ("--teacher-steps", "5", "built-in world"),
+    "--preset sd3-medium --dry-run --teacher-steps 5": ("--teacher-steps", "5", "which is loaded"),
     "--encoders nowhere --teacher t --prompts p --objects 2": ("--objects", "2", "built-in world"),
     "--encoders nowhere --teacher nowhere --prompts p": ("--teacher", "nowhere", "not exist"),
 }
@@ -186,6 +214,12 @@ def test_the_script_prints_one_line_and_ends_with_code_2(line, named, tmp_path):
     assert re.fullmatch(rf"train\.py: .*{named}.*\n", done.stderr) and processor_seconds() - before < 5
 
 
+def test_the_narrowest_text_of_instructions_has_a_direction_for_each_word():
+    """What --text-dim 32 is refused for."""
+    _, words = tasks.embed(tasks.WORDS, 8, 33)
+    assert (words @ words.T / 33 - torch.eye(len(words))).abs().max() < .1
+
+
 # liveness: for each field, another value changes what a run computes, writes or prints
 
 # the least that shows a field: two steps of a teacher; shards of a random one; three steps of a student
@@ -204,6 +238,7 @@ def home(tmp_path_factory) -> Path:
         main(folder, f"--name {latents} {QUIET} {STAGES['data']}")
         (folder / "runs" / latents / "data").rename(folder / latents)
     save_teacher(folder, seed=0).rename(folder / "other.safetensors")
+    save_teacher(folder, in_channels=32).rename(folder / "edit.safetensors")
     save_teacher(folder, seed=1)
     return folder
 
@@ -221,6 +256,7 @@ def observed(home: Path, stage: str, flags: str) -> dict[str, object]:
             "shards": {name: sums for name, sums in tensors.items() if name.startswith("data/0")}}
 
 
+EDIT = "--task edit --teacher edit.safetensors"
 CASES = {    # field: (what changes, in which stage, with which value, beside which other flags), ...
     "seed":           [("log", "teacher", "1"), ("shards", "data", "1"), ("log", "student", "1")],
     "precision":      [("log", "teacher", "bf16"), ("shards", "data", "bf16"), ("log", "student", "bf16")],
@@ -248,6 +284,10 @@ CASES = {    # field: (what changes, in which stage, with which value, beside wh
     "guidance":       [("shards", "data", "1")],
     "sample_steps":   [("shards", "data", "4")],
     "student_depth":  [("weights", "student", "1")],
+    "lora":           [("log", "student", "4"), ("weights", "student", "8", "--lora 4")],
+    "lora_alpha":     [("log", "student", "8", "--lora 4")],
+    "lora_targets":   [("log", "student", "attention", "--lora 4")],
+    "teacher_lora":   [("log", "teacher", "4", "--base t.safetensors --qk-norm")],
     "steps":          [("log", "student", "4")],
     "batch":          [("log", "student", "6")],
     "micro_batch":    [("log", "student", "2")],
@@ -273,6 +313,11 @@ CASES = {    # field: (what changes, in which stage, with which value, beside wh
     "heads_first":    [("log", "student", "2")],
     "misaligned":     [("log", "student", "0")],
     "misaligned_at":  [("log", "student", "heads")],
+    "task":           [("weights", "teacher", "edit"), ("weights", "teacher", "inpaint")],
+    "base":           [("weights", "teacher", "t.safetensors")],
+    "image_dropout":  [("weights", "teacher", "0.9", "--task edit --text-dropout .95")],
+    "image_guidance": [("shards", "data", "2", EDIT),
+                       ("log", "student", "2", f"{EDIT} --data= --data-from world --objective lcm")],
     "data_from":      [("log", "student", "world", "--data=")],
     "objective":      [("log", "student", "lcm")],
     "lcm_steps":      [("log", "student", "4", "--objective lcm")],
@@ -307,7 +352,10 @@ def test_preset_decides_the_sizes(tmp_path, monkeypatch, capsys):
         with torch.device("meta"):
             model = MMDiT(train.teacher_config(config), kernels.load("torch"))
         counts[preset] = sum(p.numel() for p in model.parameters())
-    assert 1e6 < counts.pop("tiny") < 1e7 < 5e7 < counts.pop("shapes") < 3e8
+    tiny = counts.pop("tiny")
+    assert 1e6 < tiny < 1e7 < 5e7 < counts.pop("shapes") < 3e8
+    more = [counts.pop(f"tiny-{task}") - tiny for task in ("edit", "inpaint")]
+    assert more == [16 * 4 * 128, 17 * 4 * 128]                 # channels beside the latent, to 2 x 2 patches
     assert counts == {"sd3-medium": 2_028_328_000, "sd3.5-medium": 2_243_171_520,
                       "sd3.5-large": 8_056_627_520}
     train.main("--dry-run --preset sd3-medium --depth 2 --taps 0,1 --tflops 400".split())
@@ -390,7 +438,7 @@ ELSEWHERE = {"preset": test_preset_decides_the_sizes, "tflops": test_tflops_deci
              **dict.fromkeys(("schedule", "bench_steps"), "tests/test_speed.py"),
              **dict.fromkeys(("parallel", "replicas", "shard_teacher", "checkpoint", "timeout",
                               "on_collapse"), "tests/test_torchrun.py"),
-             **dict.fromkeys(("encoders", "prompts", "eval_prompts", "t5"), "tests/test_real.py"),
+             **dict.fromkeys(("encoders", "prompts", "eval_prompts", "t5", "pairs"), "tests/test_real.py"),
              "name": test_name_decides_the_folder,
              "device": test_device_cuda_is_refused_where_there_is_none,
              "kernels": test_kernels_are_those_asked_for,

@@ -2,6 +2,7 @@
 import copy
 import gc
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from ladd.discriminator import Discriminator, DiscriminatorConfig
 from ladd.distill import DistillConfig, Text, Wrong, draw
 from ladd.feed import Part
 from ladd.mmdit import MMDiT, MMDiTConfig
-from ladd.step import Players, heads_step, student_step
+from ladd.step import Players, distill_config, heads_step, on_meta, student_step, teacher_config
 
 ROOT = Path(__file__).parent.parent
 STEP = DistillConfig((1.0, 0.5), (0.5, 0.5), 0, 1.0, 0.0, 1.0, False, 0.5, "teacher", 0.0, 0.05, 0.0)
@@ -219,6 +220,34 @@ def test_the_lines_of_a_dry_run():
     assert not any("does not fit" in line for line in said[10 ** 10])
     assert any("8 GPUs, student sharded, teacher sharded" in line for line in said[10 ** 9])
     assert sum("does not fit in 0.9 GiB" in line for line in said[10 ** 9]) == 2
+
+
+def test_a_dry_run_counts_what_editing_adds(monkeypatch):
+    """The image beside each latent on disk, the third evaluation of a sample, a teacher that trains."""
+    one = dict.fromkeys(("step", "v", "heads_step", "flow_step"), 1.0)
+    one = {f"flops_{k}": v for k, v in one.items()} | {"bytes_saved": 1, "bytes_weights": 1}
+    monkeypatch.setattr(cost, "step_cost", lambda *args: one)
+    monkeypatch.setattr(cost, "placed", lambda *args: (1, 1, {"sum": 1}))
+
+    def said(flags: str) -> dict[str, float]:
+        config = parse_config(f"--dry-run --tflops 1 --taps 0 {flags}".split(), "tiny")
+        cpu = torch.device("cpu")
+        teacher, student, heads = on_meta(config, teacher_config(config), cpu)
+        lines = cost.plan(config, student, teacher, heads, distill_config(config), 12, 8, cpu)
+        found = [re.search(r"^ +([\d.]+) (?:GiB|h) +(\w+)(?:, ([\d.e+]+) FLOPs)?$", line) for line in lines]
+        return {m[2]: float(m[3] or m[1]) for m in found if m}
+    small = "--depth 1 --width 64 --data-size 1000000"
+    text, edit, more, inpaint = (said(f"{small} {flags}") for flags in (
+        "", "--task edit", "--task edit --image-guidance 2", "--task inpaint"))
+    assert edit["latents"] / text["latents"] == pytest.approx(32 / 16, rel=1e-3)
+    assert inpaint["latents"] / text["latents"] == pytest.approx(33 / 16, rel=1e-3)
+    assert more["data"] / edit["data"] == pytest.approx(3 / 2, rel=1e-3)
+    assert edit["data"] == 10 ** 6 * 8 * 2
+    plain = said(f"{small} --task edit --image-guidance 2 --guidance 1")
+    assert plain["data"] / edit["data"] == pytest.approx(1 / 2, rel=1e-3)
+    real = "--preset sd3-medium --depth 1 --width 64"
+    assert "teacher" in said(f"{real} --task edit --base b") and "teacher" not in said(real)
+    assert "teacher" not in said(f"{real} --task edit --teacher t")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The order of batches, and latents on disk: what is written, what is refused, what a kill leaves."""
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from ladd import data
 from ladd.config import InputError
 from ladd.data import (Latents, missing_shards, missing_text, open_folder, read_folder, write_shard,
                        write_text)
+from ladd.distill import Text, TextImage
 
 SIZES = {(4, 6): 23, (4, 4): 41, (6, 4): 10}    # not in the order of (h, w), none a multiple of the batch
 BATCH = 5
@@ -88,6 +90,19 @@ def test_a_bucket_that_cannot_fill_a_batch_is_refused():
         latents().batch(0, 11, 0)
     with pytest.raises(InputError, match="latents 6x4: found 4, a batch of 5"):
         latents().batch(0, 5, 0, exclude=6)
+
+
+def test_each_sample_comes_with_its_own_image():
+    """As it is stored, of whatever size and epoch; without one the text is plain."""
+    d = latents()
+    image = {hw: x0[:, :1].half() + 1000 for hw, (x0, _) in d.buckets.items()}
+    paired = replace(d, images=image)
+    assert (d.channels, paired.channels) == (0, 1)
+    for step in range(2 * EPOCH):
+        b, plain = paired.batch(step, BATCH, 1), d.batch(step, BATCH, 1)
+        assert b.image.dtype == torch.float32 and torch.equal(b.image, b.x0[:, :1] + 1000)
+        assert isinstance(b.text, TextImage) and b.text.image is b.image and b.text.pooled is b.pooled
+        assert isinstance(plain.text, Text) and plain.image is None and torch.equal(plain.x0, b.x0)
 
 
 # misaligned captions
@@ -180,6 +195,34 @@ def test_what_is_written_is_read(folder):
     assert torch.equal(b.context[:, 0, 0], prompts[b.index].bfloat16())
 
 
+def image(i: int, n: int = 3, channels: int = 5) -> torch.Tensor:
+    return torch.randn(n, channels, *PLAN[i], generator=rng(10 + i)).bfloat16()
+
+
+def test_images_come_back_beside_their_latents(folder):
+    for i in range(len(PLAN)):
+        write_shard(folder, i, *shard(i), image(i))
+    d, every = read_folder(folder), torch.arange(6)
+    assert list(d.images) == [(4, 4), (4, 6)] and d.channels == 5
+    assert torch.equal(d.images[4, 4][every], torch.cat([image(0), image(2)]))
+    assert torch.equal(d.buckets[4, 4][0][every], torch.cat([shard(0)[0], shard(2)[0]]))
+    b = d.gather((4, 4), torch.tensor([5, 1]))
+    assert torch.equal(b.image, torch.stack([image(2)[2], image(0)[1]]).float())
+    assert torch.equal(d.gather((4, 6), torch.tensor([2])).image, image(1)[2:].float())
+
+
+@pytest.mark.parametrize("bare, name, accepted", [
+    (0, "00001-4x6", "int64 prompt_id [n] accepted"), (1, "00001-4x6", "float image [n, 5, 4, 6] accepted"),
+    (2, "00002-4x4", "float image [n, 5, 4, 4] accepted")])
+def test_a_folder_with_images_beside_some_latents_is_refused(folder, bare, name, accepted):
+    """The first shard says what the others have."""
+    for i in range(len(PLAN)):
+        write_shard(folder, i, *shard(i), None if i == bare else image(i))
+    with pytest.raises(InputError) as error:
+        read_folder(folder)
+    assert f"{folder / name}.safetensors: found " in str(error.value) and str(error.value).endswith(accepted)
+
+
 def test_reading_maps_the_file_and_never_changes_it(folder):
     path = folder / "00001-4x6.safetensors"
     before = path.read_bytes()
@@ -264,7 +307,7 @@ def retext(path: Path, rows: int, value: float = 0.0) -> None:
     save_file({"context": torch.full((rows, 3, 2), value), "pooled": torch.zeros(rows, 4)}, path)
 
 
-TEXT = "text-00001.safetensors"
+TEXT, IMAGE = "text-00001.safetensors", "float image [n, e, 4, 4] or none accepted"
 SHARD, LAST, PROMPTS = "00000-4x4.safetensors", "00002-4x4.safetensors", "prompts.safetensors"
 DAMAGE = {
     "cut":        (SHARD, lambda p: p.write_bytes(p.read_bytes()[:-4]), "no whole safetensors file"),
@@ -283,6 +326,13 @@ DAMAGE = {
     "ids low":    (SHARD, lambda p: rewrite(p, prompt_id=torch.tensor([0, -1, 1])), "prompt_id -1 to 1"),
     "extra":      (SHARD, lambda p: rewrite(p, more=torch.zeros(3)), "float x0"),
     "no ids":     (SHARD, lambda p: save_file({"x0": shard(0)[0]}, p), "float x0"),
+    "image size": (SHARD, lambda p: rewrite(p, image=torch.zeros(3, 5, 4, 6)), IMAGE),
+    "image few":  (SHARD, lambda p: rewrite(p, image=torch.zeros(2, 5, 4, 4)), IMAGE),
+    "image rank": (SHARD, lambda p: rewrite(p, image=torch.zeros(3, 4, 4)), IMAGE),
+    "image none": (SHARD, lambda p: rewrite(p, image=torch.zeros(3, 0, 4, 4)), IMAGE),
+    "image ints": (SHARD, lambda p: rewrite(p, image=torch.zeros(3, 5, 4, 4).int()), IMAGE),
+    "image nan":  (SHARD, lambda p: rewrite(p, image=image(0) / 0), "NaN or infinity in image"),
+    "other name": (SHARD, lambda p: rewrite(p, picture=image(0)), IMAGE),
     "no prompts": (PROMPTS, Path.unlink, "no whole safetensors file"),
     "a shard":    (PROMPTS, rewrite, "codes [7, a], null_context [l, dc]"),
     "no text":    (TEXT, Path.unlink, "no whole safetensors file"),
@@ -322,6 +372,8 @@ def test_what_is_not_finite_is_never_written(folder):
     with pytest.raises(InputError, match="NaN or infinity in null_pooled"):
         null = prompts()["null"][0], prompts()["null"][1] / 0
         open_folder(folder.parent / "new", PROVENANCE, **{**prompts(), "null": null})
+    with pytest.raises(InputError, match=r"00005-4x4.*found .*'image': \[3, 5, 4, 6, .*image \[n, 5, h, w\]"):
+        write_shard(folder, 5, *shard(0), image(1))
     assert not (folder.parent / "new").exists() and len(list(folder.iterdir())) == 9
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import kernels
 from ladd import distill, flow
 from ladd.discriminator import Discriminator, DiscriminatorConfig, channel_moments
-from ladd.distill import DistillConfig, Draws, Text, Wrong
+from ladd.distill import DistillConfig, Draws, Text, TextImage, Wrong
 
 LEVELS = (1.0, 0.75, 0.5, 0.25)
 CONFIG = DistillConfig(levels=LEVELS, probs=(0.25,) * 4, easy_steps=0, shift=1.0, d_mean=0.0, d_std=1.0,
@@ -31,12 +31,18 @@ def batch(b: int = B, dtype=torch.float64) -> tuple[Tensor, Text]:
     return x0, Text(context, pooled)
 
 
-def misfit(text: Text, share: float, weight: tuple[float, ...] = ()) -> Wrong:
-    """The last round(share * b) samples under the first ones' captions."""
+def with_image(text: Text, channels: int = 4) -> TextImage:
+    """The text beside an image of its own for each sample."""
+    return TextImage(*text, torch.randn(len(text.pooled), channels, 4, 6, generator=rng(10)).double())
+
+
+def misfit(text: Text | TextImage, share: float, weight: tuple[float, ...] = ()) -> Wrong:
+    """The last round(share * b) samples, with their own images, under the first ones' captions."""
     m = round(share * len(text.pooled))
     weights = torch.tensor(weight or (1.0,) * m)
     rows = torch.arange(len(text.pooled) - m, len(text.pooled))
-    return Wrong(rows, Text(*(t[:m].flip(0) for t in text)), weights, weights.sum().item())
+    other = type(text)(*(t[:m].flip(0) for t in text[:2]), *(t[rows] for t in text[2:]))
+    return Wrong(rows, other, weights, weights.sum().item())
 
 
 def to(dtype: torch.dtype, draws: Draws) -> Draws:
@@ -57,14 +63,15 @@ def patches(x: Tensor) -> Tensor:
 
 
 class PatchTeacher(nn.Module):
-    """Tap k: (k + 1) patches(x) + the mean of the context; v = 3 x + sigma. Notes each sample it sees."""
+    """Tap k: (k + 1) patches(x + image) + the mean of the context; v = 3 (x + image) + sigma. Notes each
+    sample it sees."""
 
     def __init__(self):
         super().__init__()
         self.config, self.seen = SimpleNamespace(patch=2), []
 
-    def forward(self, x, sigma, context, pooled, taps=(), stop_at_last_tap=False):
-        grad = torch.is_grad_enabled()
+    def forward(self, x, sigma, context, pooled, image=0, taps=(), stop_at_last_tap=False):
+        grad, x = torch.is_grad_enabled(), x + image
         self.seen += [(xi.detach(), s.item(), c, grad) for xi, s, c in zip(x, sigma, context)]
         feats = [(k + 1) * patches(x) + context.mean((1, 2))[:, None, None] for k in taps]
         return (None if stop_at_last_tap else 3 * x + sigma.reshape(-1, 1, 1, 1)), feats
@@ -91,15 +98,15 @@ class LinearHeads(nn.Module):
 
 
 class AffineStudent(nn.Module):
-    """v = a x + bias, so x0_hat = (1 - sigma a) xt - sigma bias."""
+    """v = a x + bias + image, so x0_hat = (1 - sigma a) xt - sigma (bias + image)."""
 
     def __init__(self):
         super().__init__()
         self.a = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
         self.bias = nn.Parameter(torch.randn(4, 1, 1, generator=rng(9)).double())
 
-    def forward(self, x, sigma, context, pooled):
-        return self.a * x + self.bias
+    def forward(self, x, sigma, context, pooled, image=0):
+        return self.a * x + self.bias + image
 
 
 def stand_ins(config: DistillConfig = CONFIG, gain: float = 0.5):
@@ -273,6 +280,40 @@ def test_misaligned_captions_count_as_fake(at, share):
     assert_close("misaligned", stats["logits_misaligned"].flatten(2), misaligned)
 
 
+@pytest.mark.parametrize("at", ["teacher", "heads"])
+def test_every_pass_reads_the_samples_own_image(at):
+    """The student; the teacher on its fakes, on the reals, on these under another caption, and perturbed."""
+    config = replace(CONFIG, misaligned=0.5, misaligned_at=at, r1_weight=2.0, distill_weight=1.5)
+    student, teacher, heads, x0, text, _, draws = stand_ins()
+    text = with_image(text)
+    image, wrong = text.image, misfit(text, 0.5)
+    fake = distill.fake_pass(student, teacher, heads, x0, text, draws, config)
+    s, d = (t.reshape(-1, 1, 1, 1) for t in (draws.sigma_s, draws.sigma_d))
+    xt = mix(x0, draws.eps_s, draws.sigma_s)
+    x0_hat = xt - s * (0.7 * xt + student.bias + image)
+    assert_close("x0_hat", fake.x0_hat, x0_hat)
+
+    loss_d, stats = distill.heads_loss(teacher, heads, x0, text, wrong, fake.feats, draws, config)
+    xt_fake, xt_real = mix(x0_hat, draws.eps_d, draws.sigma_d), mix(x0, draws.eps_r, draws.sigma_r)
+    made = logits_of(heads, xt_fake + image, draws.sigma_d, *text[:2])
+    real = logits_of(heads, xt_real + image, draws.sigma_r, *text[:2])
+    rows = wrong.rows
+    read = wrong.text.context if at == "teacher" else text.context[rows]
+    bad = logits_of(heads, (xt_real + image)[rows], draws.sigma_r[rows], read, wrong.text.pooled)
+    response = torch.stack([(k + 1) * 0.1 * patches(draws.eps_r1) @ w for k, w in zip(TAPS, heads.w)])
+    for name, expected in (("real", real), ("fake", made), ("misaligned", bad)):
+        assert_close(name, stats[f"logits_{name}"].flatten(2), expected.detach())
+    penalty = 2 * response.square().mean()
+    assert_close("loss_d", loss_d, hinge(real, torch.cat([made, bad], 1)) + penalty, 1e-10)
+
+    loss_g, _ = distill.student_loss(heads, text, fake, draws, config, (2, 3))
+    target = (xt_fake - d * (3 * (xt_fake + image) + d)).detach()
+    assert_close("loss_g", loss_g, -made.mean() + 1.5 * ((1 - d) * (x0_hat - target).square()).mean())
+    v = draws.eps_s - x0
+    flow_loss = distill.flow_loss(student, x0, draws.eps_s, draws.sigma_s, text)
+    assert_close("flow", flow_loss, (0.7 * xt + student.bias + image - v).square().flatten(1).mean(1))
+
+
 def test_a_sample_without_misfit_weighs_nothing():
     """Its hinge is left out of sum and count; with no misfit at all the loss is the plain one."""
     config = replace(CONFIG, misaligned=0.75)
@@ -368,9 +409,11 @@ def fresh_heads() -> Discriminator:
     return Discriminator(config, kernels.load("torch"))
 
 
-def networks(dtype=torch.float64):
-    """(student, teacher, heads), all weights different; the teacher is frozen, deeper than its last tap."""
-    student, teacher = tiny("qk_norm", dtype, seed=1, depth=2), tiny("qk_norm", dtype, seed=2)
+def networks(dtype=torch.float64, beside: int = 0):
+    """(student, teacher, heads), all weights different; the teacher is frozen, deeper than its last tap.
+    They read an image of `beside` channels."""
+    sizes = dict(in_channels=4 + beside)
+    student, teacher = (tiny("qk_norm", dtype, seed=i, depth=d, **sizes) for i, d in ((1, 2), (2, 3)))
     torch.manual_seed(3)
     return student, teacher.requires_grad_(False), randomise(fresh_heads(), 3).to(dtype)
 
@@ -379,9 +422,11 @@ def named_grads(module: nn.Module) -> dict[str, Tensor | None]:
     return {name: p.grad for name, p in module.named_parameters()}
 
 
-def test_gradients_reach_the_right_network_only():
+@pytest.mark.parametrize("beside", [0, 3])
+def test_gradients_reach_the_right_network_only(beside):
     config = replace(CONFIG, misaligned=0.5, r1_weight=1.0, distill_weight=1.0)
-    (student, teacher, heads), (x0, text) = networks(), batch()
+    (student, teacher, heads), (x0, text) = networks(beside=beside), batch()
+    text = with_image(text, beside) if beside else text
     wrong = misfit(text, 0.5)
     draws = to(torch.float64, distill.draw(x0, 0, config, (0,)))
     fake = distill.fake_pass(student, teacher, heads, x0, text, draws, config)
@@ -399,6 +444,7 @@ def test_gradients_reach_the_right_network_only():
     assert grads.pop(f"{last}.ln_q.weight") is None
     queries, keys_and_values = grads[f"{last}.qkv.weight"].split([128, 256])
     assert not queries.any() and keys_and_values.any(1).all()
+    assert grads["x_embedder.proj.weight"].abs().amax((0, 2, 3)).min() > 0          # of every input channel
     dead = [name for name, g in grads.items() if g is None or not g.any()]
     assert not dead, f"no gradient for {dead}"
     # nothing is left in the heads for their next step
@@ -407,19 +453,21 @@ def test_gradients_reach_the_right_network_only():
 
 @pytest.mark.parametrize("changes", [
     {}, dict(misaligned=0.5), dict(misaligned=1.0, misaligned_at="heads"), dict(r1_weight=3.0),
-    dict(distill_weight=2.0),
+    dict(distill_weight=2.0), dict(beside=3, misaligned=0.5, r1_weight=1.0),
     dict(shared_noise=True, shift=3.0, misaligned=0.5, r1_weight=1.0, distill_weight=1.0)], ids=str)
 def test_one_forward_gives_the_gradients_of_two(changes):
     """The naive step computes a student sample and a full teacher forward for each loss."""
-    config = replace(CONFIG, **changes)
+    beside = changes.get("beside", 0)
+    config = replace(CONFIG, **{k: v for k, v in changes.items() if k != "beside"})
     x0, text = batch()
+    text = with_image(text, beside) if beside else text
     draws = to(torch.float64, distill.draw(x0, 0, config, (4,)))
     wrong = misfit(text, config.misaligned) if config.misaligned else None
 
     def lone(network, x, s, who=text):
         return x - s.reshape(-1, 1, 1, 1) * network(x, s, *who)
 
-    student, teacher, heads = networks()
+    student, teacher, heads = networks(beside=beside)
     optimizer = torch.optim.SGD(heads.parameters(), lr=0.05)
     fake = distill.fake_pass(student, teacher, heads, x0, text, draws, config)
     distill.heads_loss(teacher, heads, x0, text, wrong, fake.feats, draws, config)[0].backward()
@@ -428,7 +476,7 @@ def test_one_forward_gives_the_gradients_of_two(changes):
     loss_g = distill.student_loss(heads, text, fake, draws, config, (2, 3))[0]
     shared_g = torch.autograd.grad(loss_g, list(student.parameters()), allow_unused=True)
 
-    student, teacher, heads = networks()
+    student, teacher, heads = networks(beside=beside)
     optimizer = torch.optim.SGD(heads.parameters(), lr=0.05)
     with torch.no_grad():
         x0_hat = lone(student, mix(x0, draws.eps_s, draws.sigma_s), draws.sigma_s)
@@ -437,7 +485,7 @@ def test_one_forward_gives_the_gradients_of_two(changes):
         real = teacher(xt, draws.sigma_r, *text, taps=TAPS)[1]
         near = teacher(xt + config.r1_sigma * draws.eps_r1, draws.sigma_r, *text, taps=TAPS)[1]
         rows, other = (wrong.rows, wrong.text) if wrong else ([], None)
-        whose = other if config.misaligned_at == "teacher" else Text(*(t[rows] for t in text))
+        whose = other if config.misaligned_at == "teacher" else type(text)(*(t[rows] for t in text))
         bad = teacher(xt[rows], draws.sigma_r[rows], *whose, taps=TAPS)[1] if wrong else []
     d_real = heads(real, draws.sigma_r, text.pooled, (2, 3))
     d_fake = [heads(made, draws.sigma_d, text.pooled, (2, 3))]

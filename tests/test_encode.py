@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from conftest import assert_close, rng
 from PIL import Image
 
-from ladd import data, encode, images
+from ladd import data, encode, flow, images, tasks
 from ladd.config import InputError
 from ladd.distill import Text
 
@@ -444,6 +445,10 @@ def done(folder, pictures, tmp_path_factory) -> Path:
     return out
 
 
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return data.read_tensors(path)[0]
+
+
 def digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in folder.rglob("*") if path.is_file()}
@@ -535,6 +540,139 @@ def test_a_prompt_file_gives_the_text_alone(folder, encoders, tmp_path, capsys, 
     assert printed.count("1 of 3 prompts are cut to") == 3
 
 
+# pairs and masks
+
+PAIRS = ["recolour", "move", "resize", "same source", "wide", "add"]     # three of 64x64, three of 40x66
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    """A list of six pairs, two of one source, amid five that cannot be used."""
+    root = tmp_path_factory.mktemp("pairs")
+    for i, name in enumerate(PAIRS):
+        for j, role in enumerate(("source", "target")):
+            hw = (64, 64) if i < 3 else (40, 66)
+            pixels = np.random.default_rng(2 * i + j).integers(0, 256, (*hw, 3), np.uint8)
+            Image.fromarray(pixels).save(root / f"{name} {role}.png")
+    (root / "cut.png").write_bytes((root / "move source.png").read_bytes()[:-4000])
+    good = [(f"{name} source.png", f"{name} target.png", name) for name in PAIRS]
+    good[3] = ("wide source.png", *good[3][1:])
+    bad = [("move source.png", "wide target.png", "1"), ("nowhere.png", "move target.png", "2"),
+           ("move source.png", "nowhere.png", "3"), ("cut.png", "move target.png", "4"),
+           ("move source.png", "cut.png", "5")]
+    lines = [*good[:2], *bad, *good[2:]]
+    (root / "list.jsonl").write_text("".join(
+        json.dumps(dict(zip(("source", "target", "instruction"), line))) + "\n" for line in lines))
+    return root
+
+
+@pytest.fixture(scope="module")
+def edits(folder, pairs, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("edits") / "out"
+    command(folder, out, "--task", "edit", "--jsonl", str(pairs / "list.jsonl"))
+    return out
+
+
+def test_pairs_are_latents_of_the_targets_with_those_of_the_sources_beside(edits, pairs, vae):
+    latents = data.read_folder(edits)
+    told = {hw: [latents.prompts[i] for i in ids] for hw, (_, ids) in latents.buckets.items()}
+    assert told == {(8, 8): PAIRS[:3], (6, 10): PAIRS[3:]} and latents.channels == 16
+    for (h, w), names in told.items():
+        for role, found in (("target", latents.buckets[h, w][0]), ("source", latents.images[h, w])):
+            files = [name.replace("same source", "wide") if role == "source" else name for name in names]
+            pixels = [images.read_image(pairs / f"{name} {role}.png", (8 * h, 8 * w)) for name in files]
+            expected = encode.encode_images(vae, torch.stack(pixels) / 127.5 - 1).half()
+            assert_close(role, found[torch.arange(3)], expected, 2e-3)
+    assert latents.provenance["task"] == "edit" and "seed" not in latents.provenance
+
+
+def test_a_pair_that_cannot_be_used_says_which_of_the_two_is_why(folder, edits, pairs, capsys):
+    sizes, broken = "found a source of 64x64 pixels and a target of 40x66, one size", "found no whole image ("
+    reasons = {"move source.png -> wide target.png": sizes,
+               "nowhere.png -> move target.png": f"source: {broken}[Errno 2] No such file",
+               "move source.png -> nowhere.png": f"target: {broken}[Errno 2] No such file",
+               "cut.png -> move target.png": f"source: {broken}",
+               "move source.png -> cut.png": f"target: {broken}"}
+    skipped = {name.replace(f"{pairs}/", ""): why for name, why in
+               data.read_json(edits / "skipped.json").items()}
+    assert set(skipped) == set(reasons) and all(skipped[name].startswith(reasons[name]) for name in reasons)
+    command(folder, edits, "--task", "edit", "--jsonl", str(pairs / "list.jsonl"))
+    assert "6 pairs, 3 of them enlarged, 5 skipped" in capsys.readouterr().out
+
+
+def test_a_folder_of_pairs_is_resumed_but_not_with_another_source(folder, edits, pairs, tmp_path):
+    shutil.copytree(edits, tmp_path / "out")
+    (tmp_path / "out" / "00001-8x8.safetensors").unlink()
+    flags = "--task", "edit", "--jsonl", str(pairs / "list.jsonl")
+    command(folder, tmp_path / "out", *flags)
+    assert digests(tmp_path / "out") == digests(edits)
+    lines = (pairs / "list.jsonl").read_text().replace("recolour source", "move source")
+    (pairs / "other.jsonl").write_text(lines)
+    with pytest.raises(InputError, match="found list "):
+        command(folder, tmp_path / "out", *flags[:-1], str(pairs / "other.jsonl"))
+    (pairs / "move source.txt").write_text("move")
+    for more in (["--images", str(pairs)], ["--task", "inpaint", "--images", str(pairs)]):
+        with pytest.raises(InputError, match="found task 'edit', '(text|inpaint)' accepted"):
+            command(folder, tmp_path / "out", *more)
+
+
+@pytest.fixture(scope="module")
+def holes(folder, pictures, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("holes") / "out"
+    command(folder, out, "--task", "inpaint", "--seed", "5", "--images", str(pictures))
+    return out
+
+
+def test_inpainting_keeps_the_latents_and_puts_mask_and_masked_latents_beside(holes, done, pictures, vae):
+    latents, text = data.read_folder(holes), data.read_folder(done)
+    assert latents.channels == 17 and set(latents.buckets) == set(text.buckets)
+    for (h, w), (x0, ids) in latents.buckets.items():
+        whole = torch.arange(len(ids))
+        assert torch.equal(x0[whole], text.buckets[h, w][0][whole])
+    # nine images of three sizes, three a shard: the first shard of 64x64 is the folder's second
+    for hw, shard, names in (((48, 80), 0, (5, 6, 7)), ((64, 64), 1, (0, 1, 2))):
+        pixels = torch.stack([images.read_image(pictures / f"{i}.png", hw) for i in names]) / 127.5 - 1
+        mask = torch.cat([tasks.masks(1, hw, flow.generator(5, shard, i)) for i in range(3)])
+        expected = tasks.beside(lambda x: encode.encode_images(vae, x), pixels, mask)
+        found = latents.images[hw[0] // 8, hw[1] // 8][torch.arange(3)]
+        assert_close("image", found.float(), expected, 2e-3)
+        assert torch.equal(found[:, :1].float(), tasks.latent_mask(mask))
+    assert len({tuple(m.flatten().tolist()) for m in latents.images[8, 8][torch.arange(5)][:, 0]}) == 5
+
+
+def test_masks_follow_from_the_seed_and_the_place_alone(folder, pictures, holes, tmp_path):
+    """Neither what lies there, nor what cannot be read any more, nor --batch moves the others' masks."""
+    root = tmp_path / "pictures"
+    shutil.copytree(pictures, root)
+    flags = "--task", "inpaint", "--images", str(root)
+    for name in ("out", "cut"):
+        shutil.copytree(holes, tmp_path / name)
+        next((tmp_path / name).glob("00001-*")).unlink()
+    command(folder, tmp_path / "out", *flags, "--seed", "5")
+    one, two = (weights(path / "00001-8x8.safetensors") for path in (holes, tmp_path / "out"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    whole = (root / "0.png").read_bytes()
+    (root / "0.png").write_bytes(whole[:-4000])
+    command(folder, tmp_path / "cut", *flags, "--seed", "5", "--batch", "1")
+    cut = weights(tmp_path / "cut" / "00001-8x8.safetensors")
+    assert torch.equal(cut["image"][:, 0], one["image"][1:, 0])
+    assert_close("image", cut["image"], one["image"][1:], 2e-3)
+    (root / "0.png").write_bytes(whole)
+    for more in ([], ["--seed", "6"]):
+        with pytest.raises(InputError, match="found seed 5, [06] accepted"):
+            command(folder, tmp_path / "out", *flags, *more)
+    command(folder, tmp_path / "other", *flags, "--seed", "6")
+    assert not torch.equal(weights(tmp_path / "other" / "00001-8x8.safetensors")["image"], one["image"])
+
+
+def test_a_list_of_pairs_without_any_that_can_be_used_is_refused(folder, tmp_path):
+    lines = [{"source": f"{i}.png", "target": f"{i}.png", "instruction": "a"} for i in range(3)]
+    (tmp_path / "l.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(InputError, match=r"found no pair to encode \(.*0.png -> .*0.png: target: found no"):
+        command(folder, tmp_path / "out", "--task", "edit", "--jsonl", str(tmp_path / "l.jsonl"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_list_or_setting_is_refused_in_the_same_folder(folder, pictures, done):
     for more, message in ((["--shard", "4"], "found shard 3, 4 accepted"),
                           (["--t5", "none"], "found text .*with T5, 8 tokens"),
@@ -552,6 +690,15 @@ def test_another_list_or_setting_is_refused_in_the_same_folder(folder, pictures,
     (["--images", "a", "--batch", "0"], "--batch: found 0"),
     (["--images", "a", "--multiple", "24"], "--multiple: found 24"),
     (["--images", "a", "--t5", "gpu"], "invalid choice"),
+    (["--task", "edit", "--images", "a"], "--task edit: found --images, --jsonl FILE of pairs accepted"),
+    (["--task", "edit", "--prompt-file", "a"], "--task edit: found --prompt-file, --jsonl FILE of pairs"),
+    (["--task", "inpaint", "--prompt-file", "a"], "--task inpaint: found --prompt-file, --images or --jsonl"),
+    (["--task", "edit", "--jsonl", "{bad}"],
+     'in line 1, {"source": "...", "target": "...", "instruction": "..."} accepted'),
+    (["--task", "edit", "--jsonl", "{bad}", "--seed", "0"], "--seed: found 0 with --task edit, at least 0"),
+    (["--images", "a", "--seed", "3"], "--seed: found 3 with --task text, at least 0 with --task inpaint"),
+    (["--task", "inpaint", "--images", "a", "--seed", "-1"], "--seed: found -1 with --task inpaint"),
+    (["--task", "paint", "--images", "a"], "invalid choice"),
     (["--imags", "a"], "one of the arguments|unknown argument")])
 def test_a_bad_command_ends_in_one_line(folder, tmp_path, argv, message):
     (tmp_path / "bad.jsonl").write_text('{"image": "a.png"}')

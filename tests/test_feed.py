@@ -8,22 +8,24 @@ from test_distill import CONFIG
 
 from ladd import feed
 from ladd.data import Latents
-from ladd.distill import Draws, Text, Wrong
+from ladd.distill import Draws, Text, TextImage, Wrong
 from ladd.feed import Feed, Part
 
 BATCH = 12
 
 
-def latents(codes: torch.Tensor | None = None) -> Latents:
-    """Two sizes; latent i is full of i, its prompt is i modulo 20, whose text is full of that."""
+def latents(codes: torch.Tensor | None = None, beside: bool = False) -> Latents:
+    """Two sizes; latent i is full of i, its prompt is i modulo 20, whose text is full of that; the image
+    beside it, if there is one, full of 100 + i."""
     n = torch.arange(20)
     buckets, first = {}, 0
     for (h, w), size in (((4, 4), 40), ((4, 6), 24)):
         i = torch.arange(first, first + size)
         buckets[h, w], first = (i[:, None, None, None].expand(size, 2, h, w).float(), i % 20), first + size
+    images = {hw: 100 + x0[:, :1].half() for hw, (x0, _) in buckets.items()} if beside else {}
     return Latents([str(i) for i in range(20)], n[:, None, None].expand(20, 3, 2).float(),
                    n[:, None].expand(20, 4).float(), n[:, None] if codes is None else codes,
-                   (torch.zeros(3, 2), torch.zeros(4)), buckets, {})
+                   (torch.zeros(3, 2), torch.zeros(4)), buckets, {}, images)
 
 
 def parts(index: int, micro: int, rank: int = 0, world: int = 1, share: float = 0.5, **kind) -> list[Part]:
@@ -34,19 +36,21 @@ def parts(index: int, micro: int, rank: int = 0, world: int = 1, share: float = 
 def joined(found: list[Part], micro: int) -> dict[str, torch.Tensor]:
     """All that the parts hold, rows numbered over the whole batch."""
     out = {name: torch.cat([getattr(p, name) for p in found]) for name in ("x0",)}
-    out |= {f"text {k}": torch.cat([p.text[k] for p in found]) for k in range(2)}
+    fields = range(len(found[0].text))                                          # two, or three with an image
+    out |= {f"text {k}": torch.cat([p.text[k] for p in found]) for k in fields}
     out |= {f"draws {name}": torch.cat([getattr(p.draws, name) for p in found]) for name in Draws._fields}
     out["rows"] = torch.cat([p.wrong.rows + i * micro for i, p in enumerate(found)])
     out["weight"] = torch.cat([p.wrong.weight for p in found])
-    return out | {f"wrong {k}": torch.cat([p.wrong.text[k] for p in found]) for k in range(2)}
+    return out | {f"wrong {k}": torch.cat([p.wrong.text[k] for p in found]) for k in fields}
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
 @pytest.mark.parametrize("world, micro", [(1, 4), (1, 1), (2, 6), (2, 3), (3, 2), (12, 1)])
 def test_any_split_of_a_batch_is_the_batch(world, micro, share):
     for index in range(4):
-        whole = joined(parts(index, BATCH, share=share), BATCH)
-        split = [p for rank in range(world) for p in parts(index, micro, rank, world, share)]
+        kind = dict(share=share, beside=index > 1)
+        whole = joined(parts(index, BATCH, **kind), BATCH)
+        split = [p for rank in range(world) for p in parts(index, micro, rank, world, **kind)]
         assert len(split) == BATCH // micro
         for name, t in joined(split, micro).items():
             assert torch.equal(t, whole[name]), name
@@ -70,6 +74,23 @@ def test_a_part_holds_what_it_should():
     assert len(seen) == 4 * BATCH and not seen & held_out and latents().holdout == 2
     assert parts(0, BATCH, share=0.0)[0].wrong is None
     assert not torch.equal(parts(0, BATCH)[0].draws.eps_s[0, 0, 0], parts(1, BATCH)[0].draws.eps_s[0, 0, 0])
+
+
+def test_a_caption_that_does_not_fit_stands_beside_the_samples_own_image():
+    for index, share in ((0, 0.5), (1, 0.25), (2, 1.0)):
+        found = parts(index, BATCH // 2, 1, 2, share, beside=True)
+        part, = found
+        i = part.x0[:, 0, 0, 0]
+        assert isinstance(part.text, TextImage) and isinstance(part.wrong.text, TextImage)
+        assert torch.equal(part.text.image, (100 + i)[:, None, None, None].expand_as(part.x0[:, :1]))
+        assert part.wrong.text.image.dtype == torch.float32
+        assert torch.equal(part.wrong.text.image, part.text.image[part.wrong.rows])
+        assert (part.wrong.text.pooled[:, 0] != part.text.pooled[part.wrong.rows, 0]).all()
+        plain, = parts(index, BATCH // 2, 1, 2, share)                   # nothing else depends on the image
+        assert all(map(torch.equal, part.wrong.text[:2], plain.wrong.text)) and isinstance(plain.text, Text)
+        assert all(map(torch.equal, part.draws, plain.draws))
+        moved = feed.moved(found, torch.device("meta"))[0]
+        assert isinstance(moved.wrong.text, TextImage) and moved.wrong.text.image.is_meta
 
 
 def test_captions_that_fit_everywhere_weigh_nothing():

@@ -9,7 +9,7 @@ from test_train import QUIET, TINY, load_state, log_of, main, save_teacher
 
 from ladd import flow
 from ladd.config import parse_config
-from ladd.distill import Text
+from ladd.distill import Text, TextImage
 from ladd.lcm import HUBER, lcm_loss
 from ladd.step import distill_config
 
@@ -17,10 +17,10 @@ LEVELS = flow.euler_levels(4, 2.0).double()                                # 1 .
 
 
 class Reader(torch.nn.Module):
-    """v = 3 x + sigma + the mean of its text."""
+    """v = 3 x + sigma + the mean of its text + the image."""
 
-    def forward(self, x, sigma, context, pooled):
-        return 3 * x + (sigma + context.mean((1, 2)) + pooled.mean(1)).view(-1, 1, 1, 1)
+    def forward(self, x, sigma, context, pooled, image=0):
+        return 3 * x + (sigma + context.mean((1, 2)) + pooled.mean(1)).view(-1, 1, 1, 1) + image
 
 
 def setting():
@@ -53,6 +53,29 @@ def test_the_loss_by_hand(guidance):
     assert_close("loss", loss, torch.stack(terms).mean(), 1e-10)
     assert_close("logged", stats["loss_g"], loss.detach())
     assert LEVELS[-1] == 0 and not stats["loss_g"].requires_grad
+
+
+@pytest.mark.parametrize("guidance, image_guidance", [(1.0, 1.0), (2.5, 1.0), (2.5, 1.5)])
+def test_the_loss_by_hand_with_an_image(guidance, image_guidance):
+    """Student, average and teacher read it; only the term without it, of image guidance, does not."""
+    x0, text, null, eps, sigma = setting()
+    student, average = AffineStudent(), AffineStudent()
+    with torch.no_grad():
+        average.a.fill_(0.2)
+    text = TextImage(*text, torch.randn(x0.shape, generator=rng(5)).double())
+    loss, _ = lcm_loss(student, average, Reader(), x0, text, null, eps, sigma, LEVELS, guidance,
+                       image_guidance)
+    plain = null.context.mean() + null.pooled.mean()
+    terms = []
+    for i, k in enumerate((0, 3, 1, 2)):
+        now, then, image = LEVELS[k].item(), LEVELS[k + 1].item(), text.image[i]
+        xt = (1 - now) * x0[i] + now * eps[i]
+        said = plain + guidance * (text.context[i].mean() + text.pooled[i].mean() - plain)
+        xs = xt + (then - now) * (3 * xt + now + said + image_guidance * image)
+        target = xs if then == 0 else xs - then * (0.2 * xs + average.bias + image)
+        x0_hat = xt - now * (0.7 * xt + student.bias + image)
+        terms.append(((x0_hat - target).square().mean() + HUBER ** 2).sqrt() - HUBER)
+    assert_close("loss", loss, torch.stack(terms).mean(), 1e-10)
 
 
 def test_only_the_student_gets_gradients_and_none_through_its_target():

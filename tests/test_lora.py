@@ -161,8 +161,9 @@ ACCEPTED = (r"names and patterns of this network's linear layers accepted: joint
     (4, 4.0, ("attn.qkv", "to_q", "attn2.qkv", "lp.fc1", "mlp"),
      "^LoRA targets: found to_q, attn2.qkv, lp.fc1, mlp, " + ACCEPTED),
     (4, 4.0, (), "^LoRA targets: found none, " + ACCEPTED),
-    (0, 4.0, lora.ALL, "^LoRA: found rank 0 and alpha 4.0, at least 1 and above 0 accepted$"),
-    (4, 0.0, lora.ALL, "^LoRA: found rank 4 and alpha 0.0, at least 1 and above 0 accepted$"),
+    (0, 4.0, lora.ALL, "^LoRA: found rank 0 and alpha 4.0, 1 to the network's width 128 and above 0 accept"),
+    (129, 4.0, lora.ALL, "^LoRA: found rank 129 and alpha 4.0, 1 to the network's width 128 "),
+    (4, 0.0, lora.ALL, "^LoRA: found rank 4 and alpha 0.0, .* and above 0 accepted$"),
     (4, float("nan"), lora.ALL, "^LoRA: found rank 4 and alpha nan, ")])
 def test_what_cannot_be_added_says_so_and_changes_nothing(rank, alpha, targets, line):
     model = tiny()

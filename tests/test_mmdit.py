@@ -4,12 +4,12 @@ import re
 
 import pytest
 import torch
-from conftest import TINY, VARIANTS, assert_close, tiny, tiny_inputs
+from conftest import TINY, VARIANTS, assert_close, rng, tiny, tiny_inputs
 from torch import Tensor
 
 import kernels
 from ladd import flow
-from ladd.mmdit import LEAST_SIGMA, MMDiT, MMDiTConfig, position_table, shrunk, sinusoid
+from ladd.mmdit import LEAST_SIGMA, MMDiT, MMDiTConfig, position_table, shrunk, sinusoid, widened
 
 all_variants = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -198,6 +198,69 @@ def test_x0_prediction_is_the_same_network_read_another_way():
     assert_close("v at 0", other(x, zero, context, pooled), expected)
     with pytest.raises(ValueError, match="'eps'.*'v' or 'x0'"):
         tiny(predicts="eps")
+
+
+# --- an image beside x ---
+
+def beside(channels: int = 3, b: int = 2, h: int = 6, w: int = 10) -> Tensor:
+    return torch.randn(b, channels, h, w, generator=rng(11)).double()
+
+
+def test_an_image_is_read_as_channels_behind_those_of_x():
+    """v, taps and the gradient to the image are those of the network called with both in one tensor; a
+    network that predicts x0 makes its v from x alone."""
+    inputs, image = tiny_inputs(), beside().requires_grad_()
+    model, clean = tiny("dual", in_channels=7), tiny("dual", in_channels=7, predicts="x0")
+    together = torch.cat([inputs[0], image], 1)
+    v, feats = model(*inputs, image, taps=(0, 2))
+    whole, whole_feats = model(together, *inputs[1:], taps=(0, 2))
+    assert torch.equal(v, whole) and all(map(torch.equal, feats, whole_feats)) and v.shape == inputs[0].shape
+    grads = [torch.autograd.grad(out.square().sum(), image)[0] for out in (v, whole)]
+    assert torch.equal(*grads) and grads[0].abs().flatten(2).amax(2).min() > 0
+    x, sigma = inputs[:2]
+    assert_close("v of x0", clean(*inputs, image), (x - whole) / sigma[:, None, None, None])
+    moved = (model(*inputs, image.flip(0)) - v).abs()
+    assert moved.flatten(1).amax(1).min() > 1e-3                            # each sample reads its own
+    single = model(*(t.float() for t in inputs), image.double())            # as precise as x, not as it came
+    assert single.dtype == torch.float32
+
+
+@pytest.mark.parametrize("x, image", [((2, 4, 6, 10), (2, 4, 6, 10)), ((2, 4, 6, 10), (2, 3, 10, 6)),
+                                      ((2, 4, 6, 10), (1, 3, 6, 10)), ((2, 4, 6, 10), None),
+                                      ((2, 7, 6, 10), (2, 3, 6, 10)), ((2, 4, 6, 10), (3, 6, 10))], ids=str)
+def test_an_image_of_a_wrong_shape_is_refused(x, image):
+    """Other channels, size, batch, rank; none where channels are missing; one where x has them all."""
+    image = None if image is None else torch.zeros(image).double()
+    with pytest.raises(ValueError, match="MMDiT: (x|image) .*expected"):
+        tiny(in_channels=7)(torch.zeros(x).double(), *tiny_inputs()[1:], image)
+    with pytest.raises(ValueError, match=r"MMDiT: image \(2, 3, 6, 10\); \(2, 0, 6, 10\) expected"):
+        tiny()(*tiny_inputs(), beside())
+
+
+@pytest.mark.parametrize("variant, predicts", [("plain", "v"), ("dual", "x0")])
+def test_widened_starts_as_the_base_and_learns_the_image(variant, predicts):
+    base, inputs, image = tiny(variant, predicts=predicts), tiny_inputs(), beside()
+    kept = {k: t.clone() for k, t in base.state_dict().items()}
+    sizes, tensors = widened(base, 7)
+    wide = MMDiT(sizes, base.kernels, torch.float64).double()
+    wide.load_state_dict(tensors)
+    assert (sizes.in_channels, sizes.out_channels, sizes.depth) == (7, 4, base.config.depth)
+    name = "x_embedder.proj.weight"
+    assert tensors.keys() == kept.keys()
+    assert all(torch.equal(t, kept[k]) for k, t in tensors.items() if k != name)
+    assert torch.equal(tensors[name][:, :4], kept[name]) and not tensors[name][:, 4:].any()
+    for other in (image, -5 * image.flip(0)):
+        v, feats = wide(*inputs, other, taps=(1,))
+        plain, plain_feats = base(*inputs, taps=(1,))
+        assert_close("v", v, plain, 1e-12)
+        assert_close("tap", feats[0], plain_feats[0], 1e-12)
+    wide(*inputs, image).square().sum().backward()
+    assert wide.x_embedder.proj.weight.grad[:, 4:].abs().amax((0, 2, 3)).min() > 1e-3
+    assert all(torch.equal(t, kept[k]) for k, t in base.state_dict().items())
+    same, tensors = widened(base, 4)
+    assert same == base.config and torch.equal(tensors[name], kept[name])
+    with pytest.raises(ValueError, match="in_channels 3; at least the base's 4 expected"):
+        widened(base, 3)
 
 
 # --- embeddings ---

@@ -1,10 +1,12 @@
 """Real models end to end, on a tiny random SD3: encode, synthesize, train, sample, in one chain."""
+import contextlib
 import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -14,14 +16,18 @@ pytest.importorskip("diffusers"), pytest.importorskip("transformers")
 import numpy as np
 import test_torchrun
 import test_train
+from conftest import assert_close, rng
 from PIL import Image
 from sd3 import JOINT, POOLED, make_folder
 from test_train import log_of, refused, rows_of, weights
 
+import kernels
 import sample
 import train
-from ladd import checkpoint, data, domain, encode, synthesize
+from ladd import checkpoint, data, domain, encode, evaluate, synthesize
 from ladd.checkpoint import load_metadata, load_mmdit, save_mmdit
+from ladd.config import parse_config
+from ladd.mmdit import MMDiT
 from ladd.sampler import image_noise
 
 ROOT = Path(__file__).parents[1]
@@ -262,6 +268,162 @@ def test_images_with_captions_are_data_too(home):
     call(home, train.main, f"{FLAGS} --name own --encoders sd3 --teacher sd3 --data own --steps 1 "
                            "--eval-prompts shown.jsonl --eval-every 0 --grid-every 0")
     assert len([line for line in log_of(home / "runs/own") if "loss_g" in line]) == 1
+
+
+# editing and inpainting
+
+ASKED = "make it red", "to the right", "large"
+ENCODE = "--encoders sd3 --area 1536 --multiple 16 --device cpu --t5-tokens 6 --shard 6 --batch 4"
+LEARN = ("--encoders sd3 --base sd3 --pairs {0} --task {0} --teacher-steps 2 --teacher-batch 4 "
+         "--teacher-lr 1e-2 --steps 2")
+
+
+@pytest.fixture(scope="module")
+def folders(home) -> Path:
+    """edit: 24 pairs of two sizes; inpaint: their targets, masked."""
+    g, pairs, listed = np.random.default_rng(0), [], []
+    (home / "pictures").mkdir()
+    for i in range(24):
+        size = (48, 32) if i % 2 else (32, 48)
+        for role in "st":
+            picture = Image.fromarray(g.integers(0, 255, (*size, 3), dtype=np.uint8))
+            picture.save(home / "pictures" / f"{i}{role}.png")
+        source, target = (f"pictures/{i}{role}.png" for role in "st")
+        pairs.append({"source": source, "target": target, "instruction": ASKED[i % 3]})
+        listed.append({"image": target, "caption": PROMPTS[i % 3]})
+    for name, lines in (("edit", pairs), ("inpaint", listed)):
+        (home / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        call(home, encode.main, f"{ENCODE} --task {name} --jsonl {name}.jsonl --out {name}")
+    return home
+
+
+def learn(home: Path, task: str, more: str) -> str:
+    return call(home, train.main, f"{FLAGS} {LEARN.format(task)} {more}")
+
+
+@pytest.fixture(scope="module")
+def edited(folders) -> tuple[Path, list[dict]]:
+    """runs/edit, from pairs to the report, and the columns of each sheet of pictures."""
+    return folders / "runs" / "edit", sheets_of(folders, "edit", "--image-guidance 1.5 --name edit")
+
+
+def sheets_of(home: Path, task: str, more: str) -> list[dict]:
+    with mock.patch.object(evaluate, "contact_sheet", wraps=evaluate.contact_sheet) as sheets:
+        learn(home, task, more)
+    return [each.args[0] for each in sheets.call_args_list]
+
+
+@pytest.mark.parametrize("task, more, parts", [
+    ("edit", "--t5-tokens 8", ("edit: found text of the encoders", "6 tokens", "8 tokens accepted")),
+    ("edit", "--data-size 11 --data-batch 11 --sizes 32x48", ("--data-size: found 11, at least 22",)),
+    ("edit", "--pairs inpaint", ("inpaint: found 12 latents of 16 channels, 17", "16 for --task edit")),
+    ("edit", "--teacher-batch 11", ("and a batch of 11 beside 2 held out",)),
+    ("inpaint", "--base runs/edit/checkpoints/teacher.safetensors", ("found 32 input channels, 16 or the",))])
+def test_pairs_that_do_not_fit_are_refused_before_a_run_is_made(folders, edited, task, more, parts):
+    with refused(*parts):
+        learn(folders, task, f"{more} --name bad")
+    assert not (folders / "runs/bad").exists()
+
+
+@pytest.mark.parametrize("task, channels", [("edit", 32), ("inpaint", 33)])
+def test_a_teacher_starts_as_its_base_whatever_the_image(home, task, channels):
+    flags = f"{FLAGS} {LEARN.format(task)}"
+    with contextlib.chdir(home):
+        sizes, tensors = train.start_of(parse_config(flags.split(), "tiny"))
+    base, start = load_mmdit(home / "sd3"), MMDiT(sizes, kernels.load("torch"))
+    start.load_state_dict(tensors)
+    assert sizes.in_channels == channels and sizes.out_channels == 16
+    g = rng(7)
+    draw = lambda *size: torch.randn(*size, generator=g)
+    x, sigma, context, pooled = draw(2, 16, 4, 6), torch.tensor([.3, .9]), draw(2, 83, JOINT), draw(2, POOLED)
+    with torch.no_grad():
+        expected = base(x, sigma, context, pooled)
+        for scale in (0, 1, 100):
+            image = scale * draw(2, channels - 16, 4, 6)
+            assert_close(f"{scale}", start(x, sigma, context, pooled, image), expected)
+
+
+def test_pairs_become_an_editing_student_and_its_report(folders, edited):
+    run, sheets = edited
+    teacher, student = (load_mmdit(run / f"checkpoints/{n}.safetensors") for n in ("teacher", "student"))
+    weight = [model.x_embedder.proj.weight for model in (load_mmdit(folders / "sd3"), teacher, student)]
+    assert [w.shape[1] for w in weight] == [16, 32, 32] and student.config.out_channels == 16
+    assert weight[1][:, 16:].abs().max() > 1e-3                    # two steps have seen the sources
+    assert not torch.equal(weight[1][:, :16], weight[0]) and not torch.equal(weight[2], weight[1])
+    lines = log_of(run)
+    assert [line["step"] for line in lines if line["stage"] == "teacher"] == [1, 2]
+    assert len([line for line in lines if "loss_g" in line]) == 2
+    nfe = {(r["model"], r["steps"], r["guidance"]): r["nfe"] for r in rows_of(run)}
+    assert nfe["teacher", 2, 3] == 6 and nfe["teacher", 2, 1] == nfe["student", 2, 1] == 2
+    assert json.loads((run / "report.json").read_text())["n"] == 4 and (run / "report.png").exists()
+    pairs, vae = data.read_folder(folders / "edit"), encode.load_vae(folders / "sd3", torch.device("cpu"))
+    held = torch.tensor([10, 11])                                  # of the twelve of each size
+    sources = [x for hw in ((4, 6), (6, 4)) for x in encode.decode_latents(vae, pairs.images[hw][held])]
+    assert len(sheets) == 3 and "teacher 2 x 3" in sheets[-1]      # two grids and the report
+    for columns in sheets:
+        assert list(columns)[0] == "source" and {len(column) for column in columns.values()} == {4}
+        for shown, source in zip(columns["source"], sources):
+            assert_close("source", shown, source)
+
+
+def test_the_data_are_edits_of_the_pairs_sources(folders, edited):
+    """Sources in order without the held-out ones; of the latents one of each size, against three evaluations
+    a step written out (InstructPix2Pix, Eq. 3)."""
+    run, pairs, sigmas = edited[0], data.read_folder(folders / "edit"), (1.0, 3 * .5 / 2.0, 0.0)
+    d, teacher = data.read_folder(run / "data"), load_mmdit(run / "checkpoints/teacher.safetensors")
+    assert d.provenance["image_guidance"] == 1.5 and d.provenance["guidance"] == 3
+    encoders = encode.load_encoders(folders / "sd3", torch.device("cpu"), torch.float32, "device", 6)
+    embed = lambda words: [t.bfloat16().float() for t in encode.encode_prompts(encoders, [words], 1, str)]
+    for hw, i, seed in (((4, 6), 1, 1), ((6, 4), 5, 11)):          # shards of six, the sizes in turn
+        x0, ids = d.buckets[hw]
+        rows = torch.arange(12) % 10                               # two of the twelve are held out
+        assert torch.equal(ids, pairs.buckets[hw][1][rows])
+        assert torch.equal(d.images[hw][torch.arange(12)], pairs.images[hw][rows].bfloat16())
+        image, text, null = pairs.images[hw][rows[i:i + 1]].float(), embed(d.prompts[ids[i]]), embed("")
+        x = image_noise([seed], (16, *hw))
+        for now, then in zip(sigmas, sigmas[1:]):
+            with torch.no_grad():
+                full, bare, none = (teacher(x, torch.tensor([now]), *words, beside) for words, beside in (
+                    (text, image), (null, image), (null, torch.zeros_like(image))))
+            x = x + (then - now) * (none + 1.5 * (bare - none) + 3 * (full - bare))
+        error = (x0[torch.tensor([i])].float() - x).abs().max() / x.abs().max()
+        assert error < 1e-2, error                                 # stored in bf16
+
+
+def shows_holes(home: Path, columns: dict) -> None:
+    """What the mask keeps is the source's in every column; what it repaints is striped in the first."""
+    d, vae = data.read_folder(home / "inpaint"), encode.load_vae(home / "sd3", torch.device("cpu"))
+    held, first, *others = torch.tensor([10, 11]), *columns
+    whole = [x for hw in ((4, 6), (6, 4)) for x in encode.decode_latents(vae, d.buckets[hw][0][held].float())]
+    masks = [m for hw in ((4, 6), (6, 4)) for m in d.images[hw][held][:, 0].bool()]
+    assert first == "to repaint" and len(others) == 5 and sum(int((~m).sum()) for m in masks) > 0
+    for i, (picture, cells) in enumerate(zip(whole, masks)):
+        mask = cells.repeat_interleave(8, 0).repeat_interleave(8, 1)
+        assert columns[first][i][:, mask].abs().sub(.4).abs().max() < 1e-6
+        for name in others:
+            shown = columns[name][i]
+            assert_close(name, shown[:, ~mask], picture[:, ~mask])
+            assert (shown[:, mask] - picture[:, mask]).abs().mean() > .01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["edit", "inpaint"])
+def test_a_run_from_real_images_goes_on_after_a_stop_in_each_stage(folders, task):
+    """--stop-after 1 stops after each step of the teacher, of the heads and of the student."""
+    columns = sheets_of(folders, task, f"--name whole-{task}")[-1]
+    if task == "inpaint":
+        shows_holes(folders, columns)
+    said = [learn(folders, task, f"--name parts-{task} --stop-after 1") for _ in range(6)]
+    stops = [re.search(r"saved step (\d) in \S*/(\w+)", text) for text in said]
+    assert [stop and stop.groups() for stop in stops] == [
+        ("1", "teacher"), ("2", "teacher"), ("1", "distill"), ("2", "distill"), ("3", "distill"), None], said
+    for name in ("teacher", "student"):
+        one, two = (weights(folders / f"runs/{kind}-{task}/checkpoints/{name}.safetensors")
+                    for kind in ("whole", "parts"))
+        assert all(torch.equal(one[key], two[key]) for key in one), name
+        assert one["x_embedder.proj.weight"].shape[1] == {"edit": 32, "inpaint": 33}[task]
+    same_folder(folders / f"runs/whole-{task}/data", folders / f"runs/parts-{task}/data")
+    assert (folders / f"runs/parts-{task}/report.png").exists()
 
 
 def test_the_exported_student_draws_the_same_picture_in_diffusers(home, tmp_path):

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import kernels
 import sample
-from ladd import report, shapes
+from ladd import domain, report, shapes, tasks
 from ladd.checkpoint import load_metadata, load_mmdit, save_mmdit
 from ladd.config import Config, InputError, to_json
 from ladd.mmdit import MMDiT, MMDiTConfig
@@ -27,6 +27,9 @@ ROOT = Path(__file__).parents[1]
 RED, BLUE = "large red circle left on black", "small blue cross"
 CONFIG = Config(name="demo", depth=2, width=64, taps=(0, 1), shift=3.0, guidance=2.0, sample_steps=6,
                 sampler="euler", sizes=("64x64", "48x80", "80x48"))
+TASKS = {task: replace(CONFIG, name=task, task=task, image_guidance=1.5 if task == "edit" else 1.0)
+         for task in ("edit", "inpaint")}
+CROSS = "turn it into a cross"
 LEVELS = {1: [1, 0], 2: [1, .75, 0], 4: [1, .9, .75, .5, 0]}        # {1, .5}, {1, .75, .5, .25} shifted by 3
 
 
@@ -45,6 +48,18 @@ def run(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def task_runs(tmp_path_factory) -> dict[str, Path]:
+    """A run folder of each task that reads a picture."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for task, config in TASKS.items():
+        for seed, role in enumerate(("student", "teacher")):
+            model = network(seed, in_channels=16 + config.beside)
+            save_mmdit(model, folder / task / "checkpoints" / f"{role}.safetensors", describe(config, role))
+        (folder / task / "config.json").write_text(to_json(config))
+    return {task: folder / task for task in TASKS}
+
+
 @pytest.fixture(autouse=True)
 def fp32(monkeypatch):
     monkeypatch.setattr(sample, "compute_dtype", lambda precision, device: torch.float32)
@@ -60,23 +75,29 @@ def text(path: Path) -> tuple[str, dict]:
     return chunks["parameters"], json.loads(chunks["ladd"])
 
 
-def shoot(run: Path, out: Path, *flags: str, prompt: str = RED) -> np.ndarray:
-    sample.main(["--run", str(run), "--prompt", prompt, "--out", str(out), *flags])
+def shoot(run: Path, out: Path, *flags: str, prompt: str = RED, instruction: str | None = None) -> np.ndarray:
+    said = ["--prompt", prompt] if instruction is None else ["--instruction", instruction]
+    sample.main(["--run", str(run), *said, "--out", str(out), *flags])
     return pixels(out)
 
 
 def naive(path: Path, prompt: str, seed: int, sigmas: list[float], guidance: float = 1.0,
-          size: tuple[int, int] = (64, 64)) -> np.ndarray:
-    """The picture by Euler steps written out, one image at a time."""
+          size: tuple[int, int] = (64, 64), init: torch.Tensor | None = None,
+          image: torch.Tensor | None = None, image_guidance: float = 1.0) -> np.ndarray:
+    """The picture by Euler steps written out, one image at a time; from latents `init` noised to the first
+    level, with channels `image` beside x."""
     model = load_mmdit(path)
     x = torch.randn(1, 16, size[0] // 8, size[1] // 8, generator=torch.Generator().manual_seed(seed))
-    words, null = (shapes.embed([p], shapes.max_words(1), 64) for p in (prompt, ""))
+    x = x if init is None else (1 - sigmas[0]) * init + sigmas[0] * x
+    spell, length = (tasks.embed, 8) if image is not None and image.shape[1] == 16 else (shapes.embed, 6)
+    words, null = (spell([p], length, 64) for p in (prompt, ""))
     with torch.no_grad():
         for now, then in zip(sigmas, sigmas[1:]):
-            v = model(x, torch.tensor([now]), *words)
-            if guidance != 1:
-                v_null = model(x, torch.tensor([now]), *null)
-                v = v_null + guidance * (v - v_null)
+            ask = lambda text, image=image: model(x, torch.tensor([now]), *text, image)
+            v = ask(words)
+            if (guidance, image_guidance) != (1, 1):
+                v_null, v_none = ask(null), 0 if image is None else ask(null, 0 * image)
+                v = v_none + image_guidance * (v_null - v_none) + guidance * (v - v_null)
             x = x + (then - now) * v
     return ((shapes.decode(x)[0] + 1) * 127.5).round().int().permute(1, 2, 0).numpy()
 
@@ -253,6 +274,176 @@ def test_grid_shows_every_image_once(run, tmp_path, sheets):
     assert record["seeds"] == [5, 6, 7, 8, 9, 10] and record["prompts"] == [RED] * 3 + [BLUE] * 3
 
 
+# with a picture
+
+
+def save_pixels(path: Path, seed: int, hw: tuple[int, int] = (64, 64)) -> torch.Tensor:
+    """A file of random pixels, every value among them; the picture [1, 3, H, W] in [-1, 1]."""
+    values = np.random.default_rng(seed).integers(0, 256, (*hw, 3), dtype=np.uint8)
+    Image.fromarray(values).save(path)
+    return torch.from_numpy(values).permute(2, 0, 1)[None].double().div(255).mul(2).sub(1).float()
+
+
+def save_mask(path: Path, hw: tuple[int, int] = (64, 64)) -> np.ndarray:
+    """A file white in a rectangle off the grid of cells; [H, W, 1], True where white."""
+    mask = np.zeros(hw, bool)
+    mask[13:46, 5:30] = True
+    Image.fromarray(mask).save(path)
+    return mask[..., None]
+
+
+def test_an_edit_is_sampled_beside_its_source(task_runs, tmp_path):
+    image = shapes.encode(save_pixels(tmp_path / "a.png", 0, (48, 80)))
+    flags = "--init-image", str(tmp_path / "a.png"), "--seed", "7"
+    shot = lambda name, *more: shoot(task_runs["edit"], tmp_path / name, *flags, *more, instruction=CROSS)
+    checkpoint = lambda role: task_runs["edit"] / f"checkpoints/{role}.safetensors"
+    by_teacher = lambda *guidance: naive(checkpoint("teacher"), CROSS, 7, [1, 6 / 7, .6, 0], guidance[0],
+                                         (48, 80), None, image, guidance[1])
+    student = shot("s.png")
+    assert_same(student, naive(checkpoint("student"), CROSS, 7, LEVELS[4], 1, (48, 80), None, image))
+    steps = "--model", "teacher", "--steps", "3"
+    assert_same(shot("t.png", *steps), by_teacher(2, 1.5))           # both as in its run
+    assert_same(shot("p.png", *steps, "--guidance", "1"), by_teacher(1, 1))
+    assert_same(shot("i.png", *steps, "--image-guidance", "3"), by_teacher(2, 3))
+    save_pixels(tmp_path / "b.png", 1, (48, 80))
+    assert differ(student, shot("b2.png", "--init-image", str(tmp_path / "b.png")))
+    parameters, record = text(tmp_path / "t.png")
+    assert f"{CROSS}\nSteps: 3, Sampler: Euler, CFG scale: 2, Image CFG scale: 1.5, Seed: 7," in parameters
+    assert (record["task"], record["init_image"], "mask" in record) == ("edit", "a.png", False)
+    assert "Image CFG" not in text(tmp_path / "s.png")[0] and "strength" not in parameters
+
+
+def test_instructions_from_a_file_each_edit_the_picture(task_runs, tmp_path):
+    image = shapes.encode(save_pixels(tmp_path / "a.png", 0))
+    (tmp_path / "i.txt").write_text(f"# edits\n{CROSS}\nMake it  RED\n")
+    flags = ["--run", str(task_runs["edit"]), "--init-image", str(tmp_path / "a.png")]
+    sample.main([*flags, "--prompt-file", str(tmp_path / "i.txt"), "--out", str(tmp_path / "o")])
+    for seed, (path, said) in enumerate(zip(sorted((tmp_path / "o").iterdir()), (CROSS, "make it red"))):
+        student = task_runs["edit"] / "checkpoints/student.safetensors"
+        assert_same(pixels(path), naive(student, said, seed, LEVELS[4], image=image))
+        assert text(path)[1]["prompts"] == [said]
+
+
+def test_inpainting_keeps_every_pixel_outside_the_mask_and_sees_none_under_it(task_runs, tmp_path):
+    picture, mask = save_pixels(tmp_path / "a.png", 0), save_mask(tmp_path / "m.png")
+    shot = lambda out, source: shoot(task_runs["inpaint"], tmp_path / out, "--init-image",
+                                     str(tmp_path / source), "--mask", str(tmp_path / "m.png"))
+    source, image = pixels(tmp_path / "a.png"), shot("1.png", "a.png")
+    assert set(source[~mask[..., 0]].flat) == set(range(256))
+    assert (np.where(mask, source, image) == source).all()
+    beside = tasks.beside(shapes.encode, picture, torch.from_numpy(mask[None, ..., 0]))
+    wanted = naive(task_runs["inpaint"] / "checkpoints/student.safetensors", RED, 0, LEVELS[4], image=beside)
+    assert_same(image * mask, wanted * mask)
+    assert differ(image, source)
+
+    def whitened(name: str, where: np.ndarray) -> np.ndarray:
+        Image.fromarray(np.where(where, 255, source).astype(np.uint8)).save(tmp_path / name)
+        return shot(f"of_{name}", name)
+    assert (whitened("b.png", mask) == image).all()
+    assert np.abs(mask * (whitened("c.png", ~mask) - image)).max() > 8
+    record = text(tmp_path / "1.png")[1]
+    assert (record["task"], record["init_image"], record["mask"]) == ("inpaint", "a.png", "m.png")
+
+
+def test_strength_starts_from_the_noised_picture(run, tmp_path, capsys):
+    init = shapes.encode(save_pixels(tmp_path / "a.png", 0))
+    shot = lambda name, strength, *flags: shoot(run, tmp_path / name, "--init-image", str(tmp_path / "a.png"),
+                                                "--strength", strength, *flags)
+    half = shot("b.png", "0.5")
+    checkpoint = run / "checkpoints/student.safetensors"
+    assert_same(half, naive(checkpoint, RED, 0, [.75, .5, 0], init=init))
+    parameters, record = text(tmp_path / "b.png")
+    assert parameters.endswith(", Denoising strength: 0.5") and parameters.startswith(f"{RED}\nSteps: 4,")
+    column = record["columns"][0]
+    assert column["sigmas"] == pytest.approx([.75, .5, 0], abs=1e-6) and column["strength"] == .5
+    assert (record["task"], record["init_image"]) == ("text", "a.png")
+    assert (shot("c.png", "1") == shoot(run, tmp_path / "d.png")).all()
+    assert "note" not in capsys.readouterr().out
+    assert (shot("e.png", "0.6") == half).all()
+    assert "note: --strength 0.6: 0.5, the nearest trained level\n" in capsys.readouterr().out
+    assert text(tmp_path / "e.png")[0].endswith(", Denoising strength: 0.5")
+    assert_same(shot("f.png", "0.2", "--steps", "2"), naive(checkpoint, RED, 0, [.75, 0], init=init))
+    assert_same(shot("g.png", "0.5", "--sigmas", "1,.7"), naive(checkpoint, RED, 0, [.7, 0], init=init))
+    assert "--strength 0.5: 0.438, the nearest level\n" in capsys.readouterr().out
+
+
+def test_the_lower_the_strength_the_nearer_to_the_picture(run, tmp_path):
+    scenes = shapes.sample_scenes(1, (64, 64), 1, torch.Generator().manual_seed(0))
+    report.save_png(shapes.render(scenes, (64, 64))[0], tmp_path / "a.png", {})
+    shot = lambda strength: shoot(run, tmp_path / f"{strength}.png", "--init-image", str(tmp_path / "a.png"),
+                                  "--strength", strength, "--model", "teacher", "--steps", "100")
+    codec = ((shapes.decode(shapes.encode(shapes.render(scenes, (64, 64))))[0] + 1) * 127.5).permute(1, 2, 0)
+    near, far = (np.abs(shot(s) - codec.numpy()).mean() for s in ("0.01", "0.5"))
+    assert near < 5 < 40 < far, (near, far)
+
+
+def test_compare_shows_what_the_networks_are_shown(run, task_runs, tmp_path, sheets, capsys):
+    picture, mask = save_pixels(tmp_path / "a.png", 0), save_mask(tmp_path / "m.png")
+    source, flags = pixels(tmp_path / "a.png"), ["--init-image", str(tmp_path / "a.png")]
+    shoot(task_runs["edit"], tmp_path / "e.png", *flags, "--compare", "--instruction", "remove it",
+          instruction=CROSS)
+    columns, rows = sheets[-1]
+    assert list(columns) == ["source", "teacher 6 x 3", "teacher 4", "student 4", "student 2", "student 1"]
+    assert rows == [f"{CROSS}, seed=0", "remove it, seed=1"]
+    assert all((image == source).all() for image in columns["source"])
+    alone = shoot(task_runs["edit"], tmp_path / "e2.png", *flags, "--steps", "2", instruction=CROSS)
+    assert_same(columns["student 2"][0], alone)
+
+    shoot(task_runs["inpaint"], tmp_path / "i.png", *flags, "--mask", str(tmp_path / "m.png"), "--compare")
+    columns, _ = sheets[-1]
+    assert list(columns)[0] == "to repaint" and len(columns) == 6
+    striped, inside = columns.pop("to repaint")[0], np.broadcast_to(mask, source.shape)
+    assert (striped == source)[~inside].all() and set(striped[inside]) == {76, 178}      # -.4 and .4
+    assert all((images[0] == np.where(mask, images[0], source)).all() for images in columns.values())
+
+    capsys.readouterr()
+    shoot(run, tmp_path / "t.png", *flags, "--strength", "0.5", "--compare")
+    columns, _ = sheets[-1]
+    assert (columns["source"][0] == source).all()
+    assert_same(columns["student 2"][0], naive(run / "checkpoints/student.safetensors", RED, 0, [.75, 0],
+                                               init=shapes.encode(picture)))
+    assert re.findall("note.*", capsys.readouterr().out) == [
+        "note: --strength 0.5: 1, the nearest trained level of student 1"]
+
+
+def test_grid_of_edits(task_runs, tmp_path, sheets):
+    image = shapes.encode(save_pixels(tmp_path / "a.png", 0))
+    shoot(task_runs["edit"], tmp_path / "g.png", "--init-image", str(tmp_path / "a.png"), "--grid", "--num",
+          "2", instruction=CROSS)
+    (columns, rows), = sheets
+    assert rows == [f"{CROSS}, seed=0"] and list(columns) == ["student 4", "+1"]
+    wanted = naive(task_runs["edit"] / "checkpoints/student.safetensors", CROSS, 1, LEVELS[4], image=image)
+    assert_same(columns["+1"][0], wanted)
+
+
+def test_a_real_picture_is_encoded_by_the_vae_that_decodes(tmp_path, monkeypatch):
+    pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    import sd3
+    from ladd import encode
+    folder, loads, load = sd3.make_folder(tmp_path / "sd3"), [], encode.load_vae
+    monkeypatch.setattr(encode, "load_vae", lambda *given: loads.append(load(*given)) or loads[-1])
+    picture, mask = save_pixels(tmp_path / "a.png", 0), save_mask(tmp_path / "m.png")
+    d = domain.sd3_domain(folder, torch.device("cpu"), "none", 6)
+    d.decode(d.latents(picture))
+    vae, = loads                                                     # once, for both
+    mean = vae.encode(picture).latent_dist.mean
+    torch.testing.assert_close(d.latents(picture), (mean - .0609) * 1.5305)
+
+    config = replace(TASKS["inpaint"], encoders=str(folder))
+    model = network(0, in_channels=33, context_dim=sd3.JOINT, pooled_dim=sd3.POOLED)
+    save_mmdit(model, tmp_path / "m.safetensors", describe(config, "student"))
+    flags = ["--checkpoint", str(tmp_path / "m.safetensors"), "--encoders", str(folder), "--prompt", "red",
+             "--t5-tokens", "6", "--device", "cpu", "--mask", str(tmp_path / "m.png")]
+    source = pixels(tmp_path / "a.png")
+    Image.fromarray(np.where(mask, 255 - source, source).astype(np.uint8)).save(tmp_path / "b.png")
+    for name in "a", "b":
+        sample.main([*flags, "--init-image", str(tmp_path / f"{name}.png"), "--out",
+                     str(tmp_path / f"of_{name}.png")])
+    image = pixels(tmp_path / "of_a.png")
+    assert (image == pixels(tmp_path / "of_b.png")).all() and differ(image, source)
+    assert (np.where(mask, source, image) == source).all()
+
+
 # text
 
 
@@ -267,8 +458,9 @@ def test_what_a_png_says(run, tmp_path, capsys):
     assert record["versions"]["torch"] == torch.__version__ and record["commit"] and record["device"]
     assert {k: record[k] for k in ("prompts", "seeds", "height", "width", "shift", "columns")} == {
         "prompts": [RED], "seeds": [42], "height": 64, "width": 64, "shift": 3.0, "columns": [
-            {"role": "student", "sampler": "euler", "steps": 4, "guidance": 1.0, "model": "demo-student",
-             "model_hash": digest}]}
+            {"role": "student", "sampler": "euler", "steps": 4, "guidance": 1.0, "image_guidance": 1.0,
+             "strength": 1.0, "model": "demo-student", "model_hash": digest}]}
+    assert record["task"] == "text" and not {"init_image", "mask"} & set(record)
     line = capsys.readouterr().out.splitlines()[-1]
     line = re.sub(r"[\d.]+ (?=images/s|ms|GB)", "", line)
     assert line == f"{tmp_path / 'a.png'}: 1 images, images/s, ms a step of 1, GB at peak"
@@ -328,7 +520,31 @@ def under_a_file(folder: Path) -> list[str]:
     return ["--out", str(folder / "file" / "a.png")]
 
 
-RUN, PROMPT = ["--run", "RUN"], ["--prompt", RED]
+def from_picture(kind: str, *flags: str, hw: tuple[int, int] = (64, 64), mask: np.ndarray | None = None,
+                 prompt: str | None = None, instruction: str | None = None):
+    """A function of a folder: writes a.png and m.png there and gives the flags to sample with them."""
+    if (prompt, instruction) == (None, None):
+        prompt, instruction = (None, CROSS) if kind == "EDIT" else (RED, None)
+    said = ["--prompt", prompt] if instruction is None else ["--instruction", instruction]
+
+    def made(folder: Path) -> list[str]:
+        save_pixels(folder / "a.png", 0, hw)
+        if mask is not None:
+            Image.fromarray(mask).save(folder / "m.png")
+        masked = [] if mask is None else ["--mask", "m.png"]
+        return ["--run", kind, *said, "--init-image", "a.png", *masked, *flags]
+    return made
+
+
+def no_picture(folder: Path) -> list[str]:
+    (folder / "a.png").write_bytes(b"a letter")
+    return EDIT + ["--init-image", "a.png"]
+
+
+WHITE, BLACK = np.full((64, 64), 255, np.uint8), np.zeros((64, 64), np.uint8)
+SMOOTH = np.arange(4096, dtype=np.uint16).reshape(64, 64).astype(np.uint8)
+PURPLE = np.stack([WHITE, BLACK, WHITE], -1)
+RUN, PROMPT, EDIT = ["--run", "RUN"], ["--prompt", RED], ["--run", "EDIT", "--instruction", CROSS]
 GOOD = RUN + PROMPT                  # RUN stands for the run folder; --out is added where a case has none
 BAD = {  # name: (flags or a function of a folder that gives them, what the message says)
     "a graph on a cpu": (GOOD + ["--graph", "--device", "cpu"], "--graph: found cpu, a CUDA device accepted"),
@@ -336,14 +552,18 @@ BAD = {  # name: (flags or a function of a folder that gives them, what the mess
     "abbreviation": (GOOD + ["--guid", "1"], "unknown argument '--guid'"),
     "no run": (["--run", "runs/nowhere"] + PROMPT, "runs/nowhere: found no config.json"),
     "no checkpoint": (["--checkpoint", "nowhere"] + PROMPT, "nowhere: found no whole safetensors file"),
-    "neither": (PROMPT, "--run, --checkpoint: found neither"),
-    "both": (GOOD + ["--checkpoint", "x"], "--run, --checkpoint: found both"),
+    "neither": (PROMPT, "--run, --checkpoint: found none, exactly one expected"),
+    "both": (GOOD + ["--checkpoint", "x"], "--run, --checkpoint: found --run --checkpoint, exactly one"),
     "broken config": (lambda f: run_with(f, "{"), "config.json: found no whole JSON"),
-    "config of something else": (lambda f: run_with(f, "[1]"), "config.json: found no objects.*train.py"),
+    "config of something else": (lambda f: run_with(f, "[1]"), "config.json: found no task, obj.*train.py"),
     "unfinished run": (lambda f: run_with(f, to_json(CONFIG)), "student.safetensors: found no such file"),
     "truncated": (truncated, "m.safetensors: found no whole safetensors"),
     "something else": (something_else, "m.safetensors: found no x_embedder.proj.weight"),
     "no metadata": (lambda f: checkpoint_of(f, "levels", "shift"), "m.safetensors: found no shift, levels;"),
+    "no task": (lambda f: checkpoint_of(f, "task"), "m.safetensors: found no task; accepted is what train"),
+    "unknown task": (lambda f: checkpoint_of(f, task="paint"), "--task: found 'paint', accepted are text,"),
+    "other task": (lambda f: checkpoint_of(f, task="edit")[:2] + from_picture("EDIT")(f)[2:],
+                   "found .16, 16, 64, 64. .*32, 16, 64, 64. expected of task edit"),
     "role": (lambda f: checkpoint_of(f, role="vae"), "found role 'vae', student or teacher expected"),
     "bad number": (lambda f: checkpoint_of(f, shift="fast"), "m.safetensors: .*'fast'"),
     "bad levels": (lambda f: checkpoint_of(f, levels="0.5,1.0"), "m.safetensors: --levels: found .0.5, 1.0."),
@@ -351,8 +571,8 @@ BAD = {  # name: (flags or a function of a folder that gives them, what the mess
     "other text": (lambda f: checkpoint_of(f, model=network(0, context_dim=32)),
                    "found .16, 16, 32, 64. channels.*16, 16, 64, 64"),
     "other role": (lambda f: checkpoint_of(f) + ["--model", "teacher"], "--model: found teacher, .* student"),
-    "no prompt": (RUN, "--prompt, --prompt-file: found neither"),
-    "two prompts": (lambda f: GOOD + file_with(f, b"circle"), "--prompt, --prompt-file: found both"),
+    "no prompt": (RUN, "--prompt, --prompt-file, --instruction: found none, exactly one expected"),
+    "two prompts": (lambda f: GOOD + file_with(f, b"circle"), "--instruction: found --prompt --prompt-file,"),
     "empty file": (lambda f: RUN + file_with(f, b"\n# none\n"), "p.txt: found no prompt, one a line"),
     "no file": (RUN + ["--prompt-file", "nowhere.txt"], "nowhere.txt: found no file to read"),
     "no text": (lambda f: RUN + file_with(f, b"\xff\xfe\x00"), "p.txt: found byte 0 that is no UTF-8"),
@@ -389,16 +609,55 @@ BAD = {  # name: (flags or a function of a folder that gives them, what the mess
     "out exists": (lambda f: GOOD + taken(f), "taken.png there already"),
     "out exists in folder": (lambda f: GOOD + taken_in_folder(f), "000001_seed1.png there already"),
     "out under a file": (lambda f: GOOD + under_a_file(f), "--out: found .*file"),
+    # with a picture; from_picture writes one
+    "prompt and instruction": (GOOD + EDIT[2:], "--instruction: found --prompt --instruction, exactly one"),
+    "prompt for an edit": (from_picture("EDIT", prompt=RED), "--prompt: found with a network of task edit, "
+                           "--instruction, --init-image, --image-guidance accepted"),
+    "instruction for text": (RUN + EDIT[2:], "--instruction: found with a network of task text, --prompt,"),
+    "mask for an edit": (from_picture("EDIT", mask=WHITE), "--mask: found with a network of task edit"),
+    "mask for text": (from_picture("RUN", "--strength", "1", mask=WHITE), "--mask: found with .* task text"),
+    "strength for a mask": (from_picture("INPAINT", "--strength", "1", mask=WHITE), "--strength: found with"),
+    "image guidance for text": (GOOD + ["--image-guidance", "2"], "--image-guidance: found with .* text"),
+    "image guided student": (from_picture("EDIT", "--image-guidance", "2"),
+                             "--image-guidance: found 2.0, 1 .none. expected: a student"),
+    "image guidance": (from_picture("EDIT", "--image-guidance", "-1"), "--image-guidance: found -1.0, 0 to"),
+    "no picture to edit": (EDIT, "--init-image: found nothing, a file for a network of task edit expected"),
+    "no picture to repaint": (["--run", "INPAINT", *PROMPT], "--init-image: found nothing, a file for"),
+    "no mask": (from_picture("INPAINT"), "--mask: found nothing, a file for a network of task inpaint"),
+    "no strength": (from_picture("RUN"), "--init-image: found alone .* text, --init-image and --strength"),
+    "strength alone": (GOOD + ["--strength", "1"], "--strength: found alone with a network of task text"),
+    "strength 0": (from_picture("RUN", "--strength", "0"), "--strength: found 0.0, above 0 and at most 1"),
+    "strength 1.1": (from_picture("RUN", "--strength", "1.1"), "--strength: found 1.1, above 0 and at most"),
+    "strength nan": (from_picture("RUN", "--strength", "nan"), "--strength: found nan"),
+    "no instruction": (from_picture("EDIT", instruction="circle red"), "'circle red': found none, accepted"),
+    "misspelt": (from_picture("EDIT", instruction="make it rod"), "'rod', nearest known .* 'red'"),
+    "missing picture": (EDIT + ["--init-image", "no.png"],
+                        "--init-image no.png: found no whole image .*No such file"),
+    "a letter": (no_picture, "--init-image a.png: found no whole image"),
+    "picture's sides": (from_picture("EDIT", hw=(60, 64)), "--init-image a.png: found 60x64 .*multiples"),
+    "picture's size": (from_picture("EDIT", "--size", "48x80"), "--size: found 48x80, .* a.png has 64x64"),
+    "large picture": (from_picture("EDIT", hw=(144, 64)), "--init-image a.png: found 144x64, .* 128x128"),
+    "missing mask": (from_picture("INPAINT", "--mask", "no.png"), "--mask no.png: found no whole image"),
+    "mask's size": (from_picture("INPAINT", mask=WHITE, hw=(48, 80)),
+                    "--mask m.png: found 64x64 pixels, the picture's 48x80 accepted"),
+    "black mask": (from_picture("INPAINT", mask=BLACK), "--mask m.png: found all black, nothing to repaint"),
+    "grey mask": (from_picture("INPAINT", mask=SMOOTH), "--mask m.png: found 4064 pixels neither black nor"),
+    "coloured mask": (from_picture("INPAINT", mask=PURPLE), "--mask m.png: found colours, black and white"),
+    "latents of an edit": (EDIT + ["--save-latents", "o"],
+                           "--save-latents: found a network of task edit, one of task text expected; train"),
+    "latents by a picture": (from_picture("RUN", "--strength", "1", "--save-latents", "o"),
+                             "--save-latents: found --init-image beside it"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_named_and_nothing_is_written(run, tmp_path, monkeypatch, case):
+def test_bad_input_is_named_and_nothing_is_written(run, task_runs, tmp_path, monkeypatch, case):
     flags, message = BAD[case]
     monkeypatch.chdir(tmp_path)
     flags = flags(tmp_path) if callable(flags) else flags
-    flags = [str(run) if flag == "RUN" else flag for flag in flags]
-    flags += [] if "--out" in flags else ["--out", "o.png"]
+    runs = {"RUN": run, "EDIT": task_runs["edit"], "INPAINT": task_runs["inpaint"]}
+    flags = [str(runs.get(flag, flag)) for flag in flags]
+    flags += [] if {"--out", "--save-latents"} & {*flags} else ["--out", "o.png"]
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(InputError) as error:
         sample.main(flags)

@@ -5,7 +5,7 @@ from conftest import assert_close, rng, tiny, tiny_inputs
 from torch import Tensor
 
 from ladd import flow, sampler
-from ladd.distill import Text
+from ladd.distill import Text, TextImage
 
 SHAPE = (4, 6, 10)
 SEEDS = [3, 14, 15]
@@ -57,6 +57,29 @@ def test_guidance_formula_at_two_evaluations(guidance):
     without = model.model(noise, sigma, null.context.expand(3, -1, -1), null.pooled.expand(3, -1))
     assert (with_text - without).abs().max() > 0.1
     assert_close("v", v, without + guidance * (with_text - without), 1e-10)
+
+
+@pytest.mark.parametrize("guidance, image_guidance, evaluations", [
+    (1.0, 1.0, 1), (2.5, 1.0, 2), (2.5, 1.6, 3), (1.0, 1.6, 3), (3.0, 0.0, 3)])
+def test_guidance_by_text_and_image_is_the_formula_of_three_terms(guidance, image_guidance, evaluations):
+    """v_none + g_image (v_null - v_none) + g (v_text - v_null): null keeps the image, none has neither. With
+    g_image 1 none drops out, which is how inpainting is guided: never without its mask."""
+    model, (noise, text, null) = Counting(tiny(in_channels=7)), setting()
+    image = torch.randn(3, 3, *SHAPE[1:], generator=rng(5)).double()
+    sigma, text = torch.tensor([0.9, 0.5, 0.1]).double(), TextImage(*text, image)
+    v = sampler.guided(model, null, guidance, image_guidance)(noise, sigma, text)
+    assert model.rows == evaluations == sampler.evaluations(guidance, image_guidance)
+    empty = null.context.expand(3, -1, -1), null.pooled.expand(3, -1)
+    v_text, v_null, v_none = (model.model(noise, sigma, *read) for read in (
+        text, (*empty, image), (*empty, torch.zeros_like(image))))
+    assert min((v_text - v_null).abs().max(), (v_null - v_none).abs().max()) > 0.1
+    expected = v_none + image_guidance * (v_null - v_none) + guidance * (v_text - v_null)
+    assert_close("v", v, expected, 1e-10)
+    levels = flow.euler_levels(2).double()
+    model.rows = 0
+    x = sampler.sample(model, noise, text, levels, "euler", SEEDS, null, guidance, image_guidance)
+    plain = sampler.guided(model.model, null, guidance, image_guidance)
+    assert model.rows == 2 * evaluations and torch.equal(x, sampler.euler(plain, noise, text, levels))
 
 
 @pytest.mark.parametrize("levels", [flow.euler_levels(1), flow.euler_levels(4, 3.0),
@@ -157,6 +180,8 @@ def test_guidance_without_the_null_text_is_refused():
     noise, text, _ = setting()
     with pytest.raises(ValueError, match="null text"):
         sampler.sample(tiny(), noise, text, flow.euler_levels(1), "euler", SEEDS, None, 2.0)
+    with pytest.raises(ValueError, match="null text"):
+        sampler.sample(tiny(), noise, text, flow.euler_levels(1), "euler", SEEDS, None, 1.0, 2.0)
 
 
 def test_a_graph_is_recorded_once_a_shape_and_reads_every_call_anew():

@@ -34,14 +34,14 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def setting(flags: str = ""):
-    """(config, distillation config, players, the parts of one step)."""
+def setting(flags: str = "", beside: bool = False):
+    """(config, distillation config, players, the parts of one step); `beside`: of latents with images."""
     config = parse_config(f"{TINY} --kernels torch --batch 8 --heads-first 0 {flags}".split(), "tiny")
     torch.manual_seed(0)
-    base = MMDiT(MMDiTConfig(2, 64, 2, 4, 2, 2, pos_grid=4), step.ops_of(config))
+    base = MMDiT(MMDiTConfig(2, 64, 2, 4, 2 + beside, 2, pos_grid=4), step.ops_of(config))
     for p in base.parameters():
         torch.nn.init.normal_(p, std=0.05)
-    dc, data = step.distill_config(config), latents()
+    dc, data = step.distill_config(config), latents(beside=beside)
     players = step.make_players(config, base, step.Layout(CPU))
     return config, dc, players, step.step_parts(config, dc, data, 0, 0)
 
@@ -138,9 +138,9 @@ def test_processes_and_micro_batches_share_the_calibration(monkeypatch):
     assert_close("std", heads.feat_std, whole[1])
 
 
-def student_after(flags: str) -> torch.Tensor:
+def student_after(flags: str, beside: bool = False) -> torch.Tensor:
     """All weights of the student after a step."""
-    config, dc, players, parts = setting(flags)
+    config, dc, players, parts = setting(flags, beside)
     fakes = step.heads_step(config, dc, players, parts, True)[-1]
     step.student_step(config, dc, players, parts, fakes)
     return torch.cat([p.detach().flatten() for p in players.student.parameters()])
@@ -159,3 +159,13 @@ def test_schedules_differ_in_which_heads_the_student_meets():
     assert torch.equal(student_after(f"{still} --schedule simultaneous"), before)
     parts = student_after(f"{far} --schedule simultaneous --micro-batch 2")
     assert (parts - before).norm() < 0.02 * moved      # Adam magnifies rounding where gradients are near zero
+
+
+def test_micro_batches_bring_their_own_images():
+    """A step on them is that on the whole batch, the captions that do not fit among them: the student meets
+    the heads that these have moved."""
+    flags = "--heads-lr 0.1 --beta1 0 --lr 1e-3 --misaligned .5 --schedule two-forward"
+    start, whole, split = (student_after(f"{flags} {more}", True)
+                           for more in ("--lr 0", "", "--micro-batch 2"))
+    moved = (whole - start).norm()
+    assert moved > 0.1 and (split - whole).norm() < 0.02 * moved

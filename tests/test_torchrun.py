@@ -131,6 +131,24 @@ def test_two_processes_train_as_one(home, whole):
 
 
 @pytest.mark.slow
+def test_two_processes_edit_as_one(home):
+    """Teacher on pairs of images, data of its own, the duel: each process has its samples' sources."""
+    flags = "--task edit --image-guidance 1.5 --text-dropout .4 --image-dropout .2 --n 8"
+    main(home, f"--name edit {flags}")
+    done = processes(home, 2, f"--name edit2 {flags} --parallel ddp")
+    assert done.returncode == 0, done.stderr
+    one, two = home / "runs/edit", home / "runs/edit2"
+    same_log(one, two, 2e-3)
+    for stage, nets in (("teacher", ["model."]), ("distill", ["student.", "ema.", "heads."])):
+        for net in nets:
+            close(one, two, stage, net)
+    for path in sorted((one / "data").glob("0*")):
+        ours, theirs = weights(path), weights(two / "data" / path.name)
+        assert all(torch.equal(ours[k], theirs[k]) for k in ("image", "prompt_id"))
+        assert (ours["x0"] - theirs["x0"]).abs().max() < 1e-2 * ours["x0"].abs().max(), path.name
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(home, whole):
     """2 -> 1 and 1 -> 2 against the undisturbed run on one; 2 -> 2 is bit for bit."""
     flags = f"{REUSE} {QUIET}"
