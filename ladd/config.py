@@ -317,7 +317,7 @@ def parse_config(argv: list[str], preset: str, description: str = "") -> Config:
     if preset not in PRESETS:
         raise InputError(f"--preset: found {preset!r}, accepted are {', '.join(PRESETS)}")
     if given.get("objective") == "dpo":
-        raise InputError("--objective: found 'dpo', which is a script of its own: python -m ladd.dpo --run RUN")
+        raise InputError("--objective: found 'dpo', a script of its own: python -m ladd.dpo --run FOLDER")
     config = Config(**{**PRESETS[preset], **given, "preset": preset})
     for name in given:
         found = f"--{name.replace('_', '-')}: found {given[name]!r}"
@@ -414,7 +414,7 @@ def validated(c: Config) -> Config:
     must(c.base or not c.teacher_lora,
          f"--teacher-lora: found {c.teacher_lora} without --base, weights that it adapts expected")
     must(not c.teacher or c.objective != "flow",
-         f"--teacher: found {c.teacher} with --objective flow, which trains one; --base accepted to start from")
+         f"--teacher: found {c.teacher} with --objective flow, which trains one; --base accepted")
     must(not c.lora or c.objective != "flow",
          f"--lora: found {c.lora} with --objective flow, which trains no student; ladd and lcm accepted")
     # a batch of each size beside the held-out part
