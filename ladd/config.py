@@ -227,8 +227,9 @@ SD3 = dict(sizes=("1024x1024", "832x1216", "1216x832"), text_dim=4096, pooled_di
 PRESETS = {
     #           depth width text teacher              data              student              report
     "tiny":         {},
-    "tiny-edit":    dict(task="edit", teacher_steps=720, guidance=1.5, image_guidance=1.3),
-    "tiny-inpaint": dict(task="inpaint", teacher_steps=720),
+    "tiny-edit":    dict(task="edit", teacher_steps=720, guidance=1.5, image_guidance=1.3, lr=1e-4,
+                         misaligned=0.0),
+    "tiny-inpaint": dict(task="inpaint", teacher_steps=720, lr=1e-4, misaligned=0.0),
     "shapes": dict(objects=2, sizes=("256x256", "192x320", "320x192"), depth=12, width=512, qk_norm=True,
                    predicts="v", text_dim=256, teacher_images=65536, teacher_steps=3000, teacher_batch=128,
                    teacher_lr=5e-4, teacher_means=(0.7, 2.0), data_size=16384, data_batch=512,
