@@ -268,6 +268,7 @@ def test_another_seed_gives_another_run(home, base, flags):
 def test_prompts_of_training_of_choosing_and_of_the_report_are_never_the_same(home, monkeypatch):
     """Whatever --seed is: one of these near the numbers that train.py reserves for evaluation."""
     seeds, purpose = {}, {"world_latents": "training", "world_plan": "training", "distill": "choosing",
+                      "shown_prompts": "choosing",
                           "unseen_accuracy": "report", "compare": "report"}
 
     def spy(config, n, seed, heldout=False):
