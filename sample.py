@@ -38,7 +38,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kernels
-from ladd import checkpoint, encode, evaluate, flow, images, report, shapes, synthesize, tasks
+from ladd import checkpoint, encode, flow, images, report, shapes, synthesize, tasks
 from ladd.config import (PRESETS, Config, InputError, Parser, parse_size, parse_value, run_script,
                          validated)
 from ladd.data import read_json
@@ -205,6 +205,9 @@ def read_source(args: Namespace) -> Source | None:
     if args.mask is None:
         return Source(picture, None)
     mask = read_file("--mask", args.mask)
+    with Image.open(args.mask) as file:
+        clear = file.has_transparency_data
+    must(not clear, f"--mask {args.mask}: found transparency, black and white expected")
     must(bool((mask == mask[:1]).all()), f"--mask {args.mask}: found colours, black and white expected")
     try:
         return Source(picture, tasks.check_mask(mask[:1], hw))
@@ -307,7 +310,8 @@ def locate(args: Namespace) -> tuple[Config, dict[str, Path]]:
         files["teacher"] = Path(values["teacher"])        # a run with --teacher holds no copy of it
     asked = {role: files[role] for role in (ROLES if args.compare else (args.model or "student",))}
     for path in asked.values():
-        must(path.exists(), f"{path}: found no such file; train.py writes it when that stage is done")
+        must(path.exists(), f"{path}: found no such file; train.py writes it when that stage is done"
+             + " (never with --objective flow: --model teacher)" * (values.get("objective") == "flow"))
     return config, asked
 
 
@@ -357,9 +361,7 @@ class Column(NamedTuple):
 def plan(args: Namespace, config: Config, role: str) -> dict[str, Column]:
     """The column asked for, or those of --compare, which are the report's; titles tell the evaluations."""
     guidance = config.guidance if args.guidance is None else args.guidance
-    both = evaluate.guidances(config, guidance)
-    if args.image_guidance is not None:
-        both = guidance, args.image_guidance
+    both = guidance, config.image_guidance if args.image_guidance is None else args.image_guidance
 
     def column(role: str, steps: int, guidance: tuple[float, float] = (1.0, 1.0)) -> Column:
         if role == "teacher":

@@ -85,8 +85,9 @@ def checked(config: Config, path: Path, teacher: MMDiT) -> MMDiT:
     for name in (*text, "in_channels", "out_channels", "patch"):
         found, expected = getattr(teacher.config, name), getattr(want, name)
         if found != expected:
-            raise InputError(f"{path}: found {name} {found}, the run takes {expected} "
-                             "(text widths: --text-dim)")
+            hint = {"in_channels": f" (--task {config.task}; --base widens a text-to-image network)",
+                    "context_dim": " (--text-dim)", "pooled_dim": " (--text-dim)"}.get(name, "")
+            raise InputError(f"{path}: found {name} {found}, the run takes {expected}{hint}")
     patches = max(max(hw) for hw in config.hw) // 16
     if teacher.config.pos_grid < patches:
         raise InputError(f"{path}: found positions for {teacher.config.pos_grid} patches a side, "
@@ -106,6 +107,9 @@ def start_of(config: Config) -> tuple[MMDiTConfig, Mapping[str, Tensor]]:
         torch.manual_seed(config.seed)
         return want, MMDiT(want, ops_of(config)).state_dict()
     path = Path(config.base)
+    if checkpoint.load_metadata(path).get("role") == "student":
+        raise InputError(f"--base {path}: found a student, whose few steps a teacher is not to start from; "
+                         "a teacher's file accepted")
     base = checkpoint.load_mmdit(path, ops_of(config))
     if base.config.in_channels not in (16, want.in_channels):       # another task's mean something else
         raise InputError(f"{path}: found {base.config.in_channels} input channels, 16 or the "
@@ -123,7 +127,11 @@ def load_data(config: Config, path: Path, teacher: MMDiTConfig, batch: int) -> d
     wanted = teacher.context_dim, teacher.pooled_dim
     if found != wanted:
         raise InputError(f"{path}: found text of widths {found} (tokens, pooled), the teacher reads {wanted}")
+    most = teacher.patch * teacher.pos_grid
     for hw, (x0, _) in latents.buckets.items():
+        if max(hw) > most:
+            raise InputError(f"{path}: found latents of {hw[0]}x{hw[1]}, at most {most} a side accepted, the "
+                             "teacher's positions")
         if x0.shape[1] != 16 or latents.channels != config.beside or len(x0) - latents.holdout < batch:
             raise InputError(f"{path}: found {len(x0)} latents of {x0.shape[1]} channels, {latents.channels} "
                              f"beside them, and size {hw[0]}x{hw[1]}; 16, {config.beside} for --task "
@@ -133,15 +141,16 @@ def load_data(config: Config, path: Path, teacher: MMDiTConfig, batch: int) -> d
 
 
 def load_pairs(config: Config, teacher: MMDiTConfig, domain: Domain) -> data.Latents | None:
-    """What --pairs names, checked against the run: as load_data, text encoders, and that every size of its
+    """What --pairs names, checked against the run: as load_data, encoders and VAE, and that each of its sizes
     gets a batch of generated latents."""
     if not config.pairs:
         return None
     pairs = load_data(config, Path(config.pairs), teacher, 1 if config.teacher else config.teacher_batch)
-    text, own = pairs.provenance.get("text"), domain.provenance["encoders"]
-    if text != own:
-        raise InputError(f"{config.pairs}: found text of the encoders {text}, {own} accepted (--encoders, "
-                         "--t5, --t5-tokens)")
+    for key, made, own in (("text", "text of the encoders", domain.provenance["encoders"]),
+                           ("vae", "latents of the VAE", encode.fingerprint(config.encoders, ["vae"]))):
+        if (found := pairs.provenance.get(key)) != own:
+            raise InputError(f"{config.pairs}: found {made} {found}, {own} accepted (--encoders, --t5, "
+                             "--t5-tokens)")
     n, size = len(pairs.buckets), config.data_batch
     least = n * size * math.ceil(max(config.batch + 2, config.batch * 16 / 15) / size)
     if config.data_size < least and not config.data and config.objective != "flow":
@@ -150,10 +159,15 @@ def load_pairs(config: Config, teacher: MMDiTConfig, domain: Domain) -> data.Lat
     return pairs
 
 
+def teacher_of(config: Config) -> Path:
+    """The file of --teacher, or that of the run, which may be there or not."""
+    return Path(config.teacher or Path("runs") / config.run_name / "checkpoints" / "teacher.safetensors")
+
+
 def sizes_of(config: Config) -> MMDiTConfig:
-    """Of the teacher, before it is there."""
-    if config.teacher:
-        return load_teacher(config, Path(config.teacher)).config
+    """Of the teacher, which may not be there yet."""
+    if teacher_of(config).exists():
+        return load_teacher(config, teacher_of(config)).config
     return start_of(config)[0] if config.base else teacher_config(config)
 
 
@@ -161,9 +175,9 @@ def train_teacher(config: Config, run: Path, pairs: data.Latents | None, layout:
                   stopper: Stopper) -> MMDiT:
     """Flow matching on renders or `pairs`; AdamW with a cosine schedule.
     Skipped where the run has its teacher or --teacher names one."""
-    done, device, (rank, world) = run / "checkpoints" / "teacher.safetensors", layout.device, ranks()
-    if config.teacher or done.exists():
-        return load_teacher(config, Path(config.teacher or done))
+    done, device, (rank, world) = teacher_of(config), layout.device, ranks()
+    if done.exists():
+        return load_teacher(config, done)
     sizes, untrained = start_of(config)
     model = network(sizes, untrained, config, layout, torch.float32, True, rank=config.teacher_lora,
                     also="x_embedder" if config.beside else "")
@@ -175,13 +189,17 @@ def train_teacher(config: Config, run: Path, pairs: data.Latents | None, layout:
         return weights | moments(optimizer, model, "opt.", saved)
 
     saver, start = state.Saver(run / "checkpoints" / "teacher", rank, world, agree), 0
+    meta = {"base": checkpoint.fingerprint(config.base) if config.base else ""}
     if saved := state.open_state(saver.folder):
         start = saved.step
+        if saved.meta != meta:
+            raise InputError(f"--base {config.base}: found another file than {saver.folder} began with; that "
+                             "one or another --name accepted")
         state.fill(saved, tensors(saved))
     latents = pairs or world_latents(config, config.teacher_images, config.seed)
     exclude = latents.holdout if pairs else 0
     null = Text(*(t.to(device) for t in latents.null))
-    share = config.teacher_batch // world
+    share, micro = config.teacher_batch // world, config.micro(world, teacher=True)
     mine = slice(rank * share, (rank + 1) * share)
 
     def make(step: int) -> tuple[Tensor, ...]:
@@ -192,28 +210,35 @@ def train_teacher(config: Config, run: Path, pairs: data.Latents | None, layout:
         dropped = torch.rand(n, generator=g)
         sigma = flow.logit_normal_mixture(n, config.teacher_means, 1.0, g)
         eps = torch.randn(batch.x0.shape, generator=g)
-        return tuple(t[mine] for t in (batch.x0, eps, sigma, dropped, *batch.text))
+        return [t[mine] for t in (batch.x0, eps, sigma, dropped, *batch.text)]
+
+    def loss_of(x0: Tensor, eps: Tensor, sigma: Tensor, dropped: Tensor, *text: Tensor) -> Tensor:
+        empty, bare = dropped < config.text_dropout, dropped < config.image_dropout
+        text = (torch.where(empty[:, None, None], null.context, text[0]),
+                torch.where(empty[:, None], null.pooled, text[1]), *text[2:])
+        if config.task == "text":
+            return flow_loss(model, x0, eps, sigma, Text(*text)).mean()
+        text = TextImage(*text)
+        if config.task == "edit":
+            text = text._replace(image=text.image.masked_fill(bare[:, None, None, None], 0))
+        return flow_loss(model, x0, eps, sigma, text).mean()
 
     log, health = Log(run, "teacher", start), Health()
     bar, since = progress("teacher", config.teacher_steps, start, quiet=rank), time.perf_counter()
     steps = range(start, config.teacher_steps)
     feed = Feed(make, ((i,) for i in steps), device)
     with Watch("teacher", config.timeout) as watch:
-        for step, (x0, eps, sigma, dropped, *text) in zip(steps, feed):
+        for step, batch in zip(steps, feed):
             watch.reach(step)
-            empty, bare = dropped < config.text_dropout, dropped < config.image_dropout
-            context = torch.where(empty[:, None, None], null.context, text[0])
-            pooled = torch.where(empty[:, None], null.pooled, text[1])
-            if config.task == "text":
-                text = Text(context, pooled)
-            else:
-                bare &= config.task == "edit"
-                text = TextImage(context, pooled, text[2].masked_fill(bare[:, None, None, None], 0))
-            loss = flow_loss(model, x0, eps, sigma, text).mean()
+            parts, loss = [*zip(*(t.split(micro) for t in batch))], 0.0
+            for i, part in enumerate(parts, 1):
+                parallel.accumulate(model, i == len(parts))
+                part_loss = loss_of(*part) / len(parts)
+                part_loss.backward()
+                loss += part_loss.detach()
             rate = (min(1, (step + 1) / max(1, config.warmup))
                     * (1 + math.cos(math.pi * step / config.teacher_steps)) / 2)
             optimizer.param_groups[0]["lr"] = config.teacher_lr * rate
-            loss.backward()
             norms = parallel.clip(model, config.clip)
             optimizer.step()
             optimizer.zero_grad()
@@ -224,12 +249,13 @@ def train_teacher(config: Config, run: Path, pairs: data.Latents | None, layout:
                 line = parallel.mean({"loss": loss.item(), "grad_norm": norms.total.item()})
                 log.write(step + 1, **line, seconds=time.perf_counter() - since)
                 bar.set_postfix(loss=f"{line['loss']:.3f}", gb=f"{memory_gb(device):.1f}")
-            save_every(config, saver, health, step + 1, step + 1 - start, stopper, tensors, None)
+            save_every(config, saver, health, step + 1, step + 1 - start, stopper, tensors, meta)
         look(health, saver)
         saver.finish()
     bar.close()
-    save_network(model, untrained, done, describe(config, "teacher"), Path(config.base).name
-                 + f" of {sizes.in_channels} input channels, x_embedder trained too" * bool(config.beside))
+    also = f" of {sizes.in_channels} input channels, with x_embedder of teacher.safetensors"
+    save_network(model, untrained, done, describe(config, "teacher"),
+                 Path(config.base).name + also * bool(config.beside))
     return load_teacher(config, done)
 
 
@@ -253,7 +279,7 @@ def make_data(config: Config, run: Path, teacher: MMDiT, pairs: data.Latents | N
     with Watch("data", config.timeout) as watch:
         whole = synthesize.synthesize(
             run / "data", plan, teacher, lambda model: inference(model, config, device), domain,
-            config.sample_steps, config.shift, evaluate.guidances(config, config.guidance), config.eval_batch,
+            config.sample_steps, config.shift, (config.guidance, config.image_guidance), config.eval_batch,
             *((torch.bfloat16, 256) if config.real else (torch.float32, 1024)), lambda: bool(stopper),
             watch.reach)
     if not whole:
@@ -465,13 +491,14 @@ def main(argv: list[str]) -> None:
     config.micro(world)
     if world > 1 and world % config.replicas:
         raise InputError(f"--replicas: found {config.replicas}, a divisor of the {world} processes accepted")
-    if (not config.real or config.base) and not config.teacher and config.teacher_batch % world:
-        raise InputError(f"--teacher-batch: found {config.teacher_batch}, a multiple of the {world} "
-                         "processes expected")
+    if (not config.real or config.base) and not config.teacher:
+        config.micro(world, teacher=True)
     if config.dry_run:
         return dry_run(config, device) if rank == 0 else None
     for name in ("teacher", "base", "data", "pairs"):
         path, what = getattr(config, name), f"--{name}"
+        if name == "base" and teacher_of(config).exists():
+            continue                                                         # not read any more
         if path and not Path(path).exists():
             raise InputError(f"{what}: {path} does not exist")
     # all are looked at before the run folder is made: a failed attempt does not take the name from the next
@@ -520,7 +547,7 @@ def main(argv: list[str]) -> None:
         teacher = timed("teacher", train_teacher, pairs, layout, stopper)
         if config.objective == "flow":
             say(f"--objective flow: the run ends with its teacher, "
-                f"{config.teacher or run / 'checkpoints' / 'teacher.safetensors'}")
+                f"{teacher_of(config)}")
             return parallel.finish()
         latents = timed("data", make_data, teacher, pairs, domain, device, stopper)
         timed("distill", distill, teacher, latents, shown, domain, layout, stopper)

@@ -64,8 +64,8 @@ class Config:
                                   "teacher learns from, and the sources of its data")
     # teacher
     teacher:         str = option("", "checkpoint of a teacher; empty: train one")
-    base:            str = option("", "network as which the teacher starts, new input channels at weight "
-                                  "zero; empty: at random")
+    base:            str = option("", "network as which the teacher starts, of its sizes, new input channels "
+                                  "at weight zero; empty: at random")
     teacher_lora:    int = option(0, "rank of a LoRA that trains in place of --base's weights, but for those "
                                   "that read the image; 0: all weights do", low=0, high=1024)
     depth:           int = option(6, "blocks of the teacher", low=1)
@@ -95,7 +95,7 @@ class Config:
         "teacher", "world"))
     # student
     objective:       str = option("ladd", "what the student learns by; lcm: the paper's baseline; flow: "
-                                  "there is none, the run ends with its teacher", ("ladd", "lcm", "flow"))
+                                  "none, the run ends with its teacher", ("ladd", "lcm", "flow"))
     lcm_steps:       int = option(16, "steps of the teacher's path on which x0_hat is to stay one", low=2)
     student_depth:   int = option(0, "blocks of the student, taken evenly from the teacher's; 0: all", low=0)
     lora:            int = option(0, "rank of a LoRA on the teacher's weights that is the student; 0: all "
@@ -175,15 +175,17 @@ class Config:
         """Prompts, latents and pictures are SD3's, not the built-in world's."""
         return bool(self.encoders) or self.preset.startswith("sd3")
 
-    def micro(self, world: int) -> int:
-        """Pairs at a time on each of `world` devices; InputError where the batch cannot be split so."""
-        if self.batch % world:
-            raise InputError(f"--batch: found {self.batch}, a multiple of the {world} processes expected")
-        share = self.batch // world
+    def micro(self, world: int, teacher: bool = False) -> int:
+        """Pairs at a time on each of `world` devices, of --batch or of --teacher-batch; InputError where that
+        cannot be split so."""
+        batch, flag = (self.teacher_batch, "--teacher-batch") if teacher else (self.batch, "--batch")
+        if batch % world:
+            raise InputError(f"{flag}: found {batch}, a multiple of the {world} processes expected")
+        share = batch // world
         micro = min(self.micro_batch or share, share)
         if share % micro:
             raise InputError(f"--micro-batch: found {self.micro_batch}, a divisor of each process's share of "
-                             f"the batch, {share}, expected")
+                             f"{flag}, {share}, expected")
         return micro
 
     def schedule_of(self, world: int) -> str:
@@ -207,7 +209,8 @@ class Config:
 PROCESS_FIELDS = ("micro_batch", "parallel", "replicas", "shard_teacher", "checkpoint", "timeout",
                   "on_collapse", "stop_after", "dry_run", "bench_steps", "tflops", "profile")
 
-# of the built-in world and of a teacher trained on it: refused where they would do nothing
+# refused where they would do nothing: those of the built-in world, of a teacher's training, of real prompts,
+# of editing, of a LoRA
 WORLD_FIELDS = "objects", "stated", "teacher_images", "data_from", "n"
 TEACHER_FIELDS = ("base", "teacher_lora", "teacher_steps", "teacher_batch", "teacher_lr", "teacher_means",
                   "text_dropout", "image_dropout")
@@ -322,15 +325,20 @@ def parse_config(argv: list[str], preset: str, description: str = "") -> Config:
     config = Config(**{**PRESETS[preset], **given, "preset": preset})
     for name in given:
         found = f"--{name.replace('_', '-')}: found {given[name]!r}"
+        if name == "task" and "task" in PRESETS[preset] and config.task != PRESETS[preset]["task"]:
+            raise InputError(f"{found} with --preset {preset}, whose own or another preset expected")
         if name in EDIT_FIELDS and config.task != "edit":
             raise InputError(f"{found}, an option of --task edit, {config.task} is to be trained")
+        if name == "stated" and config.task == "edit":
+            raise InputError(f"{found}, an option of captions; instructions of --task edit say what they ask")
         if name == "pairs" and config.task == "text" or name in PROMPT_FIELDS and config.task != "text":
             raise InputError(f"{found} with --task {config.task}: --prompts and --eval-prompts are text's, "
                              "--pairs what edit and inpaint read")
         # in the built-in world a run with --teacher may keep the flags of the run that trained it
         if name in TEACHER_FIELDS and (config.teacher and (config.real or name in ("base", "teacher_lora"))
                                        or config.real and config.task == "text"):
-            raise InputError(f"{found}, an option of the teacher's training, which is loaded")
+            kind = "" if config.teacher else " (real text-to-image; --task edit or inpaint train one)"
+            raise InputError(f"{found}, an option of the teacher's training, which is loaded{kind}")
         if name in (WORLD_FIELDS if config.real else REAL_FIELDS):
             where = ("of the built-in world, which --encoders and the sd3 presets leave" if config.real
                      else "of real prompts: --encoders FOLDER expected beside it")
@@ -412,6 +420,12 @@ def validated(c: Config) -> Config:
          f"--text-dim: found {c.text_dim}, at least 33 expected for --task edit, which has more words")
     must(c.image_dropout <= c.text_dropout or c.task != "edit", f"--image-dropout: found {c.image_dropout}, "
          f"at most --text-dropout {c.text_dropout} expected: these samples lack the caption too")
+    must(c.image_guidance == 1 or c.task == "edit", f"--image-guidance: found {c.image_guidance} with --task "
+         f"{c.task}, 1 (none) expected: there is no source to guide by")
+    must(c.image_guidance == 1 or c.image_dropout or c.teacher, "--image-dropout: found 0 with "
+         f"--image-guidance {c.image_guidance}, which needs samples without a source, more expected")
+    must(c.task != "text" or not c.real or c.objective != "flow", "--objective: found flow for real "
+         "text-to-image, whose teacher is loaded; --task edit and inpaint accepted")
     must(c.base or not c.teacher_lora,
          f"--teacher-lora: found {c.teacher_lora} without --base, weights that it adapts expected")
     must(not c.teacher or c.objective != "flow",

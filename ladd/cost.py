@@ -65,14 +65,18 @@ def measured_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3
     return 2 * n ** 3 * done / (time.perf_counter() - start)
 
 
-def disk_plan(student: MMDiT, heads: Discriminator, latent: tuple[int, int, int], samples: int, itemsize: int,
-              text: int) -> dict[str, int]:
-    """Bytes a run leaves: latents of `itemsize` bytes a value, `text` values in bf16; two states of what
-    trains in the student, average, Adam and heads; the student itself."""
+def disk_plan(student: MMDiT | None, teacher: MMDiT | None, heads: Discriminator,
+              latent: tuple[int, int, int], samples: int, itemsize: int, text: int) -> dict[str, int]:
+    """Bytes a run leaves: latents of `itemsize` bytes a value, `text` values in bf16; two states of a teacher
+    that trains and its file; two states of what trains in the student, average, Adam and heads; the student
+    itself."""
     c, h, w = latent
-    plan = {"latents": samples * c * h * w * itemsize, "text": text * 2,
-            "states (two kept)": 2 * (16 * count(student, True) + 12 * count(heads)),
-            "students (last and best)": 8 * count(student)}
+    plan = {"latents": samples * c * h * w * itemsize, "text": text * 2}
+    if teacher:
+        plan["teacher (two states, file)"] = (2 * 12 + 4) * count(teacher)
+    if student:
+        plan |= {"states (two kept)": 2 * (16 * count(student, True) + 12 * count(heads)),
+                 "students (last and best)": 8 * count(student)}
     return plan | {"sum": sum(plan.values())}
 
 
@@ -86,9 +90,12 @@ def plan(config: Config, student: MMDiT, teacher: MMDiT, heads: Discriminator, d
     ops = fused() if gpu and config.kernels != "torch" else references()
     networks = student, teacher, heads, latent, (tokens, sizes.context_dim)
     costs = step_cost(*networks, micro, dc, config.schedule_of(1), config.checkpoint, ops)
-    yield (f"parameters: teacher {count(teacher):,}, student {count(student):,}"
-           + f" ({count(student, True):,} in its LoRA)" * bool(config.lora) + f", heads {count(heads):,}")
-    for gpus in [n for n in ((1, 8 * config.replicas) if config.real else (1,)) if config.batch % n == 0]:
+    distills, loaded = config.objective != "flow", config.teacher or config.real and config.task == "text"
+    yield f"parameters: teacher {count(teacher):,}" + (
+        f", student {count(student):,}" + f" ({count(student, True):,} in its LoRA)" * bool(config.lora)
+        + f", heads {count(heads):,}") * distills
+    worlds = ((1, 8 * config.replicas) if config.real else (1,)) if distills else ()
+    for gpus in [n for n in worlds if config.batch % n == 0]:
         part = Step(*networks, config.micro(gpus), dc, config.schedule_of(gpus), config.checkpoint,
                     not config.teacher_fp8)
         shard, shared, found = placed(memory, gpus, config.replicas if gpus > 1 else 1, partial(
@@ -106,16 +113,16 @@ def plan(config: Config, student: MMDiT, teacher: MMDiT, heads: Discriminator, d
     step = costs["flops_step"] + (config.heads_steps - 1) * costs["flops_heads_step"]
     step *= config.batch // micro
     flow_step = costs["flops_flow_step"] * config.teacher_batch / micro
-    loaded = config.teacher or config.real and config.task == "text"
-    yield (f"FLOPs: {step:.3e} a LADD step of {config.batch} pairs"
-           + ("" if loaded else f", {flow_step:.3e} a teacher step of {config.teacher_batch}"))
-    yield (f"bytes: {costs['bytes_saved']:.3e} kept for backward of {micro} samples, "
-           f"{costs['bytes_weights']:.3e} of student's and teacher's weights read in each forward")
-    samples = 0 if config.data or config.objective == "flow" else config.data_size
+    yield "FLOPs: " + ", ".join(
+        [f"{step:.3e} a LADD step of {config.batch} pairs"] * distills
+        + [f"{flow_step:.3e} a teacher step of {config.teacher_batch}"] * (not loaded))
+    samples = config.data_size if distills and not config.data else 0
     stages = {} if loaded else {"teacher": config.teacher_steps * flow_step}
-    each = evaluations(config.guidance, config.image_guidance if config.guidance != 1 else 1)
-    stages["data"] = samples * config.sample_steps * each * costs["flops_v"]
-    if config.objective != "flow":
+    if distills:
+        yield (f"bytes: {costs['bytes_saved']:.3e} kept for backward of {micro} samples, "
+               f"{costs['bytes_weights']:.3e} of student's and teacher's weights read in each forward")
+        each = evaluations(config.guidance, config.image_guidance)
+        stages["data"] = samples * config.sample_steps * each * costs["flops_v"]
         stages["distill"] = (config.steps + config.heads_first) * step       # a heads' step alone costs less
     rate = config.tflops * 1e12 or measured_rate(device, dtype)
     yield (f"hours at {rate / 1e12:.2f} TFLOP/s "
@@ -125,5 +132,7 @@ def plan(config: Config, student: MMDiT, teacher: MMDiT, heads: Discriminator, d
     yield f"disk, with {samples:,} latents to generate from {prompts * bool(samples):,} prompts:"
     text = prompts * bool(samples) * (tokens * sizes.context_dim + sizes.pooled_dim)
     stored = 16 + config.beside, *latent[1:]
-    for name, size in disk_plan(student, heads, stored, samples, 2 if config.real else 4, text).items():
+    plan = disk_plan(student if distills else None, None if loaded else teacher, heads, stored, samples,
+                     2 if config.real else 4, text)
+    for name, size in plan.items():
         yield f"  {size / 2 ** 30:9.3f} GiB  {name}"

@@ -125,7 +125,7 @@ def parse(argv: list[str]):
     flag("--run", metavar="FOLDER", required=True, help="run folder of train.py: teacher, student, recipe")
     flag("--out", metavar="FOLDER", help="default: dpo in the run folder")
     flag("--preferences", metavar="FILE", help=".jsonl of pairs; the built-in world makes its own")
-    flag("--pairs", metavar="N", type=int, default=12288, help="prompts of the grader's pairs, ties included")
+    flag("--prompts", metavar="N", type=int, default=12288, help="of two samples each, graded; ties drop out")
     flag("--rank", metavar="N", type=int, default=16, help="of the LoRA")
     flag("--alpha", metavar="A", type=float, help="its weight is alpha / rank; default: the rank")
     flag("--targets", choices=lora.TARGETS, default="all", help="layers with LoRA: attentions', or a block's")
@@ -138,7 +138,7 @@ def parse(argv: list[str]):
     flag("--seed", metavar="N", type=int, default=0)
     flag("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse(argv)
-    for name in ("pairs", "rank", "steps", "batch", "save_every"):
+    for name in ("prompts", "rank", "steps", "batch", "save_every"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')}: found {getattr(args, name)}, at least 1 accepted")
     if not args.beta > 0:
@@ -209,7 +209,7 @@ def main(argv: list[str]) -> None:
     dtype, stopper = compute_dtype(config.precision, device), Stopper()
     still = {name: frozen(network, dtype, device) for name, network in networks.items()}
     latents = (read_pairs(Path(args.preferences), config, domain, device) if config.real
-               else world_pairs(config, still["teacher"], domain, args.pairs, args.seed))
+               else world_pairs(config, still["teacher"], domain, args.prompts, args.seed))
     domain.release()
     for hw, (x0, _) in latents.buckets.items():
         if len(x0) < args.batch:
@@ -243,8 +243,8 @@ def compare(config: Config, out: Path, domain: Domain, networks: dict[str, MMDiT
     prompts = draw_prompts(config, config.n, REPORT)
     reference, rows, columns = make_reference(config, prompts, config.n, REAL), [], {}
     shown = [p._replace(captions=p.captions[:2]) for p in prompts]
-    plan = [("teacher", "euler", config.sample_steps, config.guidance, None)]
-    plan += [("student", config.sampler, k, 1.0, levels_of(config.levels, k))
+    plan = [("teacher", "euler", config.sample_steps, (config.guidance, 1.0), None)]
+    plan += [("student", config.sampler, k, (1.0, 1.0), levels_of(config.levels, k))
              for k in step_counts(config.levels)]
     bar = progress("report", 2 * len(plan) * config.n)
     for role, sampler, steps, guidance, levels in plan:

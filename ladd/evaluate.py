@@ -78,12 +78,13 @@ def given_prompts(config: Config, captions: list[str]) -> list[Prompts]:
 
 
 def held_out(latents: Latents, n: int) -> list[Prompts]:
-    """The last samples of a folder for editing or inpainting, n in all, which never train."""
+    """The last samples of a folder for editing or inpainting, about n in all, at least one a size. They never
+    train; another pair of the same source may."""
     parts, each = [], max(1, n // len(latents.buckets))
     for (h, w), (x0, prompt_id) in latents.buckets.items():
         rows = torch.arange(len(prompt_id) - min(each, latents.holdout), len(prompt_id))
         image, mask = latents.images[h, w][rows].float(), None
-        if image.shape[1] == 17:
+        if image.shape[1] > len(shapes.CHANNELS):
             mask = image[:, 0].bool().repeat_interleave(8, 1).repeat_interleave(8, 2)
         captions = [latents.prompts[i] for i in prompt_id[rows]]
         parts.append(Prompts((8 * h, 8 * w), prompt_id[:0], captions, x0[rows].float(), image, mask))
@@ -213,28 +214,23 @@ def make_reference(config: Config, prompts: list[Prompts], n: int, seed: int) ->
 
 
 def measure(model: MMDiT, config: Config, domain: Domain, prompts: list[Prompts],
-            reference: Reference | None, steps: int, sampler: str, guidance: float = 1.0,
+            reference: Reference | None, steps: int, sampler: str, guidance: tuple[float, float] = (1.0, 1.0),
             levels: tuple[float, ...] | None = None, seed: int = 0,
             progress: Callable[[int], None] = lambda n: None) -> dict:
     """One row: `steps` levels evenly spaced, or the given unshifted ones; images by `sampler`. Without a
     reference, outside the built-in world, what would need one is None."""
     sigmas = flow.euler_levels(steps, config.shift) if levels is None else \
         flow.shift(torch.tensor((*levels, 0.0)), config.shift)
-    both = guidances(config, guidance)
-    latents, seconds = generate(model, domain, prompts, sigmas, sampler, both, seed, config.eval_batch,
+    latents, seconds = generate(model, domain, prompts, sigmas, sampler, guidance, seed, config.eval_batch,
                                 progress)
     row = dict.fromkeys(SCORES)
     if reference:
         images = decoded(latents, prompts, domain, config.eval_batch)
         row = score(images, prompts, config.objects, reference)
     n = sum(len(p.captions) for p in prompts)
-    return {"sampler": sampler, "steps": steps, "guidance": guidance, "nfe": steps * evaluations(*both),
-            **row, "ms_per_image": 1000 * seconds / n}
-
-
-def guidances(config: Config, guidance: float) -> tuple[float, float]:
-    """By the text and by the image: without the first there is none by the second."""
-    return guidance, config.image_guidance if guidance != 1 else 1.0
+    by_image = {"image_guidance": guidance[1]} if config.task == "edit" else {}
+    return {"sampler": sampler, "steps": steps, "guidance": guidance[0], **by_image,
+            "nfe": steps * evaluations(*guidance), **row, "ms_per_image": 1000 * seconds / n}
 
 
 def quality(config: Config, domain: Domain, student: MMDiT, prompts: list[Prompts],
@@ -250,9 +246,8 @@ def quality(config: Config, domain: Domain, student: MMDiT, prompts: list[Prompt
 
 
 def pictures(config: Config, domain: Domain, model: MMDiT, prompts: list[Prompts], sigmas: Tensor,
-             sampler: str, guidance: float = 1.0) -> list[Tensor]:
-    latents, _ = generate(model, domain, prompts, sigmas, sampler, guidances(config, guidance), 0,
-                          config.eval_batch)
+             sampler: str, guidance: tuple[float, float] = (1.0, 1.0)) -> list[Tensor]:
+    latents, _ = generate(model, domain, prompts, sigmas, sampler, guidance, 0, config.eval_batch)
     return [image for images in decoded(latents, prompts, domain, config.eval_batch) for image in images]
 
 
@@ -260,7 +255,7 @@ def sources(domain: Domain, prompts: list[Prompts]) -> dict[str, list[Tensor]]:
     """What the networks are shown beside the noise: sources, or pictures striped where to repaint."""
     if prompts[0].image is None:
         return {}
-    few = [domain.decode(p.image[:len(p.captions), -16:]) for p in prompts]
+    few = [domain.decode(p.image[:len(p.captions), -len(shapes.CHANNELS):]) for p in prompts]
     if prompts[0].mask is None:
         return {"source": [image for images in few for image in images]}
     few = [tasks.hatched(images, p.mask[:len(images)]) for images, p in zip(few, prompts)]
@@ -389,10 +384,11 @@ def compare(config: Config, run: Path, shown: list[Prompts], domain: Domain, tea
         floor = reference.floor
     n = sum(len(p.captions) for p in prompts)
     counts = step_counts(config.levels)
-    plan = [("teacher", teacher, "euler", config.sample_steps, config.guidance, None)]
+    guided, plain = (config.guidance, config.image_guidance), (1.0, 1.0)
+    plan = [("teacher", teacher, "euler", config.sample_steps, guided, None)]
     plan += [("teacher", teacher, "euler", k, g, None)
-             for k in (4, 2, 1) for g in dict.fromkeys((config.guidance, 1.0))]
-    plan += [(name, model, config.sampler, k, 1.0, levels_of(config.levels, k))
+             for k in (4, 2, 1) for g in dict.fromkeys((guided, plain))]
+    plan += [(name, model, config.sampler, k, plain, levels_of(config.levels, k))
              for name, model in (("untrained", untrained), ("student", student)) for k in counts]
     rows, bar = [], progress("report", len(plan) * n, quiet=ranks()[0])
     for i, (name, model, sampler, steps, guidance, levels) in enumerate(plan):
@@ -407,10 +403,9 @@ def compare(config: Config, run: Path, shown: list[Prompts], domain: Domain, tea
 
     many = flow.euler_levels(config.sample_steps, config.shift)
     few = flow.euler_levels(4, config.shift)
-    each = evaluations(*guidances(config, config.guidance))
     columns = sources(domain, shown) | {
-        f"teacher {config.sample_steps} x {each}": pictures(config, domain, teacher, shown, many, "euler",
-                                                            config.guidance),
+        f"teacher {config.sample_steps} x {evaluations(*guided)}": pictures(
+            config, domain, teacher, shown, many, "euler", guided),
         "teacher 4": pictures(config, domain, teacher, shown, few, "euler"),
         **student_pictures(config, domain, student, shown)}
     sheet = contact_sheet(columns, [c for p in shown for c in p.captions],

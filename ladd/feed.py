@@ -53,18 +53,21 @@ def moved(value: Any, device: torch.device) -> Any:
     """Tuples, lists and tensors of `value` on `device`; from pinned memory without waiting for the copy."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
-    if isinstance(value, list):
-        return [moved(v, device) for v in value]
-    return type(value)(*(moved(v, device) for v in value)) if isinstance(value, tuple) else value
+    return mapped(lambda v: moved(v, device), value)
 
 
 def pinned(value: Any) -> Any:
     """`value` in page-locked memory, from which a GPU copies beside its work."""
     if isinstance(value, Tensor):
         return value.pin_memory()
-    if isinstance(value, list):
-        return [pinned(v) for v in value]
-    return type(value)(*map(pinned, value)) if isinstance(value, tuple) else value
+    return mapped(pinned, value)
+
+
+def mapped(function: Callable, value: Any) -> Any:
+    """A list, tuple or NamedTuple of function(each); anything else as it is."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    return getattr(type(value), "_make", type(value))(map(function, value))
 
 
 class Feed:

@@ -284,8 +284,8 @@ class MMDiT(nn.Module):
         grid = x.shape[-2] // p, x.shape[-1] // p
         cond = self.t_embedder(sinusoid(sigma).to(dtype)) + self.y_embedder(pooled.to(dtype))   # [b, d]
         cond = F.silu(cond)                       # entry 0 of every adaLN_modulation, once for all blocks
-        given = x if image is None else torch.cat([x, image.to(x)], 1)                          # [b, c, h, w]
-        x_img = self.x_embedder(given.to(dtype)) + self.positions(*grid).to(dtype)              # [b, l, d]
+        both = x if image is None else torch.cat([x, image.to(x)], 1)               # [b, in_channels, h, w]
+        x_img = self.x_embedder(both.to(dtype)) + self.positions(*grid).to(dtype)               # [b, l, d]
         x_txt = self.context_embedder(context.to(dtype))                                        # [b, l, d]
         feats, last = [], (taps[-1] if stop_at_last_tap else self.config.depth - 1)
         for i, block in enumerate(self.joint_blocks[:last + 1]):

@@ -38,7 +38,7 @@ def captured(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 class Graphed:
-    """model(x, sigma, context, pooled) without gradients as one CUDA graph a shape: one launch instead of
+    """model(x, sigma, *text) without gradients as one CUDA graph a shape: one launch instead of
     some twenty a block, which a small network or picture waits for longer than for the GPU."""
 
     def __init__(self, model: MMDiT, capture: Callable = captured):
@@ -65,8 +65,9 @@ def guided(model: MMDiT, null: Text, guidance: float,
     """v(x, sigma, text) with classifier-free guidance v_null + guidance (v_text - v_null);
     1 is none and costs one evaluation.
 
-    With an image beside x, which v_null keeps, also v_none + image_guidance (v_null - v_none) in place of
-    its v_null; v_none lacks both (Brooks et al. 2023, InstructPix2Pix, Eq. 3).
+    With an image beside x, which v_null keeps and v_none lacks too:
+    v_none + image_guidance (v_null - v_none) + guidance (v_text - v_null), three evaluations where
+    image_guidance is not 1 (Brooks et al. 2023, InstructPix2Pix, Eq. 3).
     null: the embedded empty prompt, [l, context_dim] and [pooled_dim].
     """
     n = evaluations(guidance, image_guidance)
@@ -87,7 +88,7 @@ def guided(model: MMDiT, null: Text, guidance: float,
 @torch.no_grad()
 def euler(v: Callable, noise: Tensor, text: Text, sigmas: Tensor) -> Tensor:
     """x0 from noise by x += (sigma' - sigma) v over consecutive levels;
-    one evaluation (two if guided) a level."""
+    `evaluations` of the network a level."""
     x = noise
     for now, then in zip(sigmas[:-1], sigmas[1:]):
         x = x + (then - now) * v(x, now.expand(x.shape[0]).to(x.device), text)

@@ -5,7 +5,6 @@ and seed, so shards are made in any order, by any number of processes, and an in
 """
 import hashlib
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +48,7 @@ def world_plan(config: Config) -> Plan:
     for i in range(count):
         part, first = parts[i % len(sizes)], i // len(sizes) * n
         ids = torch.tensor([number[caption] for caption in part.captions[first:first + n]])
-        image = None if part.image is None else partial(lambda x: x, part.image[first:first + n])
+        image = None if part.image is None else (lambda part=part, first=first: part.image[first:first + n])
         shards.append(Shard(sizes[i % len(sizes)], ids, config.seed * 10 ** 9 + 10 ** 8 + i * n, image))
     return Plan(prompts, codes_of(config, prompts), shards,
                 {"seed": config.seed, "shards": count, "shard": n})

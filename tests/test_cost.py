@@ -244,10 +244,12 @@ def test_a_dry_run_counts_what_editing_adds(monkeypatch):
     assert more["data"] / edit["data"] == pytest.approx(3 / 2, rel=1e-3)
     assert edit["data"] == 10 ** 6 * 8 * 2
     plain = said(f"{small} --task edit --image-guidance 2 --guidance 1")
-    assert plain["data"] / edit["data"] == pytest.approx(1 / 2, rel=1e-3)
+    assert plain["data"] / edit["data"] == pytest.approx(3 / 2, rel=1e-3)
     real = "--preset sd3-medium --depth 1 --width 64"
     assert "teacher" in said(f"{real} --task edit --base b") and "teacher" not in said(real)
     assert "teacher" not in said(f"{real} --task edit --teacher t")
+    alone = said(f"{small} --task edit --objective flow")
+    assert set(alone) >= {"teacher"} and not set(alone) & {"data", "distill", "states", "students"}
 
 
 if __name__ == "__main__":

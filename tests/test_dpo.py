@@ -91,7 +91,7 @@ def home(tmp_path_factory) -> Path:
     return folder
 
 
-FLAGS = "--run runs/base --pairs 96 --batch 4 --steps 4 --save-every 2 --rank 2 --device cpu"
+FLAGS = "--run runs/base --prompts 96 --batch 4 --steps 4 --save-every 2 --rank 2 --device cpu"
 
 
 def test_the_script_ends_with_rows_a_picture_and_a_delta_that_fits_both(home, monkeypatch):

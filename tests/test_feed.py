@@ -122,6 +122,8 @@ def test_moving_keeps_types_and_values():
     assert there[0].wrong.count == part.wrong.count
     none = part._replace(wrong=None)
     assert feed.moved(none, torch.device("cpu")).wrong is None
+    plain = feed.moved((part.x0, [part.x0], None), torch.device("meta"))     # as the teacher's and dpo's
+    assert type(plain) is tuple and plain[0].is_meta and plain[1][0].is_meta and plain[2] is None
 
 
 @pytest.mark.parametrize("ahead", [False, True])

@@ -303,7 +303,8 @@ def test_an_edit_is_sampled_beside_its_source(task_runs, tmp_path):
     assert_same(student, naive(checkpoint("student"), CROSS, 7, LEVELS[4], 1, (48, 80), None, image))
     steps = "--model", "teacher", "--steps", "3"
     assert_same(shot("t.png", *steps), by_teacher(2, 1.5))           # both as in its run
-    assert_same(shot("p.png", *steps, "--guidance", "1"), by_teacher(1, 1))
+    assert_same(shot("p.png", *steps, "--guidance", "1"), by_teacher(1, 1.5))
+    assert_same(shot("n.png", *steps, "--guidance", "1", "--image-guidance", "1"), by_teacher(1, 1))
     assert_same(shot("i.png", *steps, "--image-guidance", "3"), by_teacher(2, 3))
     save_pixels(tmp_path / "b.png", 1, (48, 80))
     assert differ(student, shot("b2.png", "--init-image", str(tmp_path / "b.png")))
@@ -642,6 +643,8 @@ BAD = {  # name: (flags or a function of a folder that gives them, what the mess
                     "--mask m.png: found 64x64 pixels, the picture's 48x80 accepted"),
     "black mask": (from_picture("INPAINT", mask=BLACK), "--mask m.png: found all black, nothing to repaint"),
     "grey mask": (from_picture("INPAINT", mask=SMOOTH), "--mask m.png: found 4064 pixels neither black nor"),
+    "clear mask": (from_picture("INPAINT", mask=np.stack([WHITE, WHITE, WHITE, BLACK], -1)),
+                   "--mask m.png: found transparency, black and white"),
     "coloured mask": (from_picture("INPAINT", mask=PURPLE), "--mask m.png: found colours, black and white"),
     "latents of an edit": (EDIT + ["--save-latents", "o"],
                            "--save-latents: found a network of task edit, one of task text expected; train"),

@@ -283,8 +283,7 @@ def test_latents_are_the_guided_teachers_of_the_images_beside_them(home, task):
 
 @pytest.mark.parametrize("task", FLAGS)
 def test_pictures_are_drawn_beside_their_own_images(home, monkeypatch, task):
-    """In batches, of both sizes; the few of a sheet beside the first ones. Guidance by the image goes with
-    that by the text."""
+    """In batches, of both sizes; the few of a sheet beside the first ones."""
     config = parse_config(f"{TINY} {FLAGS[task]} --eval-batch 3".split(), "tiny")
     prompts, domain, seen = draw_prompts(config, 14, 1), world_domain(config), []
     model, sample = checkpoint.load_mmdit(home / "runs" / task), evaluate.sample
@@ -293,8 +292,8 @@ def test_pictures_are_drawn_beside_their_own_images(home, monkeypatch, task):
         seen.append((text, guidance))
         return sample(net, noise, text, sigmas, sampler, seeds, null, *guidance)
     monkeypatch.setattr(evaluate, "sample", spied)
-    for guidance, both in ((2.5, (2.5, config.image_guidance)), (1.0, (1.0, 1.0))):
-        evaluate.pictures(config, domain, model, prompts, torch.tensor([1.0, 0.0]), "euler", guidance)
+    for both in ((2.5, config.image_guidance), (1.0, 1.0)):
+        evaluate.pictures(config, domain, model, prompts, torch.tensor([1.0, 0.0]), "euler", both)
         for part, calls in zip(prompts, (seen[:3], seen[3:])):
             assert torch.equal(torch.cat([text.image for text, _ in calls])[:7], part.image)
             said = torch.cat([text.pooled for text, _ in calls])[:7]
@@ -315,11 +314,16 @@ def test_pictures_are_drawn_beside_their_own_images(home, monkeypatch, task):
     ("--task inpaint --teacher runs/edit/checkpoints/teacher.safetensors", ("in_channels 32", "33")),
     ("--teacher runs/edit/checkpoints/teacher.safetensors", ("teacher.safetensors", "in_channels 32", "16")),
     ("--base runs/edit/checkpoints/teacher.safetensors", ("32 input channels", "the 16 of --task text")),
+    ("--base runs/edit --task edit", ("--base runs/edit", "a student", "a teacher's")),
+    ("--task edit --data runs/edit/data --teacher small.safetensors --sizes 32x32",
+     ("runs/edit/data", r"latents of \dx\d", "at most 4 a side")),
     ("--task edit --base junk.safetensors", ("junk.safetensors", "no whole safetensors file")),
     ("--task edit --base t.safetensors --text-dim 48", ("t.safetensors", "context_dim 64", "48")),
     ("--task edit --base t.safetensors --taps 2 --depth 3", ("t.safetensors", "--taps 2", "2 blocks"))])
 def test_what_is_of_another_task_is_refused_before_a_run_is_made(home, flags, parts):
     (home / "junk.safetensors").write_text("junk")
+    save_teacher(home, pos_grid=2, in_channels=32).rename(home / "small.safetensors")
+    save_teacher(home)
     before = set((home / "runs").iterdir())
     with refused(*parts):
         main(home, f"--name other {flags}")
@@ -360,6 +364,30 @@ def test_flow_ends_with_the_teacher_of_the_whole_run(home):
     main(home, f"--name flow {FLAGS['edit']} --objective flow")
     assert {k: v[1] for k, v in stamps(run).items() if "checkpoints" in k} == {
         k: v[1] for k, v in before.items() if "checkpoints" in k}
+
+
+def test_a_teacher_in_micro_batches_is_the_whole_batchs(home):
+    run = lambda name, flags: main(home, f"--name {name} --objective flow --task edit --base t.safetensors "
+                                   f"--teacher-steps 2 --teacher-lr 1e-3 --warmup 0 {flags}")
+    run("at-once", ""), run("in-two", "--micro-batch 4")
+    one, two, start = (weights(home / path) for path in (
+        *(f"runs/{name}/checkpoints/teacher.safetensors" for name in ("at-once", "in-two")), "t.safetensors"))
+    distance = lambda a, b: sum(float((a[k] - b[k]).square().sum()) for k in start if k != READS) ** 0.5
+    assert distance(one, start) > 0.1 and distance(one, two) < 0.02 * distance(one, start)   # rounding: Adam
+
+
+def test_a_teacher_goes_on_from_its_own_base_alone(home):
+    flags = "--name began --objective flow --task edit --base began.safetensors --teacher-steps 2"
+    save_teacher(home).rename(home / "began.safetensors")
+    assert "saved step 1" in main(home, f"{flags} --stop-after 1")
+    save_teacher(home, seed=1).rename(home / "began.safetensors")
+    with refused("--base began.safetensors", "another file than runs/began/checkpoints/teacher began with"):
+        main(home, flags)
+    save_teacher(home).rename(home / "began.safetensors")
+    main(home, flags)
+    (home / "began.safetensors").unlink()                           # not read any more
+    main(home, flags)
+    save_teacher(home)
 
 
 @each_task
