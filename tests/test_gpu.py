@@ -13,9 +13,11 @@ from test_triton import ladd_step, networks
 from torch import Tensor
 
 import kernels
+import train
 from kernels import attention, bench, heads, modulation
 from ladd import sampler
-from ladd.distill import Text
+from ladd.distill import Text, TextImage
+from ladd.feed import Feed
 from ladd.fp8 import in_fp8
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -161,3 +163,21 @@ def test_fp8_products_run_and_are_near_bf16():
         found.append([*(f.detach().float() for f in feats), dx])
     for a, b in zip(*found):
         assert 1e-4 < (a - b).norm() / a.norm() < 0.1
+
+
+def test_the_feed_gives_what_was_made():
+    """Plain tuples, lists and NamedTuples, pinned by the thread and copied."""
+    text = TextImage(*(torch.arange(4.) + i for i in range(3)))
+    made = lambda i: (torch.full((2,), i), [text, None])
+    for i, (x, (moved, none)) in enumerate(Feed(made, ((i,) for i in range(3)), torch.device("cuda"))):
+        assert x.tolist() == [i, i] and isinstance(moved, TextImage) and none is None
+        assert all(t.is_cuda and t.cpu().equal(u) for t, u in zip(moved, text))
+
+
+@pytest.mark.parametrize("flags", ["", "--task edit --image-guidance 1.3", "--task inpaint --lora 4"])
+def test_a_short_run_ends_with_its_report(tmp_path, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    short = ("--teacher-steps 4 --teacher-images 256 --data-size 256 --data-batch 64 --steps 2 --batch 16 "
+             "--heads-first 2 --n 16 --eval-n 16 --sample-steps 2")
+    train.main(f"--preset tiny --name short {short} {flags}".split())
+    assert (tmp_path / "runs/short/report.png").exists()
