@@ -24,7 +24,7 @@ from test_train import log_of, refused, rows_of, weights
 import kernels
 import sample
 import train
-from ladd import checkpoint, data, domain, encode, evaluate, synthesize
+from ladd import checkpoint, data, domain, encode, evaluate, inputs, synthesize
 from ladd.checkpoint import load_metadata, load_mmdit, save_mmdit
 from ladd.config import parse_config
 from ladd.mmdit import MMDiT
@@ -329,7 +329,7 @@ def test_pairs_that_do_not_fit_are_refused_before_a_run_is_made(folders, edited,
 def test_a_teacher_starts_as_its_base_whatever_the_image(home, task, channels):
     flags = f"{FLAGS} {LEARN.format(task)}"
     with contextlib.chdir(home):
-        sizes, tensors = train.start_of(parse_config(flags.split(), "tiny"))
+        sizes, tensors = inputs.start_of(parse_config(flags.split(), "tiny"))
     base, start = load_mmdit(home / "sd3"), MMDiT(sizes, kernels.load("torch"))
     start.load_state_dict(tensors)
     assert sizes.in_channels == channels and sizes.out_channels == 16

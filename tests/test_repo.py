@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # DESIGN section 2: a file in ladd imports only files before it in this list, and kernels
 ORDER = ("config flow mmdit discriminator distill sampler lcm fp8 shapes tasks data feed metrics formats "
          "parallel lora checkpoint state report run images encode memory cost step speed domain evaluate "
-         "synthesize dpo").split()
+         "inputs synthesize dpo").split()
 CORE = "flow mmdit discriminator distill sampler".split()
 TOOLS = {"__init__", "bench", "aot"}             # of kernels; they know the others
 LADD = sorted(path for path in ROOT.glob("ladd/*.py") if path.stem != "__init__")
