@@ -33,7 +33,8 @@ def option(default, help: str, choices: tuple = (), low: float = -math.inf, high
 class Config:
     """Everything that decides a run. Levels are unshifted; `shift` is applied by flow.shift alone."""
     preset:          str = option("tiny", "name of the preset", (
-        "tiny", "tiny-edit", "tiny-inpaint", "shapes", "sd3-medium", "sd3.5-medium", "sd3.5-large"))
+        "tiny", "tiny-edit", "tiny-inpaint", "tiny-lora", "tiny-lcm", "shapes", "sd3-medium", "sd3.5-medium",
+        "sd3.5-large"))
     task:            str = option("text", "what the networks do: pictures from captions; a source and an "
                                   "instruction to the edited picture; what a mask repaints of a picture",
                                   ("text", "edit", "inpaint"))
@@ -233,6 +234,8 @@ PRESETS = {
     "tiny-edit":    dict(task="edit", teacher_steps=720, guidance=1.5, image_guidance=1.3, lr=1e-4,
                          misaligned=0.0),
     "tiny-inpaint": dict(task="inpaint", teacher_steps=720, lr=1e-4, misaligned=0.0),
+    "tiny-lora":    dict(lora=16, lr=1.5e-3),
+    "tiny-lcm":     dict(objective="lcm", steps=270, lr=5e-4),
     "shapes": dict(objects=2, sizes=("256x256", "192x320", "320x192"), depth=12, width=512, qk_norm=True,
                    predicts="v", text_dim=256, teacher_images=65536, teacher_steps=3000, teacher_batch=128,
                    teacher_lr=5e-4, teacher_means=(0.7, 2.0), data_size=16384, data_batch=512,

@@ -86,7 +86,7 @@ BAD = {
     "--heads-learning-rate 1": ("--heads-learning-rate", "--heads"),
     "--lr=1 --taps=0 --quality=9": ("--quality", "nearest flag is --"),
     "steps": ("'steps'", "--steps"),
-    "--preset huge": ("--preset", "'huge'", "tiny, tiny-edit, tiny-inpaint, shapes"),
+    "--preset huge": ("--preset", "'huge'", "tiny, tiny-edit, tiny-inpaint, tiny-lora, tiny-lcm, shapes"),
     "--steps many": ("--steps", "'many'", "whole number"),
     "--steps 1.5": ("--steps", "'1.5'", "whole number"),
     "--lr fast": ("--lr", "'fast'", "a number"),
