@@ -20,6 +20,7 @@ import train
 from ladd import data, evaluate, tasks
 from ladd.config import PRESETS, PROCESS_FIELDS, Config, check_same, parse_config, to_json, validated
 from ladd.mmdit import MMDiT
+from ladd.step import teacher_config
 
 FIELDS = {f.name: f for f in fields(Config)}
 NUMBERS = [name for name, f in FIELDS.items() if f.type in (int, float) and not f.metadata["choices"]]
@@ -357,11 +358,12 @@ def test_preset_decides_the_sizes(tmp_path, monkeypatch, capsys):
     for preset in PRESETS:
         config = parse_config(["--dry-run", "--preset", preset], "tiny")
         with torch.device("meta"):
-            model = MMDiT(train.teacher_config(config), kernels.load("torch"))
+            model = MMDiT(teacher_config(config), kernels.load("torch"))
         counts[preset] = sum(p.numel() for p in model.parameters())
     tiny = counts.pop("tiny")
     assert 1e6 < tiny < 1e7 < 5e7 < counts.pop("shapes") < 3e8
     more = [counts.pop(f"tiny-{task}") - tiny for task in ("edit", "inpaint")]
+    assert counts.pop("tiny-lora") == counts.pop("tiny-lcm") == tiny
     assert more == [16 * 4 * 128, 17 * 4 * 128]                 # channels beside the latent, to 2 x 2 patches
     assert counts == {"sd3-medium": 2_028_328_000, "sd3.5-medium": 2_243_171_520,
                       "sd3.5-large": 8_056_627_520}
