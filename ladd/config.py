@@ -235,7 +235,7 @@ PRESETS = {
                          misaligned=0.0),
     "tiny-inpaint": dict(task="inpaint", teacher_steps=720, lr=1e-4, misaligned=0.0),
     "tiny-lora":    dict(lora=16, lr=1.5e-3),
-    "tiny-lcm":     dict(objective="lcm", steps=270, lr=5e-4),
+    "tiny-lcm":     dict(objective="lcm", steps=360, lr=5e-4),
     "shapes": dict(objects=2, sizes=("256x256", "192x320", "320x192"), depth=12, width=512, qk_norm=True,
                    predicts="v", text_dim=256, teacher_images=65536, teacher_steps=3000, teacher_batch=128,
                    teacher_lr=5e-4, teacher_means=(0.7, 2.0), data_size=16384, data_batch=512,
