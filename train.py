@@ -104,8 +104,8 @@ def train_teacher(config: Config, run: Path, pairs: data.Latents | None, layout:
     share, micro = config.teacher_batch // world, config.micro(world, teacher=True)
     mine = slice(rank * share, (rank + 1) * share)
 
-    def make(step: int) -> tuple[Tensor, ...]:
-        """x0, noise, levels, text and what is left out of it, of this process's part of a step."""
+    def make(step: int) -> list[Tensor]:
+        """x0, noise, levels, what decides who loses the text, and text, of this process's part of a step."""
         batch = latents.batch(0 if config.overfit_one_batch else step, config.teacher_batch, config.seed,
                               exclude)
         g, n = flow.generator(config.seed, 1, step), len(batch.x0)
