@@ -471,5 +471,5 @@ if __name__ == "__main__":
     try:
         run_script("train.py", main)
     except Stopped as stopped:
-        parallel.finish()
         print(stopped if ranks()[0] == 0 else "", end="\n" * (ranks()[0] == 0))
+        parallel.finish()

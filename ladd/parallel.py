@@ -5,7 +5,6 @@ gradients are means over the processes. One code path serves all layouts, a mesh
 (world, 1) keeps a whole copy in each process, (1, world) a part, (n, world / n) parts within groups.
 Order: checkpointed, compiled, shard, load; then the optimizer.
 """
-import gc
 import os
 import sys
 import threading
@@ -57,11 +56,17 @@ def start(device: torch.device, timeout_s: float) -> None:
 
 
 def finish() -> None:
-    """Waits for all and leaves. Not after an error: the others may never come, and torchrun ends them."""
+    """Waits for all and ends this process with code 0, where there are several. Not after an error: others
+    may never come, and torchrun ends them.
+
+    Python's own end comes too late: networks hold the groups, so a group's thread may just then let go of the
+    last collective's tensors, waits for an interpreter that is gone, and aborts the process."""
     if dist.is_initialized():
         agree()
-        gc.collect()       # networks in cycles hold groups, whose threads end with them: not at Python's end
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def agree(flags: bool | tuple[bool, ...] = False) -> bool | tuple[bool, ...]:

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.multiprocessing import start_processes
 
-from ladd import data, state
+from ladd import data, parallel, state
 from ladd.config import InputError
 from ladd.state import Saver, fill, open_state, optimizer_targets, optimizer_tensors, states
 
@@ -456,6 +456,7 @@ def run_of(folder: Path, mesh, rank: int, world: int, meet) -> dict[str, dict[st
 
 def process(rank: int, folder: Path, shape: tuple[int, ...]) -> None:
     world = math.prod(shape)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
     dist.init_process_group("gloo", f"file://{folder}/meet-{world}", rank=rank, world_size=world,
                             timeout=timedelta(seconds=60))
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape):])
@@ -464,7 +465,7 @@ def process(rank: int, folder: Path, shape: tuple[int, ...]) -> None:
     across = distribute_tensor(torch.zeros(4, 4), mesh, [state.Shard(1)] * len(shape))
     with pytest.raises(InputError, match=r"state a: found placements .*Shard\(dim=1\).*, one Shard\(0\)"):
         state.placed("a", across)
-    dist.destroy_process_group()
+    parallel.finish()
 
 
 def run_processes(folder: Path, *shape: int) -> list[dict]:

@@ -36,6 +36,7 @@ for line in sys.argv[1:]:
     except train.Stopped as stopped:
         print(stopped)
 finish()
+sys.exit("finish() came back: a group's thread may meet Python's end")
 """
 
 
