@@ -77,7 +77,7 @@ class Config:
     pos_grid:        int = option(0, "side of the position table in patches; 0: as --sizes need", low=0)
     pooled_dim:      int = option(0, "width of the pooled text; 0: --text-dim", low=0)
     predicts:        str = option("x0", "what the teacher's output layer gives; SD3's is v", ("v", "x0"))
-    teacher_images:  int = option(16384, "rendered images the teacher learns from", low=1)
+    teacher_images:  int = option(49152, "rendered images the teacher learns from", low=1)
     teacher_steps:   int = option(960, "training steps of the teacher", low=1)
     teacher_batch:   int = option(128, "batch of the teacher's training", low=1)
     teacher_lr:      float = option(4e-3, "its peak learning rate, decayed by a cosine", low=0)
@@ -231,9 +231,9 @@ SD3 = dict(sizes=("1024x1024", "832x1216", "1216x832"), text_dim=4096, pooled_di
 PRESETS = {
     #           depth width text teacher              data              student              report
     "tiny":         {},
-    "tiny-edit":    dict(task="edit", teacher_steps=720, guidance=1.5, image_guidance=1.3, lr=1e-4,
-                         misaligned=0.0),
-    "tiny-inpaint": dict(task="inpaint", teacher_steps=720, lr=1e-4, misaligned=0.0),
+    "tiny-edit":    dict(task="edit", teacher_images=16384, teacher_steps=720,
+                         guidance=1.5, image_guidance=1.3, lr=1e-4, misaligned=0.0),
+    "tiny-inpaint": dict(task="inpaint", teacher_images=16384, teacher_steps=720, lr=1e-4, misaligned=0.0),
     "tiny-lora":    dict(lora=16, lr=1.5e-3),
     "tiny-lcm":     dict(objective="lcm", steps=360, lr=5e-4),
     "shapes": dict(objects=2, sizes=("256x256", "192x320", "320x192"), depth=12, width=512, qk_norm=True,

@@ -48,19 +48,23 @@ def draw_prompts(config: Config, n: int, seed: int, heldout: bool = False) -> li
         count = n // len(config.hw) + (i < n % len(config.hw))
         if config.task == "edit":
             pairs = tasks.edits(count, hw, config.objects, g)
-            source, target = (shapes.encode(shapes.render(s, hw)) for s in (pairs.source, pairs.target))
+            source, target = (rendered(s, hw) for s in (pairs.source, pairs.target))
             parts.append(Prompts(hw, codes_of(config, pairs.texts), pairs.texts, target, source, None, pairs))
             continue
         scenes = shapes.sample_scenes(count, hw, config.objects, g, heldout)
         codes = shapes.draw_captions(scenes.attributes, g, config.stated)
-        images = shapes.render(scenes, hw)
-        latents = shapes.encode(images)
-        part = Prompts(hw, codes, [shapes.caption(c, config.objects) for c in codes], latents)
+        part = Prompts(hw, codes, [shapes.caption(c, config.objects) for c in codes], rendered(scenes, hw))
         if config.task == "inpaint":
-            mask = tasks.masks(count, hw, g)
+            images, mask = shapes.render(scenes, hw), tasks.masks(count, hw, g)
             part = part._replace(image=tasks.beside(shapes.encode, images, mask), mask=mask, graded=scenes)
         parts.append(part)
     return parts
+
+
+def rendered(scenes: shapes.Scenes, hw: tuple[int, int]) -> Tensor:
+    """Latents [n, 16, H/8, W/8] of scenes, some at a time: pictures take twelve times the memory."""
+    few = zip(*(t.split(1024) for t in scenes))
+    return torch.cat([shapes.encode(shapes.render(shapes.Scenes(*part), hw)) for part in few])
 
 
 def codes_of(config: Config, captions: list[str]) -> Tensor:
