@@ -48,23 +48,29 @@ def draw_prompts(config: Config, n: int, seed: int, heldout: bool = False) -> li
         count = n // len(config.hw) + (i < n % len(config.hw))
         if config.task == "edit":
             pairs = tasks.edits(count, hw, config.objects, g)
-            source, target = (rendered(s, hw) for s in (pairs.source, pairs.target))
+            source, target = (rendered(s, hw)[0] for s in (pairs.source, pairs.target))
             parts.append(Prompts(hw, codes_of(config, pairs.texts), pairs.texts, target, source, None, pairs))
             continue
         scenes = shapes.sample_scenes(count, hw, config.objects, g, heldout)
         codes = shapes.draw_captions(scenes.attributes, g, config.stated)
-        part = Prompts(hw, codes, [shapes.caption(c, config.objects) for c in codes], rendered(scenes, hw))
-        if config.task == "inpaint":
-            images, mask = shapes.render(scenes, hw), tasks.masks(count, hw, g)
-            part = part._replace(image=tasks.beside(shapes.encode, images, mask), mask=mask, graded=scenes)
-        parts.append(part)
+        captions = [shapes.caption(c, config.objects) for c in codes]
+        mask, graded = (tasks.masks(count, hw, g), scenes) if config.task == "inpaint" else (None, None)
+        latents, image = rendered(scenes, hw, mask)
+        parts.append(Prompts(hw, codes, captions, latents, image, mask, graded))
     return parts
 
 
-def rendered(scenes: shapes.Scenes, hw: tuple[int, int]) -> Tensor:
-    """Latents [n, 16, H/8, W/8] of scenes, some at a time: pictures take twelve times the memory."""
-    few = zip(*(t.split(1024) for t in scenes))
-    return torch.cat([shapes.encode(shapes.render(shapes.Scenes(*part), hw)) for part in few])
+def rendered(scenes: shapes.Scenes, hw: tuple[int, int],
+             mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """(latents [n, 16, H/8, W/8] of scenes, what a network reads beside the noise where `mask` is given),
+    some at a time: pictures take twelve times the memory."""
+    latents, beside = [], []
+    for i in range(0, max(1, len(scenes.attributes)), 1024):
+        images = shapes.render(shapes.Scenes(*(t[i:i + 1024] for t in scenes)), hw)
+        latents.append(shapes.encode(images))
+        if mask is not None:
+            beside.append(tasks.beside(shapes.encode, images, mask[i:i + 1024]))
+    return torch.cat(latents), torch.cat(beside) if beside else None
 
 
 def codes_of(config: Config, captions: list[str]) -> Tensor:
