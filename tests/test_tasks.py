@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import assert_close, rng
 
-from ladd import shapes, tasks
+from ladd import evaluate, shapes, tasks
 from ladd.config import InputError
 from ladd.shapes import Scenes
 from ladd.tasks import KINDS
@@ -491,3 +491,13 @@ def test_what_is_decided_follows_the_prompt_the_rest_the_source():
     empty, everything = torch.full_like(codes, -1), torch.ones_like(mask)   # no prompt: any scene will do
     assert tasks.grade_inpaint(images, scenes, empty, everything)["success"].float().mean() > .99
     assert not tasks.grade_inpaint(0 * images, scenes, empty, everything)["success"].any()
+
+
+def test_scenes_rendered_some_at_a_time_are_those_rendered_at_once():
+    hw, g = (16, 32), rng(5)
+    scenes, mask = shapes.sample_scenes(1030, hw, 1, g), tasks.masks(1030, hw, g)
+    images = shapes.render(scenes, hw)
+    latents, image = evaluate.rendered(scenes, hw, mask)
+    assert_close("latents", latents, shapes.encode(images))
+    assert_close("image", image, tasks.beside(shapes.encode, images, mask))
+    assert evaluate.rendered(scenes, hw)[1] is None
