@@ -20,6 +20,7 @@ In the scores, 1 / sqrt(dh) becomes log2(e) / sqrt(dh), so that exp2 serves; wit
 puts it into q. The pre-pass also finds max |q| of 128 rows and max |k| of a head. Where their product, which
 bounds the scores, is small, a program needs no running maximum: exp2 of bounded scores does not overflow.
 """
+import functools
 import math
 import os
 import sys
@@ -77,29 +78,30 @@ ROWS = 128        # rows of a block in the passes over rows; max |q| is kept for
 if triton is not None:
 
     @triton.jit
-    def _at(tile, b, row, col, R: tl.constexpr, DH: tl.constexpr):
-        start, stride_b, stride_l, end = tile
-        rows = (row + tl.arange(0, R)) * stride_l
-        at = start + b.to(tl.int64) * stride_b + col
-        return at + rows[:, None] + tl.arange(0, DH)[None, :], (rows < end)[:, None]
+    def _at(rows, b, row, col, R: tl.constexpr, DH: tl.constexpr):
+        """Pointers to [R, DH] and the rows that exist; 64-bit up to the tile's first row."""
+        start, stride_b, stride_l, length = rows
+        start += b.to(tl.int64) * stride_b + row * stride_l.to(tl.int64) + col
+        i = tl.arange(0, R)
+        return start + i[:, None] * stride_l + tl.arange(0, DH)[None, :], (row + i < length)[:, None]
 
     @triton.jit
-    def _load(tile, b, row, col, R: tl.constexpr, DH: tl.constexpr):
-        """[R, DH] from a row and a column on, zero beyond the last row."""
-        if len(tile) == 2:
-            x = tile[0].load([b * tile[1], row, col]).reshape(R, DH)
+    def _load(x, b, row, col, R: tl.constexpr, DH: tl.constexpr):
+        """[R, DH] of x, a descriptor or a tuple from _rows, zero beyond the last row."""
+        if isinstance(x, tl.tensor_descriptor):
+            tile = x.load([b, row, col]).reshape(R, DH)
         else:
-            at, there = _at(tile, b, row, col, R, DH)
-            x = tl.load(at, there, 0)
-        return x
+            at, there = _at(x, b, row, col, R, DH)
+            tile = tl.load(at, there, 0)
+        return tile
 
     @triton.jit
-    def _store(tile, b, row, col, x, R: tl.constexpr, DH: tl.constexpr):
-        if len(tile) == 2:
-            tile[0].store([b, row, col], x.to(tile[0].dtype).reshape(1, R, DH))
+    def _store(x, b, row, col, tile, R: tl.constexpr, DH: tl.constexpr):
+        if isinstance(x, tl.tensor_descriptor):
+            x.store([b, row, col], tile.to(x.dtype).reshape(1, R, DH))
         else:
-            at, there = _at(tile, b, row, col, R, DH)
-            tl.store(at, x.to(tile[0].dtype.element_ty), there)
+            at, there = _at(x, b, row, col, R, DH)
+            tl.store(at, tile.to(x[0].dtype.element_ty), there)
 
     @triton.jit
     def _product(x, y, ACC: tl.constexpr):
@@ -185,10 +187,13 @@ if triton is not None:
         return acc / total[:, None], top + tl.log2(total)
 
     @triton.jit
-    def _forward(q, k, v, out, lse, maxima, l, l_lse, n, blocks_txt, blocks, tiles_txt, LIMIT: tl.constexpr,
-                 SCALE: tl.constexpr, TXT: tl.constexpr, TXT_Q: tl.constexpr, AHEAD: tl.constexpr,
-                 R: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DH: tl.constexpr, ACC: tl.constexpr):
+    def _forward(q_txt, q_img, k_txt, k_img, v_txt, v_img, out_txt, out_img, lse, maxima, l, l_lse, n,
+                 blocks_txt, blocks, tiles_txt, LIMIT: tl.constexpr, SCALE: tl.constexpr, TXT: tl.constexpr,
+                 TXT_Q: tl.constexpr, AHEAD: tl.constexpr, R: tl.constexpr, M: tl.constexpr,
+                 N: tl.constexpr, DH: tl.constexpr, ACC: tl.constexpr):
         """A tile of queries of either stream -> its rows of out [b, l, n, dh] and lse [b, n, l]."""
+        # descriptors are arguments of their own: inside a tuple Triton 3.6 and 3.7 cannot launch them
+        q, k, v, out = (q_txt, q_img), (k_txt, k_img), (v_txt, v_img), (out_txt, out_img)
         tile, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         at = b.to(tl.int64) * n + head
 
@@ -299,12 +304,15 @@ if triton is not None:
         _store(dqkv, b, row, (2 * n + head) * DH, dv, N, DH)
 
     @triton.jit
-    def _backward(q, g, k, qkv, dqkv, w, parts, stats, dq, l, n, blocks_txt, blocks, tiles_txt,
-                  TXT: tl.constexpr, TXT_Q: tl.constexpr, GRAD: tl.constexpr, WEIGHT: tl.constexpr,
-                  DQ: tl.constexpr, EPS: tl.constexpr, SCALE: tl.constexpr, DK_SCALE: tl.constexpr,
-                  R: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DH: tl.constexpr, ACC: tl.constexpr):
+    def _backward(q_txt, q_img, g_txt, g_img, k_txt, k_img, qkv_txt, qkv_img, dqkv_txt, dqkv_img, w, parts,
+                  stats, dq, l, n, blocks_txt, blocks, tiles_txt, TXT: tl.constexpr, TXT_Q: tl.constexpr,
+                  GRAD: tl.constexpr, WEIGHT: tl.constexpr, DQ: tl.constexpr, EPS: tl.constexpr,
+                  SCALE: tl.constexpr, DK_SCALE: tl.constexpr, R: tl.constexpr, M: tl.constexpr,
+                  N: tl.constexpr, DH: tl.constexpr, ACC: tl.constexpr):
         """A tile of keys of either stream -> dk (through the norm), dv and the partial sum of dw_k; what it
         gives to dq is added to dq [b, n, rows, dh]."""
+        q, g, k = (q_txt, q_img), (g_txt, g_img), (k_txt, k_img)
+        qkv, dqkv = (qkv_txt, qkv_img), (dqkv_txt, dqkv_img)
         tile, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         at, rows, first = b.to(tl.int64) * n + head, blocks * R, blocks_txt * R
         stats, dq = stats + at * 2 * rows, dq + at * rows * DH
@@ -349,10 +357,11 @@ if triton is not None:
         return dq
 
     @triton.jit
-    def _backward_q(q, g, k, v, stats, dq, l, n, blocks_txt, blocks, tiles_txt, TXT: tl.constexpr,
-                    TXT_Q: tl.constexpr, SCALE: tl.constexpr, R: tl.constexpr, M: tl.constexpr,
-                    N: tl.constexpr, DH: tl.constexpr, ACC: tl.constexpr):
+    def _backward_q(q_txt, q_img, g_txt, g_img, k_txt, k_img, v_txt, v_img, stats, dq, l, n, blocks_txt,
+                    blocks, tiles_txt, TXT: tl.constexpr, TXT_Q: tl.constexpr, SCALE: tl.constexpr,
+                    R: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DH: tl.constexpr, ACC: tl.constexpr):
         """A tile of queries of either stream -> its rows of dq, every time summed in the same order."""
+        q, g, k, v = (q_txt, q_img), (g_txt, g_img), (k_txt, k_img), (v_txt, v_img)
         tile, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         at = (b.to(tl.int64) * n + head) * blocks * R
         queries, grads, row, first = q[1], g[1], (tile - tiles_txt) * M, blocks_txt * R
@@ -371,7 +380,7 @@ if triton is not None:
     @triton.jit
     def _finish_rows(dq, qkv, dqkv, w, parts, b, head, row, EPS: tl.constexpr, DQ_SCALE: tl.constexpr,
                      WEIGHT: tl.constexpr, R: tl.constexpr, DH: tl.constexpr, ACC: tl.constexpr):
-        there = ((row + tl.arange(0, R)) * qkv[2] < qkv[3])[:, None]
+        there = (row + tl.arange(0, R) < qkv[3])[:, None]
         g = tl.load(dq + tl.arange(0, R)[:, None] * DH + tl.arange(0, DH)[None, :], there, 0) * DQ_SCALE
         if w is not None:
             x = _load(qkv, b, row, head * DH, R, DH).to(ACC)
@@ -427,11 +436,17 @@ INTERPRETED = Launch(64, 32, 4, 1), Launch(32, 64, 4, 1), Launch(32, 32, 4, 1)  
 announced: set[int] = set()
 
 
-def _arch(device: torch.device) -> int:
-    if ARCH is not None:
-        return ARCH
+@functools.cache
+def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def _arch(device: torch.device) -> int:
+    """major * 10 + minor of the GPU that is compiled for, 0 for the interpreter."""
+    if ARCH is not None or INTERPRET:
+        return ARCH or 0
+    return _capability(device)
 
 
 def _launches(x: Tensor) -> tuple[Launch, Launch, Launch]:
@@ -480,28 +495,39 @@ def _rows(x: Tensor | None) -> tuple | None:
     """[b, l, ...] as rows [b, l, columns] for _load and _store by pointers; None for no tensor."""
     if not _there(x):
         return None
-    b, l, columns = x.shape[0], x.shape[1], x[0, 0].numel()
+    b, l, columns = x.shape[0], x.shape[1], math.prod(x.shape[2:])
     stride_l = x.stride(1) if l > 1 else columns
-    return x, x.stride(0) if b > 1 else l * stride_l, stride_l, l * stride_l
+    return x, x.stride(0) if b > 1 else l * stride_l, stride_l, l
 
 
-def _tiles(x: Tensor | None, rows: int) -> tuple | None:
-    """The same by tiles [rows, dh]: from sm_90 on a descriptor for the hardware's copies and the factor of
-    the sample, 0 where all samples are one (expanded); before, pointers: their copies are asynchronous there.
+def _tiles(x: Tensor | None, rows: int) -> "tuple | TensorDescriptor | None":
+    """The same by tiles [rows, dh]: from sm_90 on a descriptor for the hardware's copies (TMA); before,
+    pointers, whose copies are asynchronous there.
 
     Raises ValueError where base and strides are not multiples of 16 bytes.
     """
     if not _there(x):
         return None
-    _, stride_b, stride_l, end = _rows(x)
-    size, one = x.element_size(), stride_b == 0
+    _, stride_b, stride_l, l = pointers = _rows(x)
+    size = x.element_size()
     if x.data_ptr() % 16 or stride_l * size % 16 or stride_b * size % 16:
         raise ValueError(f"attention: found {tuple(x.shape)} of strides {x.stride()} at offset "
                          f"{x.storage_offset()}; start and strides in multiples of 16 bytes accepted")
-    if not INTERPRET and _arch(x.device) < 90:
-        return _rows(x)
-    shape, strides = [1 if one else x.shape[0], x.shape[1], x[0, 0].numel()], [stride_b or end, stride_l, 1]
-    return TensorDescriptor(x, shape, strides, [1, rows, x.shape[-1]]), int(not one)
+    if 0 < _arch(x.device) < 90:
+        return pointers
+    if stride_b == 0 or stride_b % stride_l:
+        # expanded samples, or samples that start within a row: no tensor map describes them
+        x = x.contiguous()
+        _, stride_b, stride_l, l = _rows(x)
+    columns = math.prod(x.shape[2:])
+    return TensorDescriptor(x, (x.shape[0], l, columns), (stride_b, stride_l, 1), (1, rows, x.shape[-1]))
+
+
+def _qkv_tiles(qk: tuple, qkv: tuple, m: int, keys: int) -> tuple[tuple, tuple, tuple]:
+    """Tiles of q [m, dh], of k and of v [keys, dh], pairs of text and image; equal ones are made once."""
+    q = _pair(_tiles, *qk, m)
+    k = q if m == keys else _pair(_tiles, *qk, keys)
+    return q, k, k if qk is qkv else _pair(_tiles, *qkv, keys)
 
 
 def _readable(x: Tensor) -> bool:
@@ -548,14 +574,15 @@ def forward(qkv_txt: Tensor | None, qkv_img: Tensor, qk_txt: Tensor, qk_img: Ten
     b, l_img, _, n, dh = qkv_img.shape
     l_txt, fold, txt_q = qkv_txt.shape[1] if _there(qkv_txt) else 0, qk_img.numel() > 0, out_txt.numel() > 0
     m, keys, warps, stages = _launches(qkv_img)[0]
-    ahead = INTERPRET or _arch(qkv_img.device) >= 90                # sm_80's products are not asynchronous
-    tiles_txt, qkv = _cdiv(l_txt, m) if txt_q else 0, (qkv_txt, qkv_img)
-    qk = (qk_txt, qk_img) if fold else qkv
+    tiles_txt = _cdiv(l_txt, m) if txt_q else 0
+    qkv = qkv_txt, qkv_img
+    q, k, v = _qkv_tiles((qk_txt, qk_img) if fold else qkv, qkv, m, keys)
     _forward[(tiles_txt + _cdiv(l_img, m), n, b)](
-        _pair(_tiles, *qk, m), _pair(_tiles, *qk, keys), _pair(_tiles, *qkv, keys),
-        _pair(_tiles, out_txt, out_img, m), lse, maxima, (l_txt, l_img), lse.shape[2], n, _cdiv(l_txt, ROWS),
-        maxima.shape[3], tiles_txt, LIMIT=_limit(qkv_img), SCALE=1.0 if fold else _score_scale(qkv_img),
-        TXT=l_txt > 0, TXT_Q=txt_q, AHEAD=ahead, R=ROWS, M=m, N=keys, DH=dh, ACC=_acc(qkv_img),
+        *q, *k, *v, *_pair(_tiles, out_txt, out_img, m), lse, maxima, (l_txt, l_img), lse.shape[2], n,
+        _cdiv(l_txt, ROWS), maxima.shape[3], tiles_txt, LIMIT=_limit(qkv_img),
+        SCALE=1.0 if fold else _score_scale(qkv_img), TXT=l_txt > 0, TXT_Q=txt_q,
+        # elsewhere products are not asynchronous
+        AHEAD=_arch(qkv_img.device) in (0, 90, 100, 103), R=ROWS, M=m, N=keys, DH=dh, ACC=_acc(qkv_img),
         num_warps=warps, num_stages=stages)
     return out_txt, out_img, lse
 
@@ -583,7 +610,7 @@ def backward(g_txt: Tensor | None, g_img: Tensor, qkv_txt: Tensor | None, qkv_im
     grad, weight = (grad_txt and txt, grad_img), (weight_txt and txt, weight_img)
     want_q = grad[0] and txt_q, grad_img
     g = [x if not _there(x) or _readable(x) else x.contiguous() for x in (g_txt, g_img)]
-    qkv, dqkv, rows = (qkv_txt, qkv_img), (dqkv_txt, dqkv_img), dict(R=ROWS, DH=dh, ACC=_acc(qkv_img))
+    qkv, rows = (qkv_txt, qkv_img), dict(R=ROWS, DH=dh, ACC=_acc(qkv_img))
     qk, scale = (qkv, _score_scale(qkv_img)) if not fold else ((qk_txt, qk_img), 1.0)
 
     # lse and delta by blocks of rows, text only where it has queries; dq starts at zero
@@ -601,10 +628,10 @@ def backward(g_txt: Tensor | None, g_img: Tensor, qkv_txt: Tensor | None, qkv_im
                                          for count, want in zip(counts, wanted))
     parts_k = parts(tiles, weight)
     if sum(tiles):
+        q, k, v = _qkv_tiles(qk, qkv, m, keys)
         _backward[(sum(tiles), n, b)](
-            _pair(_tiles, *qk, m), _pair(_tiles, *g, m), _pair(_tiles, *qk, keys), _pair(_tiles, *qkv, keys),
-            _pair(_tiles, *dqkv, keys), (wk_txt, wk_img), parts_k, stats, dq, l, n, blocks_txt, blocks,
-            tiles[0], TXT=tiles[0] > 0, TXT_Q=txt_q, GRAD=grad, WEIGHT=weight, EPS=eps, SCALE=scale,
+            *q, *_pair(_tiles, *g, m), *k, *v, *_pair(_tiles, dqkv_txt, dqkv_img, keys), (wk_txt, wk_img),
+            parts_k, stats, dq, l, n, blocks_txt, blocks, tiles[0], TXT=tiles[0] > 0, TXT_Q=txt_q, GRAD=grad, WEIGHT=weight, EPS=eps, SCALE=scale,
             DQ=(want_q[0] and atomic, want_q[1] and atomic),
             # ds is the gradient by natural scores; the folded q brings its own scale and log2(e)
             DK_SCALE=math.log(2) if fold else dh ** -0.5, M=m, N=keys, **rows, num_warps=warps,
@@ -612,15 +639,15 @@ def backward(g_txt: Tensor | None, g_img: Tensor, qkv_txt: Tensor | None, qkv_im
     if deterministic and any(want_q):
         m, keys, warps, stages = second
         tiles = [_cdiv(x, m) if wanted else 0 for x, wanted in zip(l, want_q)]
+        q, k, v = _qkv_tiles(qk, qkv, m, keys)
         _backward_q[(sum(tiles), n, b)](
-            _pair(_tiles, *qk, m), _pair(_tiles, *g, m), _pair(_tiles, *qk, keys), _pair(_tiles, *qkv, keys),
-            stats, dq, l, n, blocks_txt, blocks, tiles[0], TXT=txt, TXT_Q=want_q[0], SCALE=scale, M=m, N=keys,
+            *q, *_pair(_tiles, *g, m), *k, *v, stats, dq, l, n, blocks_txt, blocks, tiles[0], TXT=txt, TXT_Q=want_q[0], SCALE=scale, M=m, N=keys,
             **rows, num_warps=warps, num_stages=stages)
 
     # dq through the norm into its place
     parts_q = parts((blocks_txt, blocks - blocks_txt), (weight[0] and want_q[0], weight[1]))
     if any(want_q):
-        _finish[(n, blocks, b)](dq, _pair(_rows, *qkv), _pair(_rows, *dqkv), (wq_txt, wq_img), parts_q, n,
+        _finish[(n, blocks, b)](dq, _pair(_rows, *qkv), _pair(_rows, dqkv_txt, dqkv_img), (wq_txt, wq_img), parts_q, n,
                                 blocks_txt, blocks, EPS=eps, DQ_SCALE=dh ** -0.5, DQ=want_q, WEIGHT=weight,
                                 **rows, num_warps=8, num_stages=1)
     if grad[0] and not txt_q:
@@ -698,9 +725,11 @@ def _check(qkv_txt: Tensor | None, qkv_img: Tensor, norm_txt, norm_img) -> None:
             raise ValueError(f"attention: found {name} in {x.dtype} on {x.device}, qkv_img in "
                              f"{qkv_img.dtype} on {qkv_img.device}; both in one of "
                              f"{', '.join(map(str, accepted))} accepted")
-        if x.stride()[2:] != (n * dh, dh, 1) or x.shape[1] > 1 and x.stride(1) < 3 * n * dh:
-            raise ValueError(f"attention: found {name} of strides {x.stride()}; (any, at least {3 * n * dh}, "
-                             f"{n * dh}, {dh}, 1) accepted")
+        # offsets within a tile of at most ROWS rows are 32-bit, hence the upper limit
+        if x.stride()[2:] != (n * dh, dh, 1) or (
+                x.shape[1] > 1 and not 3 * n * dh <= x.stride(1) < 2 ** 31 // ROWS):
+            raise ValueError(f"attention: strides of {name} must be (any, {3 * n * dh} to "
+                             f"{2 ** 31 // ROWS - 1}, {n * dh}, {dh}, 1) (got {x.stride()})")
         if norm is not None and any(w.shape != (dh,) or w.stride() != (1,) for w in norm):
             raise ValueError(f"attention: found norm weights {[tuple(w.shape) for w in norm]}; two "
                              f"contiguous [{dh}] accepted")

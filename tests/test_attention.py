@@ -379,6 +379,33 @@ def test_a_selective_checkpoint_does_not_attend_again(monkeypatch):
 # --- errors ---
 
 @interpreted
+def test_rows_beyond_32_bit_offsets():
+    """The last rows start beyond 2^31 elements; only the pages that are touched take memory."""
+    l, stride = 260, 2 ** 23
+    far = torch.empty((l - 1) * stride + 192).as_strided((1, l, 3, 1, 64), (l * stride, stride, 64, 64, 1))
+    near = torch.randn(1, l, 3, 1, 64, generator=rng(1))
+    far.copy_(near)
+    norm = tuple(1 + 0.3 * torch.randn(2, 64, generator=rng(2)))
+    results = []
+    for x in (far, near):
+        leaf = x.detach().requires_grad_()
+        out = attention.joint_attention(None, leaf, None, norm)[1]
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaf)))
+    for name, a, e in zip(("output", "gradient"), *results):
+        assert_close(name, a.contiguous(), e, 1e-6)
+    too_far = torch.empty(2 ** 24 + 192).as_strided((1, 2, 3, 1, 64), (2 ** 25, 2 ** 24, 64, 64, 1))
+    with pytest.raises(ValueError, match="strides of qkv_img must be .*16777215"):
+        attention.joint_attention(None, too_far)
+
+
+@pytest.mark.parametrize("stride_b", [0, 5 * 192 - 64], ids=["expanded", "within a row"])
+def test_samples_that_no_tensor_map_describes(stride_b):
+    base = torch.randn(1, 20 * 192, generator=rng(1))
+    view = base.as_strided((2, 5, 3, 1, 64), (stride_b, 192, 64, 64, 1))
+    for a, e in zip(attention.joint_attention(view, view), attention.joint_attention(*2 * [view.contiguous()])):
+        assert torch.equal(a, e)
+
+
 def test_refuses_what_it_does_not_take():
     x = lambda *s, dtype=torch.float32: torch.zeros(s, dtype=dtype)
     good, attend = x(1, 4, 3, 2, 64), attention.joint_attention
