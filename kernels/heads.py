@@ -19,10 +19,17 @@ FLOPs forward: k b h w (2 d c + 18 c^2); backward as many to the features, twice
 Launches, each for all heads. Forward: product, activation, product, readout; backward: sums, norm, product,
 norm, then a product for the features, or the activation again and two products for the weights. Normalising
 in a pass of its own leaves the products' loops bare; statistics leave them as partials per tile, which a few
-small kernels of torch merge: no atomics. Activations are token-major: a shift of the convolution moves the
-box that a descriptor (TMA) reads, and what lies outside the grid reads as zero. Bytes forward, in activations
-of k b l c: u, y, v written, u, y, v read, and y nine times by the convolution, mostly from L2. Kept for
-backward: u and v. Slower than it should be before sm_90 (no TMA) and in fp32 (no tensor cores).
+small kernels of torch merge: no atomics.
+
+What the convolution reads, y and dv, is stored with one zero after each row of the grid but the last, the
+padding of two rows at once: positions [h (w + 1) - 1] instead of tokens [h w]. A shift of the convolution is
+then a shift along one axis, and a tile is a run of positions that a descriptor (TMA) reads whatever the grid;
+what lies before the first and after the last position reads as zero.
+
+Bytes forward: the features copied once into one tensor (read and written), and in activations of k b l c:
+u, y, v written, u, y, v read, and y nine times by the convolution, mostly from L2. Kept for backward: u and v,
+and for the weights' gradient the copied features. Slower than it should be before sm_90 (no TMA, so loads are
+not asynchronous) and in fp32 (no tensor cores).
 """
 import functools
 import os
@@ -107,20 +114,11 @@ if triton is not None:
     GROUP, LEAK, HALF = tl.constexpr(GROUP_SIZE), tl.constexpr(SLOPE), tl.constexpr(0.5 ** 0.5)
 
     @triton.jit
-    def _pick(descs, k, HEADS: tl.constexpr):
-        """descs[k] of a tuple; k is known on the device only."""
-        desc = descs[0]
-        for j in tl.static_range(1, HEADS):
-            if k == j:
-                desc = descs[j]
-        return desc
-
-    @triton.jit
-    def _tokens(y0, x0, first, h, w, COUNT: tl.constexpr, TW: tl.constexpr):
-        """COUNT tokens of the box at (y0, x0), TW wide, from its `first` on; which of them exist."""
+    def _tokens(first, l, w, COUNT: tl.constexpr):
+        """Tokens of COUNT positions from `first` on, and which of the positions hold a token."""
         i = first + tl.arange(0, COUNT)
-        y, x = y0 + i // TW, x0 + i % TW
-        return y * w + x, (y < h) & (x < w)
+        row, x = i // (w + 1), i % (w + 1)
+        return row * w + x, (x < w) & (row * w + x < l)
 
     @triton.jit
     def _norm(x, stat_ptr, gamma_ptr, beta_ptr, kb, k, n, c):
@@ -159,106 +157,106 @@ if triton is not None:
         tl.store(part + 2 * c, tl.sum(tl.where(here, xhat, 0.0), 0), n < c)
 
     @triton.jit
-    def _product(src, w_desc, out_ptr, part_ptr, bias_ptr, u_ptr, stat_ptr, gamma_ptr, beta_ptr, grad_ptr,
-                 readout_ptr, b, h, w, d, c, HEADS: tl.constexpr, TAPS: tl.constexpr, BACK: tl.constexpr,
-                 EPILOGUE: tl.constexpr, PIECES: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr,
+    def _product(src, weight, out_ptr, part_ptr, bias_ptr, u_ptr, stat_ptr, gamma_ptr, beta_ptr, grad_ptr,
+                 readout_ptr, b, h, w, d, c, TAPS: tl.constexpr, BACK: tl.constexpr,
+                 EPILOGUE: tl.constexpr, PIECES: tl.constexpr, TOKENS: tl.constexpr,
                  BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr):
-        """out [k, b, l, c] = sum over TAPS shifts of src [.., h, w, d] W; BACK: reversed, W transposed.
-        One program: a tile of tokens of one sample and BN channels. Neighbours in the launch share tokens.
+        """out [k, b, l, c] = sum over TAPS shifts of src [k b, positions, d] W; BACK: reversed, W transposed.
+        One program: TOKENS positions of one sample and BN channels. Neighbours in the launch share tokens.
         EPILOGUE "store"; "stats": bias, group norm partials (count, mean, M2); "norm": the way back through
         residual, leaky ReLU and affine of the first norm, with per-channel sums for the norm's gradient."""
-        pid, across, tiles = tl.program_id(0), tl.cdiv(c, BN), tl.cdiv(h, TH) * tl.cdiv(w, TW)
+        pid, across, tiles = tl.program_id(0), tl.cdiv(c, BN), tl.cdiv(h * (w + 1) - 1, TOKENS)
         n0, t, kb = pid % across * BN, pid // across % tiles, pid // (across * tiles)
-        k = kb // b
-        y0, x0 = t // tl.cdiv(w, TW) * TH, t % tl.cdiv(w, TW) * TW
-        desc = _pick(src, k, HEADS)
-        sample = kb % b if HEADS > 1 else kb
+        k, first = kb // b, t * TOKENS
         steps = tl.cdiv(d, BK)
-        acc = tl.zeros([BN, TH * TW], ACC)
+        acc = tl.zeros([TOKENS, BN], ACC)
         for step in range(TAPS * steps):
             tap, k0 = step // steps, step % steps * BK
-            dy, dx = (tap // 3 - 1, tap % 3 - 1) if TAPS == 9 else (0, 0)
+            shift = (tap // 3 - 1) * (w + 1) + tap % 3 - 1 if TAPS == 9 else 0
             if BACK:
-                dy, dx = -dy, -dx
-                wt = w_desc.load([k * TAPS + tap, n0, k0]).reshape(BN, BK)
+                a = src.load([kb, first - shift, k0]).reshape(TOKENS, BK)
+                wt = weight.load([k * TAPS + tap, n0, k0]).reshape(BN, BK).T
             else:
-                wt = w_desc.load([k * TAPS + tap, k0, n0]).reshape(BK, BN).T
-            # outside the grid a descriptor reads zeros: that is the convolution's padding
-            a = desc.load([sample, y0 + dy, x0 + dx, k0]).reshape(TH * TW, BK)
-            # transposed: as the left factor a box of several rows would pass through registers (Triton 3.7)
-            acc = tl.dot(wt, a.to(wt.dtype).T, acc, input_precision="ieee", out_dtype=ACC)
+                a = src.load([kb, first + shift, k0]).reshape(TOKENS, BK)
+                wt = weight.load([k * TAPS + tap, k0, n0]).reshape(BK, BN)
+            acc = tl.dot(a.to(wt.dtype), wt, acc, input_precision="ieee", out_dtype=ACC)
 
-        n, base = n0 + tl.arange(0, BN), kb.to(tl.int64) * h * w * c
-        if EPILOGUE == "norm":      # for registers in PIECES of the tokens, one or 8; a row of partials each
-            few: tl.constexpr = TH * TW // PIECES
+        base = kb.to(tl.int64) * h * w * c
+        rows, inside = _tokens(first, h * w, w, TOKENS)
+        if EPILOGUE == "norm":                    # for registers in PIECES of the channels, one or 8
+            few: tl.constexpr = BN // PIECES
             for i in tl.static_range(PIECES):
-                if PIECES == 8:
-                    piece = _halves(_halves(_halves(acc)[i // 4])[i // 2 % 2])[i % 2].T
-                else:
-                    piece = acc.T
-                rows, inside = _tokens(y0, x0, i * few, h, w, few, TW)
-                part = part_ptr + ((kb * tiles + t).to(tl.int64) * PIECES + i) * 3 * c + n
+                piece = _halves(_halves(_halves(acc)[i // 4])[i // 2 % 2])[i % 2] if PIECES == 8 else acc
+                n = n0 + i * few + tl.arange(0, few)
+                part = part_ptr + (kb * tiles + t).to(tl.int64) * 3 * c + n
                 _norm_back(piece, rows, inside, base, n, kb, k, h * w, c, out_ptr, part, u_ptr, stat_ptr,
                            gamma_ptr, beta_ptr, grad_ptr, readout_ptr)
         else:
-            rows, inside = _tokens(y0, x0, 0, h, w, TH * TW, TW)
+            n = n0 + tl.arange(0, BN)
             if EPILOGUE == "stats":
-                acc += tl.load(bias_ptr + k * c + n, n < c, 0.0)[:, None]
+                acc += tl.load(bias_ptr + k * c + n, n < c, 0.0)[None]
                 g, groups = n0 // GROUP + tl.arange(0, BN // GROUP), c // GROUP
                 part = part_ptr + (kb * tiles + t).to(tl.int64) * 3 * groups + g
-                count = tl.sum(inside.to(ACC), 0) * GROUP
-                total = tl.sum(tl.where(inside[None], acc, 0.0), 1)
+                count = tl.sum(inside.to(ACC), 0) * GROUP      # at least one token: no two zeros in a row
+                total = tl.sum(tl.where(inside[:, None], acc, 0.0), 0)
                 mean = tl.sum(total.reshape(BN // GROUP, GROUP), 1) / count
                 center = tl.broadcast_to(mean[:, None], (BN // GROUP, GROUP)).reshape(BN)
-                apart = tl.where(inside[None], acc - center[:, None], 0.0)
-                m2 = tl.sum(tl.sum(apart * apart, 1).reshape(BN // GROUP, GROUP), 1)
+                apart = tl.where(inside[:, None], acc - center[None], 0.0)
+                m2 = tl.sum(tl.sum(apart * apart, 0).reshape(BN // GROUP, GROUP), 1)
                 tl.store(part, tl.zeros_like(mean) + count, g < groups)
                 tl.store(part + groups, mean, g < groups)
                 tl.store(part + 2 * groups, m2, g < groups)
-            tl.store(out_ptr + base + (rows[:, None] * c + n[None]), acc.T.to(out_ptr.dtype.element_ty),
+            tl.store(out_ptr + base + (rows[:, None] * c + n[None]), acc.to(out_ptr.dtype.element_ty),
                      inside[:, None] & (n < c)[None])
 
     @triton.jit
-    def _weight_grad(src, g_desc, out_ptr, b, h, w, d, c, heads, HEADS: tl.constexpr, TAPS: tl.constexpr,
-                     SPLIT: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BM: tl.constexpr,
-                     BN: tl.constexpr, ACC: tl.constexpr):
-        """out [SPLIT, k, TAPS, d, c] = sum over tokens and samples of src[token + shift]^T g[token].
-        One program: BM x BN weights of one head and shift, one SPLIT-th of the token tiles. Boxes of several
-        rows (narrow grids) pass src through registers: 12 % by the static bound, more on Triton 3.6."""
+    def _weight_grad(src, grad, out_ptr, b, h, w, d, c, heads, TAPS: tl.constexpr, SPLIT: tl.constexpr,
+                     TOKENS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
+        """out [SPLIT, k, TAPS, d, c] = sum over positions and samples of src[position + shift]^T grad[position].
+        One program: BM x BN weights of one head and shift, one SPLIT-th of the tiles of positions."""
         pid, across, down = tl.program_id(0), tl.cdiv(c, BN), tl.cdiv(d, BM)
         n0, m0 = pid % across * BN, pid // across % down * BM
         pid = pid // (across * down)                                # (split, head, shift)
         tap, k, s = pid % TAPS, pid // TAPS % heads, pid // (TAPS * heads)
-        dy, dx = (tap // 3 - 1, tap % 3 - 1) if TAPS == 9 else (0, 0)
-        desc = _pick(src, k, HEADS)
-        first = 0 if HEADS > 1 else k * b
-        columns = tl.cdiv(w, TW)
-        tiles = tl.cdiv(h, TH) * columns
+        shift = (tap // 3 - 1) * (w + 1) + tap % 3 - 1 if TAPS == 9 else 0
+        tiles = tl.cdiv(h * (w + 1) - 1, TOKENS)
         acc = tl.zeros([BM, BN], ACC)
         for step in range(s * (b * tiles) // SPLIT, (s + 1) * (b * tiles) // SPLIT):
-            i, t = step // tiles, step % tiles
-            y0, x0 = t // columns * TH, t % columns * TW
-            a = desc.load([first + i, y0 + dy, x0 + dx, m0]).reshape(TH * TW, BM)
-            g = g_desc.load([k * b + i, y0, x0, n0]).reshape(TH * TW, BN)
+            kb, first = k * b + step // tiles, step % tiles * TOKENS
+            a = src.load([kb, first + shift, m0]).reshape(TOKENS, BM)
+            g = grad.load([kb, first, n0]).reshape(TOKENS, BN)
             acc = tl.dot(a.to(g.dtype).T, g, acc, input_precision="ieee", out_dtype=ACC)
         m, n = m0 + tl.arange(0, BM), n0 + tl.arange(0, BN)
         tl.store(out_ptr + pid.to(tl.int64) * d * c + (m[:, None] * c + n[None]), acc,
                  (m < d)[:, None] & (n < c)[None])
 
     @triton.jit
-    def _activate(u_ptr, y_ptr, stat_ptr, gamma_ptr, beta_ptr, b, l, c, R: tl.constexpr, C: tl.constexpr,
-                  ACC: tl.constexpr):
-        """y = lrelu(GN(u)), R tokens and C channels a program."""
-        kb, rows = tl.program_id(1), tl.program_id(0) // tl.cdiv(c, C) * R + tl.arange(0, R)
-        n = tl.program_id(0) % tl.cdiv(c, C) * C + tl.arange(0, C)
-        base, at = kb.to(tl.int64) * l * c, rows[:, None] * c + n[None]
-        here = (rows < l)[:, None] & (n < c)[None]
-        u = tl.load(u_ptr + base + at, here, 0.0).to(ACC)
-        y = _leaky(_norm(u, stat_ptr, gamma_ptr, beta_ptr, kb, kb // b, n, c)[1])
-        tl.store(y_ptr + base + at, y.to(y_ptr.dtype.element_ty), here)
+    def _store_positions(out_ptr, x, kb, first, l, w, n, c, R: tl.constexpr):
+        """x [R, channels n] to out [k b, positions, c] from position `first` on."""
+        count, i = l + l // w - 1, first + tl.arange(0, R)
+        tl.store(out_ptr + kb.to(tl.int64) * count * c + (i[:, None] * c + n[None]),
+                 x.to(out_ptr.dtype.element_ty), (i < count)[:, None] & (n < c)[None])
 
     @triton.jit
-    def _readout(y_ptr, v_ptr, logit_ptr, stat_ptr, gamma_ptr, beta_ptr, readout_ptr, bias_ptr, b, l, c,
+    def _load_positions(y_ptr, kb, rows, l, w, n, c):
+        """y [k b, positions, c] at tokens `rows` and channels n."""
+        at, here = (rows + rows // w)[:, None] * c + n[None], (rows < l)[:, None] & (n < c)[None]
+        return tl.load(y_ptr + kb.to(tl.int64) * (l + l // w - 1) * c + at, here, 0.0)
+
+    @triton.jit
+    def _activate(u_ptr, y_ptr, stat_ptr, gamma_ptr, beta_ptr, b, l, w, c, R: tl.constexpr, C: tl.constexpr,
+                  ACC: tl.constexpr):
+        """y = lrelu(GN(u)), R positions and C channels a program."""
+        kb, first = tl.program_id(1), tl.program_id(0) // tl.cdiv(c, C) * R
+        n = tl.program_id(0) % tl.cdiv(c, C) * C + tl.arange(0, C)
+        rows, inside = _tokens(first, l, w, R)
+        here = inside[:, None] & (n < c)[None]
+        u = tl.load(u_ptr + kb.to(tl.int64) * l * c + (rows[:, None] * c + n[None]), here, 0.0).to(ACC)
+        y = _leaky(_norm(u, stat_ptr, gamma_ptr, beta_ptr, kb, kb // b, n, c)[1])
+        _store_positions(y_ptr, tl.where(here, y, 0.0), kb, first, l, w, n, c, R)
+
+    @triton.jit
+    def _readout(y_ptr, v_ptr, logit_ptr, stat_ptr, gamma_ptr, beta_ptr, readout_ptr, bias_ptr, b, l, w, c,
                  R: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr):
         """logits of R tokens: <(y + lrelu(GN(v))) / sqrt 2, readout> + b_out."""
         kb, rows = tl.program_id(1), tl.program_id(0) * R + tl.arange(0, R)
@@ -267,15 +265,15 @@ if triton is not None:
         for n0 in range(0, c, C):
             n = n0 + tl.arange(0, C)
             at, here = rows[:, None] * c + n[None], (rows < l)[:, None] & (n < c)[None]
-            y = tl.load(y_ptr + base + at, here, 0.0).to(ACC)
+            y = _load_positions(y_ptr, kb, rows, l, w, n, c).to(ACC)
             v = tl.load(v_ptr + base + at, here, 0.0).to(ACC)
             z = y + _leaky(_norm(v, stat_ptr, gamma_ptr, beta_ptr, kb, k, n, c)[1])
             logit += tl.sum(z * (tl.load(readout_ptr + kb * c + n, n < c, 0.0) * HALF)[None], 1)
         tl.store(logit_ptr + kb.to(tl.int64) * l + rows, logit + tl.load(bias_ptr + k), rows < l)
 
     @triton.jit
-    def _readout_sums(y_ptr, v_ptr, grad_ptr, part_ptr, stat_ptr, gamma_ptr, beta_ptr, readout_ptr, b, l, c,
-                      WEIGHTS: tl.constexpr, LOOPS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    def _readout_sums(y_ptr, v_ptr, grad_ptr, part_ptr, stat_ptr, gamma_ptr, beta_ptr, readout_ptr, b, l, w,
+                      c, WEIGHTS: tl.constexpr, LOOPS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
                       ACC: tl.constexpr):
         """Sums over LOOPS R tokens, per channel, of g (the gradient of the second norm's output), g xhat and,
         with WEIGHTS, xhat and logit gradient times z."""
@@ -296,7 +294,7 @@ if triton is not None:
             s_gx += g * xhat
             if WEIGHTS:
                 s_x += tl.where(here, xhat, 0.0)
-                z = tl.load(y_ptr + base * c + at, here, 0.0).to(ACC) + _leaky(pre)
+                z = _load_positions(y_ptr, kb, rows, l, w, n, c).to(ACC) + _leaky(pre)
                 s_z += grad * z
         part = part_ptr + (kb * tl.num_programs(1) + chunk).to(tl.int64) * (4 if WEIGHTS else 2) * c + n
         tl.store(part, tl.sum(s_g, 0), n < c)
@@ -307,17 +305,19 @@ if triton is not None:
 
     @triton.jit
     def _norm_grad(x_ptr, g_ptr, out_ptr, grad_ptr, stat_ptr, gamma_ptr, beta_ptr, readout_ptr, mean_ptr,
-                   b, l, c, SECOND: tl.constexpr, R: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr):
+                   b, l, w, c, SECOND: tl.constexpr, R: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr):
         """out = rstd (gamma g - m1 - xhat m2): back through a group norm. g is read (out may be its memory)
-        or, at the SECOND norm, made from the logits' gradient."""
-        kb, rows = tl.program_id(1), tl.program_id(0) // tl.cdiv(c, C) * R + tl.arange(0, R)
+        or, at the SECOND norm, made from the logits' gradient. out has the positions of width w, which is l
+        where they are the tokens."""
+        kb, first = tl.program_id(1), tl.program_id(0) // tl.cdiv(c, C) * R
         n = tl.program_id(0) % tl.cdiv(c, C) * C + tl.arange(0, C)
+        rows, inside = _tokens(first, l, w, R)
         base, at = kb.to(tl.int64) * l, rows[:, None] * c + n[None]
-        here = (rows < l)[:, None] & (n < c)[None]
+        here = inside[:, None] & (n < c)[None]
         x = tl.load(x_ptr + base * c + at, here, 0.0).to(ACC)
         xhat, pre, rstd, gamma = _norm(x, stat_ptr, gamma_ptr, beta_ptr, kb, kb // b, n, c)
         if SECOND:
-            g = (tl.load(grad_ptr + base + rows, rows < l, 0.0)[:, None]
+            g = (tl.load(grad_ptr + base + rows, inside, 0.0)[:, None]
                  * (tl.load(readout_ptr + kb * c + n, n < c, 0.0) * HALF)[None])
             g = tl.where(pre > 0, g, g * LEAK)
         else:
@@ -325,7 +325,7 @@ if triton is not None:
         m1 = tl.load(mean_ptr + kb * 2 * (c // GROUP) + n // GROUP, n < c, 0.0)
         m2 = tl.load(mean_ptr + (kb * 2 + 1) * (c // GROUP) + n // GROUP, n < c, 0.0)
         out = rstd[None] * (g * gamma[None] - m1[None] - xhat * m2[None])
-        tl.store(out_ptr + base * c + at, out.to(out_ptr.dtype.element_ty), here)
+        _store_positions(out_ptr, tl.where(here, out, 0.0), kb, first, l, w, n, c, R)
 
 
 # --- launches ---
@@ -352,9 +352,9 @@ TABLE = {
     (80, "wide"):    Tiles(128, 128, 32, 8, 2, 128, 128, 32, 8, 2),    # modelled
     (80, "narrow"):  Tiles(64, 64, 32, 4, 2, 64, 64, 32, 4, 2),        # compiled
     (80, "fp32"):    Tiles(64, 32, 16, 4, 2, 32, 64, 16, 4, 2),        # compiled
-    (90, "wide"):    Tiles(256, 128, 64, 8, 4, 128, 256, 64, 8, 3),    # modelled
+    (90, "wide"):    Tiles(128, 256, 64, 8, 4, 128, 256, 64, 8, 3),    # modelled
     (90, "narrow"):  Tiles(64, 64, 64, 4, 3, 64, 64, 64, 4, 3),        # compiled
-    (100, "wide"):   Tiles(256, 128, 64, 8, 4, 128, 256, 64, 8, 3),    # compiled
+    (100, "wide"):   Tiles(128, 256, 64, 8, 4, 128, 256, 64, 8, 3),    # compiled
     (100, "narrow"): Tiles(64, 64, 64, 4, 3, 64, 64, 64, 4, 3),        # compiled
 }
 # passes bound by memory, tokens and channels a program; compiled: at most 128 registers, no spills
@@ -388,18 +388,6 @@ def _tiles(x: Tensor, l: int, c: int) -> Tiles:
     return TABLE[rows, "wide" if c > 128 and l >= 128 else "narrow"]
 
 
-def _box(h: int, w: int, tokens: int) -> tuple[int, int]:
-    """(TH, TW) with TH TW = tokens that covers the grid in the fewest tiles, the widest of those."""
-    boxes = [(tokens >> i, 1 << i) for i in range(tokens.bit_length())]
-    return min(boxes, key=lambda box: (-(-h // box[0]) * -(-w // box[1]), -box[1]))
-
-
-def _descriptor(x: Tensor, *block: int):
-    """Of x as it lies in memory; the stride of a dimension of one element says nothing."""
-    strides = [16 if n == 1 else s for n, s in zip(x.shape[:-1], x.stride())]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], list(block))
-
-
 def _weights(x: Tensor, dtype: torch.dtype) -> Tensor:
     """[heads times taps, in, out], cast for the products, where a descriptor can read it."""
     x = x.to(dtype).reshape(-1, *x.shape[-2:]).contiguous()
@@ -414,41 +402,47 @@ def _dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype, "tl.dtype"]:
     return torch.float32 if INTERPRET and dtype == torch.bfloat16 else dtype, torch.float32, tl.float32
 
 
-def _multiply(src: list[Tensor], weight: Tensor, out: Tensor, grid: tuple[int, int], acc, taps: int = 1,
+def _positions(h: int, w: int) -> int:
+    return h * (w + 1) - 1
+
+
+def _tile_of(x: Tensor, *block: int) -> "TensorDescriptor":
+    return TensorDescriptor(x, x.shape, x.stride(), (1, *block))
+
+
+def _multiply(src: Tensor, weight: Tensor, out: Tensor, grid: tuple[int, int], acc, taps: int = 1,
               back: bool = False, bias: Tensor | None = None, norm: tuple[Tensor, ...] = ()) -> Tensor:
-    """out [k, b, l, c] = src * weight; returns the epilogue's partials [k b, tiles, 3, groups or c]."""
-    (h, w), (k, b, _, c), d = grid, out.shape, src[0].shape[-1]
+    """out [k, b, l, c] = src [k b, positions, d] * weight; returns the epilogue's partials
+    [k b, tiles, 3, groups or c]."""
+    (h, w), (k, b, _, c), d = grid, out.shape, src.shape[-1]
     tiles = _tiles(weight, h * w, c)
-    box, bk = _box(h, w, tiles.tokens), tiles.depth
-    count = triton.cdiv(h, box[0]) * triton.cdiv(w, box[1])
+    bk, count = tiles.depth, triton.cdiv(_positions(h, w), tiles.tokens)
     pieces = 8 if tiles.tokens * tiles.channels >= 128 ** 2 else 1
     epilogue, rows, columns = (("stats", count, c // GROUP_SIZE) if bias is not None else
-                               ("norm", pieces * count, c) if norm else ("store", 0, 0))
+                               ("norm", count, c) if norm else ("store", 0, 0))
     part = out.new_empty(k * b, rows, 3, columns, dtype=torch.float64 if acc is tl.float64 else torch.float32)
-    block = (tiles.channels, bk) if back else (bk, tiles.channels)
     spare = part if bias is None else bias                                  # for pointers that nobody reads
     u, stat, gamma, beta, grad, readout = norm or (spare,) * 6
     _product[(triton.cdiv(c, tiles.channels) * count * k * b,)](
-        tuple(_descriptor(f, 1, *box, bk) for f in src), _descriptor(weight, 1, *block), out, part, spare,
-        u, stat, gamma, beta, grad, readout, b, h, w, d, c, HEADS=len(src), TAPS=taps, BACK=back,
-        EPILOGUE=epilogue, PIECES=pieces, TH=box[0], TW=box[1], BN=tiles.channels, BK=bk, ACC=acc,
-        num_warps=tiles.warps, num_stages=tiles.stages)
+        _tile_of(src, tiles.tokens, bk),
+        _tile_of(weight, tiles.channels, bk) if back else _tile_of(weight, bk, tiles.channels), out, part,
+        spare, u, stat, gamma, beta, grad, readout, b, h, w, d, c, TAPS=taps, BACK=back, EPILOGUE=epilogue,
+        PIECES=pieces, TOKENS=tiles.tokens, BN=tiles.channels, BK=bk, ACC=acc, num_warps=tiles.warps,
+        num_stages=tiles.stages)
     return part
 
 
-def _multiply_back(src: list[Tensor], grad: Tensor, grid: tuple[int, int], acc, taps: int) -> Tensor:
-    """Gradient [k, taps, d, c] of a product's weights; src tensors [.., h, w, d], grad [k, b, l, c]."""
-    (h, w), (k, b, _, c), d = grid, grad.shape, src[0].shape[-1]
+def _multiply_back(src: Tensor, grad: Tensor, b: int, grid: tuple[int, int], acc, taps: int) -> Tensor:
+    """Gradient [k, taps, d, c] of a product's weights; src [k b, positions, d], grad [k b, positions, c]."""
+    (h, w), k, d, c = grid, src.shape[0] // b, src.shape[-1], grad.shape[-1]
     tiles = _tiles(grad, h * w, c)
-    box = _box(h, w, tiles.w_tokens)
     programs = triton.cdiv(d, tiles.w_rows) * triton.cdiv(c, tiles.w_cols) * taps * k
-    # few weights: split the tokens until a large GPU is full; partial sums, no atomics
-    split = max(1, min(256 // programs, b * triton.cdiv(h, box[0]) * triton.cdiv(w, box[1]) // 4))
+    # few weights: split the positions until a large GPU is full; partial sums, no atomics
+    split = max(1, min(256 // programs, b * triton.cdiv(_positions(h, w), tiles.w_tokens) // 4))
     out = grad.new_empty(split, k, taps, d, c, dtype=torch.float64 if acc is tl.float64 else torch.float32)
     _weight_grad[(programs * split,)](
-        tuple(_descriptor(f, 1, *box, tiles.w_rows) for f in src),
-        _descriptor(grad.view(k * b, h, w, c), 1, *box, tiles.w_cols), out, b, h, w, d, c, k, HEADS=len(src),
-        TAPS=taps, SPLIT=split, TH=box[0], TW=box[1], BM=tiles.w_rows, BN=tiles.w_cols, ACC=acc,
+        _tile_of(src, tiles.w_tokens, tiles.w_rows), _tile_of(grad, tiles.w_tokens, tiles.w_cols), out, b, h,
+        w, d, c, k, TAPS=taps, SPLIT=split, TOKENS=tiles.w_tokens, BM=tiles.w_rows, BN=tiles.w_cols, ACC=acc,
         num_warps=tiles.w_warps, num_stages=tiles.w_stages)
     return out.sum(0) if split > 1 else out[0]
 
@@ -462,10 +456,11 @@ def _merge(part: Tensor) -> Tensor:
     return torch.stack([center[:, 0], torch.rsqrt(var + EPS)], 1)
 
 
-def _elements(kernel, x: Tensor, *args, acc, **constants) -> None:
+def _elements(kernel, x: Tensor, w: int, *args, acc, **constants) -> None:
+    """Starts a pass over x [k, b, l, c], whose result has the positions of width w."""
     k, b, l, c = x.shape
-    r, n = ELEMENTS["R"], ELEMENTS["C"]
-    kernel[(triton.cdiv(l, r) * triton.cdiv(c, n), k * b)](*args, b, l, c, ACC=acc, **constants, **ELEMENTS)
+    blocks = triton.cdiv(_positions(l // w, w), ELEMENTS["R"]) * triton.cdiv(c, ELEMENTS["C"])
+    kernel[(blocks, k * b)](*args, b, l, w, c, ACC=acc, **constants, **ELEMENTS)
 
 
 def _reduced(sums: Tensor, stat: Tensor, gamma: Tensor, l: int) -> tuple[Tensor, list[Tensor]]:
@@ -483,83 +478,81 @@ def _reduced(sums: Tensor, stat: Tensor, gamma: Tensor, l: int) -> tuple[Tensor,
 # --- operators ---
 
 # custom_op, not triton_op: outside Dynamo (which does not look into operators) torch <= 2.13 cannot trace
-# launches with descriptors or tuples; torch.compile would silently drop them. Opaque costs nothing here.
+# launches with descriptors; torch.compile would silently drop them. Opaque costs nothing here.
 
 @torch.library.custom_op("ladd::heads_forward", mutates_args=())
-def heads_forward(feats: list[Tensor], w_in: Tensor, b_in: Tensor, gamma1: Tensor, beta1: Tensor,
+def heads_forward(feats: Tensor, w_in: Tensor, b_in: Tensor, gamma1: Tensor, beta1: Tensor,
                   w_conv: Tensor, b_conv: Tensor, gamma2: Tensor, beta2: Tensor, readout: Tensor,
                   b_out: Tensor, h: int, w: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logits [k, b, h, w], u, v [k, b, l, c] before the norms, their (mean, rstd) [k, b, 2, groups])."""
-    (k, d, c), b, l, item = w_in.shape, feats[0].shape[0], h * w, feats[0].element_size()
-    for f in feats:      # what bulk copies (TMA) can read; a dimension of one element has no stride
-        strides = [s * item for n, s in zip(f.shape[:2], f.stride()) if n > 1]
-        if (f.stride(2) != 1 and d > 1) or any(n % 16 for n in (*strides, f.data_ptr())):
-            raise ValueError(f"heads: found strides {f.stride()}, offset {f.storage_offset()}; accepted are "
-                             f"channels side by side, rows and start at multiples of {16 // item} elements")
-    dtype, total, acc = _dtypes(feats[0].dtype)
+    """(logits [k, b, h, w], u, v [k, b, l, c] before the norms, their (mean, rstd) [k, b, 2, groups]) of
+    features [k, b, l, d], contiguous."""
+    (k, b, l, d), c = feats.shape, w_in.shape[2]
+    dtype, total, acc = _dtypes(feats.dtype)
     b_in, gamma1, beta1, b_conv, gamma2, beta2, readout, b_out = (
         t.to(total).contiguous() for t in (b_in, gamma1, beta1, b_conv, gamma2, beta2, readout, b_out))
-    u, y, v = (feats[0].new_empty(k, b, l, c, dtype=dtype) for _ in range(3))
+    u, v = (feats.new_empty(k, b, l, c, dtype=dtype) for _ in range(2))
+    y = feats.new_empty(k * b, _positions(h, w), c, dtype=dtype)
     logits = u.new_empty(k, b, h, w, dtype=total)
-    rows = [f.unsqueeze(1) for f in feats]                       # [b, 1, l, d]: a 1x1 product needs no grid
-    stat1 = _merge(_multiply(rows, _weights(w_in, dtype), u, (1, l), acc, bias=b_in))
-    _elements(_activate, u, u, y, stat1, gamma1, beta1, acc=acc)
-    y_grid = y.view(k * b, h, w, c)
-    stat2 = _merge(_multiply([y_grid], _weights(w_conv, dtype), v, (h, w), acc, 9, bias=b_conv))
+    # for a 1x1 product all tokens are one row
+    stat1 = _merge(_multiply(feats.view(k * b, l, d), _weights(w_in, dtype), u, (1, l), acc, bias=b_in))
+    _elements(_activate, u, w, u, y, stat1, gamma1, beta1, acc=acc)
+    stat2 = _merge(_multiply(y, _weights(w_conv, dtype), v, (h, w), acc, 9, bias=b_conv))
     _readout[(triton.cdiv(l, REDUCE["R"]), k * b)](y, v, logits, stat2, gamma2, beta2, readout, b_out,
-                                                  b, l, c, ACC=acc, **REDUCE)
+                                                  b, l, w, c, ACC=acc, **REDUCE)
     return logits, u, v, stat1.unflatten(0, (k, b)), stat2.unflatten(0, (k, b))
 
 
 @heads_forward.register_fake
 def _(feats, w_in, b_in, gamma1, beta1, w_conv, b_conv, gamma2, beta2, readout, b_out, h, w):
-    (k, _, c), b = w_in.shape, feats[0].shape[0]
-    dtype, total, _ = _dtypes(feats[0].dtype)
-    new = lambda *shape, dtype=total: feats[0].new_empty(shape, dtype=dtype)
-    return (new(k, b, h, w), *(new(k, b, h * w, c, dtype=dtype) for _ in range(2)),
+    (k, b, l, _), c = feats.shape, w_in.shape[2]
+    dtype, total, _ = _dtypes(feats.dtype)
+    new = lambda *shape, dtype=total: feats.new_empty(shape, dtype=dtype)
+    return (new(k, b, h, w), *(new(k, b, l, c, dtype=dtype) for _ in range(2)),
             *(new(k, b, 2, c // GROUP_SIZE) for _ in range(2)))
 
 
 @torch.library.custom_op("ladd::heads_backward", mutates_args=())
-def heads_backward(grad: Tensor, feats: list[Tensor], w_in: Tensor, gamma1: Tensor, beta1: Tensor,
+def heads_backward(grad: Tensor, feats: Tensor, w_in: Tensor, gamma1: Tensor, beta1: Tensor,
                    w_conv: Tensor, gamma2: Tensor, beta2: Tensor, readout: Tensor, u: Tensor, v: Tensor,
                    stat1: Tensor, stat2: Tensor, need_feats: bool, need_weights: bool) -> list[Tensor]:
-    """Gradients: feats stacked [k, b, l, d]; w_in, b_in, gamma1, beta1, w_conv, b_conv, gamma2, beta2,
-    readout [k, b, c], b_out. What is not needed is not computed and has no elements."""
+    """Gradients: feats [k, b, l, d]; w_in, b_in, gamma1, beta1, w_conv, b_conv, gamma2, beta2,
+    readout [k, b, c], b_out. What is not needed is not computed and has no elements; without need_weights
+    only the dtype of feats counts."""
     (k, b, l, c), (h, w), d = u.shape, grad.shape[2:], w_in.shape[1]
-    dtype, total, acc = _dtypes(feats[0].dtype)
+    dtype, total, acc = _dtypes(feats.dtype)
     gamma1_, beta1_, gamma2_, beta2_, readout_, grad = (
         t.to(total).contiguous() for t in (gamma1, beta1, gamma2, beta2, readout, grad))
     norm1, norm2 = (stat1, gamma1_, beta1_), (stat2, gamma2_, beta2_)
+    padded = lambda: u.new_empty(k * b, _positions(h, w), c)
     y = u
     if need_weights:                                  # y is not kept: one pass makes it again
-        y = torch.empty_like(u)
-        _elements(_activate, u, u, y, *norm1, acc=acc)
+        y = padded()
+        _elements(_activate, u, w, u, y, *norm1, acc=acc)
 
     # back through the readout and the second norm
     loops = min(32, triton.cdiv(l, REDUCE["R"]))
     chunks = triton.cdiv(l, loops * REDUCE["R"])
     part = u.new_empty(k, b, chunks, 4 if need_weights else 2, c, dtype=total)
     _readout_sums[(triton.cdiv(c, REDUCE["C"]), chunks, k * b)](
-        y, v, grad, part, *norm2, readout_, b, l, c, WEIGHTS=need_weights, LOOPS=loops, ACC=acc, **REDUCE)
+        y, v, grad, part, *norm2, readout_, b, l, w, c, WEIGHTS=need_weights, LOOPS=loops, ACC=acc, **REDUCE)
     sums2 = part.sum(2)
     means2, grads2 = _reduced(sums2, stat2, gamma2_, l)
-    dv, du = torch.empty_like(v), torch.empty_like(u)
-    _elements(_norm_grad, v, v, v, dv, grad, *norm2, readout_, means2, acc=acc, SECOND=True)
+    dv, du = padded(), torch.empty_like(u)
+    _elements(_norm_grad, v, w, v, v, dv, grad, *norm2, readout_, means2, acc=acc, SECOND=True)
 
     # back through the convolution and the first norm
-    part = _multiply([dv.view(k * b, h, w, c)], _weights(w_conv, dtype), du, (h, w), acc, 9, True,
+    part = _multiply(dv, _weights(w_conv, dtype), du, (h, w), acc, 9, True,
                      norm=(u, *norm1, grad, readout_))
     means1, grads1 = _reduced(part.sum(1).unflatten(0, (k, b)), stat1, gamma1_, l)
-    _elements(_norm_grad, u, u, du, du, grad, *norm1, readout_, means1, acc=acc, SECOND=False)
+    _elements(_norm_grad, u, l, u, du, du, grad, *norm1, readout_, means1, acc=acc, SECOND=False)
 
-    out = [grad.new_empty(0) for _ in range(11)]
+    out, du = [grad.new_empty(0) for _ in range(11)], du.view(k * b, l, c)
     if need_feats:
-        out[0] = feats[0].new_empty(k, b, l, d)
-        _multiply([du.view(k * b, 1, l, c)], _weights(w_in, dtype), out[0], (1, l), acc, back=True)
+        out[0] = feats.new_empty(k, b, l, d)
+        _multiply(du, _weights(w_in, dtype), out[0], (1, l), acc, back=True)
     if need_weights:
-        out[1:] = [_multiply_back([f.unsqueeze(1) for f in feats], du, (1, l), acc, 1)[:, 0], *grads1,
-                   _multiply_back([y.view(k * b, h, w, c)], dv, (h, w), acc, 9).unflatten(1, (3, 3)), *grads2,
+        out[1:] = [_multiply_back(feats.view(k * b, l, d), du, b, (1, l), acc, 1)[:, 0], *grads1,
+                   _multiply_back(y, dv, b, (h, w), acc, 9).unflatten(1, (3, 3)), *grads2,
                    sums2[:, :, 3].contiguous(), grad.sum((1, 2, 3))]
     return out
 
@@ -567,32 +560,32 @@ def heads_backward(grad: Tensor, feats: list[Tensor], w_in: Tensor, gamma1: Tens
 @heads_backward.register_fake
 def _(grad, feats, w_in, gamma1, beta1, w_conv, gamma2, beta2, readout, u, v, stat1, stat2, need_feats,
       need_weights):
-    (k, d, c), (b, l), total = w_in.shape, feats[0].shape[:2], stat1.dtype
+    (k, b, l, c), d, total = u.shape, w_in.shape[1], stat1.dtype
     new = lambda needed, *shape, dtype=total: u.new_empty(shape if needed else 0, dtype=dtype)
     shapes = ((k, d, c), (k, c), (k, c), (k, c), (k, 3, 3, c, c), (k, c), (k, c), (k, c), (k, b, c), (k,))
-    return [new(need_feats, k, b, l, d, dtype=feats[0].dtype if need_feats else total),
+    return [new(need_feats, k, b, l, d, dtype=feats.dtype if need_feats else total),
             *(new(need_weights, *shape) for shape in shapes)]
 
 
 def _setup(ctx, inputs, output) -> None:
-    """Saved: the features (the teacher's own), the parameters, and of each head u, v (2 b l c numbers of the
-    features' width) and the statistics. y, both leaky ReLUs and the residual are made again."""
+    """Saved: the parameters, of each head u, v (2 b l c numbers of the features' width) and the statistics,
+    and for the weights' gradient the features. y, both leaky ReLUs and the residual are made again."""
     feats, w_in, _, gamma1, beta1, w_conv, _, gamma2, beta2, readout, *_ = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(w_in, gamma1, beta1, w_conv, gamma2, beta2, readout, *output[1:], *feats)
+    ctx.need_weights = any(ctx.needs_input_grad[1:11])
+    ctx.save_for_backward(feats if ctx.need_weights else feats.new_empty(0), w_in, gamma1, beta1, w_conv,
+                          gamma2, beta2, readout, *output[1:])
     ctx.dtypes = [t.dtype for t in inputs[1:11]]
 
 
 def _backward(ctx, grad, *_):
-    saved, needs = ctx.saved_tensors, ctx.needs_input_grad
-    need_feats, need_weights = any(needs[0]), any(needs[1:11])
+    needs = ctx.needs_input_grad
     if grad is None:                                  # nothing came back
-        return [None] * len(needs[0]), *[None] * 12
-    found = heads_backward(grad, list(saved[11:]), *saved[:11], need_feats, need_weights)
-    d_feats = [found[0][i] if need else None for i, need in enumerate(needs[0])]
+        return (None,) * 13
+    found = heads_backward(grad, *ctx.saved_tensors, needs[0], ctx.need_weights)
     d_weights = [g.to(t) if need else None for g, t, need in zip(found[1:], ctx.dtypes, needs[1:11])]
-    return d_feats, *d_weights, None, None
+    return found[0] if needs[0] else None, *d_weights, None, None
 
 
 heads_forward.register_autograd(_backward, setup_context=_setup)
@@ -617,14 +610,17 @@ def _check(feats: list[Tensor], params: HeadParams, cond: Tensor, grid: tuple[in
     if c % GROUP_SIZE or not first.numel():
         raise ValueError(f"heads: found width {c} and features {tuple(first.shape)}, "
                          f"a multiple of {GROUP_SIZE} and no empty ones accepted")
+    if d * first.element_size() % 16:      # rows that bulk copies (TMA) can read
+        raise ValueError(f"heads: the features' width must be a multiple of "
+                         f"{16 // first.element_size()} in {first.dtype} (got {d})")
 
 
 def discriminator_heads(feats: list[Tensor], params: HeadParams, cond: Tensor,
                         grid: tuple[int, int]) -> Tensor:
     """Logits [k, b, h, w] of all heads, fp32 (float64 from float64), as `reference_discriminator_heads`.
 
-    feats: k tensors [b, h*w, d] of one dtype, read where they lie; rows start at multiples of 16 bytes. The
-    parameters are cast to that dtype for the products, which add up in fp32. The small products with cond are
+    feats: k tensors [b, h*w, d] of one dtype and any strides, copied once into one; d in multiples of 16
+    bytes. The parameters are cast to that dtype for the products, which add up in fp32. The small products with cond are
     torch's. Backward computes what needs a gradient: to the features without weights' gradients where the
     parameters and cond require none, and the other way round.
     Raises ValueError where sizes, dtypes or strides do not fit, RuntimeError without a GPU.
@@ -632,7 +628,7 @@ def discriminator_heads(feats: list[Tensor], params: HeadParams, cond: Tensor,
     _check(feats, params, cond, grid)
     p, (h, w), total = params, grid, _dtypes(feats[0].dtype)[1]
     readout = p.w_out.to(total)[:, None] + cond.to(total) @ p.w_cond.to(total)                 # [k, b, c]
-    return heads_forward(feats, p.w_in, p.b_in, p.gamma1, p.beta1, p.w_conv, p.b_conv, p.gamma2, p.beta2,
+    return heads_forward(torch.stack(feats), p.w_in, p.b_in, p.gamma1, p.beta1, p.w_conv, p.b_conv, p.gamma2, p.beta2,
                          readout * p.w_in.shape[2] ** -0.5, p.b_out, h, w)[0]
 
 

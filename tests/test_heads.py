@@ -16,17 +16,21 @@ from conftest import assert_close, randomise, rng, tiny
 from test_kernels import head_inputs, unchanged
 from torch import Tensor
 
+triton = pytest.importorskip("triton")
+import triton.language as tl
+
 import kernels
 from kernels import heads
 from kernels.heads import HeadParams, reference_discriminator_heads
 from ladd import distill
 from ladd.discriminator import Discriminator, DiscriminatorConfig, channel_moments
 
-pytestmark = pytest.mark.skipif(heads.triton is None or not heads.INTERPRET,
+pytestmark = pytest.mark.skipif(not heads.INTERPRET,
                                 reason="needs Triton's interpreter: TRITON_INTERPRET=1 and no CUDA")
 ROOT = Path(__file__).parents[1]
 SHAPES = {"one token": dict(k=1, b=1, h=1, w=1, c=16), "ragged": dict(k=2, b=2, h=3, w=5),
           "tiles": dict(k=2, b=1, h=7, w=9, d=136, c=48), "row": dict(k=3, b=2, h=1, w=70, d=8, c=16),
+          "column": dict(k=1, b=2, h=70, w=1, d=8, c=16),
           "square": dict(k=1, b=2, h=16, w=16, d=64, c=32)}
 
 
@@ -90,16 +94,15 @@ def test_float64_gradcheck():
     assert torch.autograd.gradcheck(logits, leaves, fast_mode=True)
 
 
-def test_features_are_read_where_they_lie(monkeypatch):
+def test_features_may_have_any_strides():
     feats, params, cond, grid = head_inputs(torch.float32, k=3, b=2)
     wide = torch.full((2, 18, 40), float("nan"))
     wide[:, 2:17, 8:32] = feats[0]                                       # a corner: strides of batch and row
     turned = feats[1].transpose(0, 1).contiguous().transpose(0, 1)       # rows outside samples
     same = feats[2][:1].expand(2, -1, -1)                                # batch stride 0
     plain = grads(heads.discriminator_heads, [feats[0], feats[1], same.contiguous()], params, cond, grid)
-    monkeypatch.setattr(Tensor, "contiguous", lambda t, f=Tensor.contiguous: f(t) if t.dim() != 3 or
-                        t.shape[1:] != (15, 24) else pytest.fail("features were copied"))
-    logits, found = grads(heads.discriminator_heads, [wide[:, 2:17, 8:32], turned, same], params, cond, grid)
+    strided = [wide[:, 2:17, 8:32], turned, same]
+    logits, found = grads(heads.discriminator_heads, strided, params, cond, grid)
     assert torch.equal(logits, plain[0])
     for name, g in found.items():
         assert torch.equal(g, plain[1][name]), name
@@ -188,11 +191,23 @@ def test_gradients_nobody_needs_have_no_elements():
     feats, params, cond, grid = head_inputs(torch.float32)
     p = [t for t in params if t is not params.w_cond]
     readout = torch.randn(2, 2, 32)
-    logits, *saved = heads.heads_forward(feats, *p[:8], readout, p[9], *grid)
-    args = (torch.randn_like(logits), feats, p[0], p[2], p[3], p[4], p[6], p[7], readout, *saved)
+    stacked = torch.stack(feats)
+    logits, *saved = heads.heads_forward(stacked, *p[:8], readout, p[9], *grid)
+    args = (torch.randn_like(logits), stacked, p[0], p[2], p[3], p[4], p[6], p[7], readout, *saved)
     for need_feats, need_weights in ((True, False), (False, True)):
         found = heads.heads_backward(*args, need_feats, need_weights)
         assert [bool(g.numel()) for g in found] == [need_feats] + [need_weights] * 10
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_features_are_kept_for_the_weights_gradient_alone(weights):
+    feats, params, cond, grid = head_inputs(torch.float32)
+    for t in (*feats, *(params if weights else ())):
+        t.requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)), lambda t: t):
+        heads.discriminator_heads(feats, params, cond, grid)
+    assert ((2, *feats[0].shape) in kept) == weights
 
 
 def test_inputs_stay_and_results_repeat_bitwise():
@@ -222,12 +237,13 @@ def test_opcheck():
     feats, params, cond, grid = head_inputs(torch.float32, h=1, w=2, c=16)
     p = [t.requires_grad_() for t in params if t is not params.w_cond]
     readout = torch.randn(2, 2, 16, requires_grad=True)
-    args = ([f.requires_grad_() for f in feats], *p[:8], readout, p[9], *grid)
+    stacked = torch.stack(feats).requires_grad_()
+    args = (stacked, *p[:8], readout, p[9], *grid)
     torch.library.opcheck(heads.heads_forward, args)
     logits, *saved = heads.heads_forward(*args)
     detached = [t.detach() for t in (p[0], p[2], p[3], p[4], p[6], p[7], readout, *saved)]
     for needs in ((True, False), (False, True)):
-        torch.library.opcheck(heads.heads_backward, (torch.randn_like(logits), [f.detach() for f in feats],
+        torch.library.opcheck(heads.heads_backward, (torch.randn_like(logits), stacked.detach(),
                                                      *detached, *needs))
 
 
@@ -284,14 +300,13 @@ def test_the_discriminator_takes_the_same_steps():
 def test_what_does_not_fit_is_refused(monkeypatch):
     feats, params, cond, grid = head_inputs(torch.float32)
     call = heads.discriminator_heads
-    shifted = torch.zeros(2, 15, 28)[..., 1:25]
+    short = HeadParams(params.w_in[:, :22], *params[1:])
     for bad, match in (((feats[:1], params, cond, grid), "2 features .*15, 24.*found 1"),
                        ((feats, params, cond, (5, 5)), "grid 5x5"),
                        (([feats[0], feats[1].double()], params, cond, grid), "float64.*accepted"),
                        (([f.int() for f in feats], params, cond, grid), "int32.*bfloat16"),
                        (([f[:0] for f in feats], params, cond[:0], grid), "empty"),
-                       (([feats[0], shifted], params, cond, grid), "offset 1.*multiples of 4"),
-                       (([feats[0], feats[1].mT.contiguous().mT], params, cond, grid), "side by side"),
+                       (([f[..., :22] for f in feats], short, cond, grid), "multiple of 4 .*got 22"),
                        ((feats, HeadParams(*(t[..., :24] for t in params)), cond, grid), "width 24.*of 16")):
         with pytest.raises(ValueError, match=match):
             call(*bad)
@@ -309,11 +324,27 @@ def test_an_unknown_gpu_gets_conservative_tiles_and_says_so_once():
     assert heads._rows(75) == 80 and heads._rows(89) == 80 and heads._rows(90) == 90 and heads._rows(0) == 0
 
 
-@pytest.mark.parametrize("h, w, tokens, box", [
-    (64, 64, 256, (4, 64)), (16, 16, 256, (16, 16)), (48, 80, 256, (16, 16)), (3, 5, 64, (4, 16)),
-    (1, 4096, 256, (1, 256)), (1, 1, 64, (1, 64))])
-def test_boxes_cover_the_grid_with_few_tiles(h, w, tokens, box):
-    assert heads._box(h, w, tokens) == box
+@triton.jit
+def _list_tokens(out, l, w, COUNT: tl.constexpr):
+    token, inside = heads._tokens(0, l, w, COUNT)
+    tl.store(out + tl.arange(0, COUNT), tl.where(inside, token, -1))
+
+
+@pytest.mark.parametrize("h, w", [(1, 1), (1, 7), (5, 1), (3, 5)])
+def test_a_shift_of_a_position_finds_the_neighbour_or_a_zero(h, w):
+    """The layout that the convolution reads: the neighbour (dy, dx) of position p is p + dy (w + 1) + dx."""
+    count, token = heads._positions(h, w), torch.empty(32, dtype=torch.int32)
+    _list_tokens[(1,)](token, h * w, w, COUNT=32)
+    assert (token[count:] == -1).all() and token[count - 1] == h * w - 1
+    token = token[:count].tolist()
+    assert [t for t in token if t >= 0] == list(range(h * w))
+    assert all(a >= 0 or b >= 0 for a, b in zip(token, token[1:]))    # so a tile always holds a token
+    for p, t in enumerate(token):
+        for dy in (-1, 0, 1) if t >= 0 else ():
+            for dx in (-1, 0, 1):
+                y, x, q = t // w + dy, t % w + dx, p + dy * (w + 1) + dx
+                expected = y * w + x if 0 <= y < h and 0 <= x < w else -1
+                assert (token[q] if 0 <= q < count else -1) == expected
 
 
 COMPILE = """
