@@ -141,20 +141,38 @@ if triton is not None:
         return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
 
     @triton.jit
-    def _norm_back(acc, rows, inside, base, n, kb, k, l, c, out_ptr, part, u_ptr, stat_ptr, gamma_ptr,
-                   beta_ptr, grad_ptr, readout_ptr):
-        """Of acc, the convolution's gradient to y [tokens, channels]: adds the residual's, goes back through
-        leaky ReLU, stores. To part: sums over tokens of the result, of it times xhat, of xhat."""
-        at, here = rows[:, None] * c + n[None], inside[:, None] & (n < c)[None]
+    def _group_stats(acc, inside, part, bias_ptr, n0, k, c, N: tl.constexpr):
+        """acc [tokens, N channels from n0 on] with its bias. To part: count, mean and M2 of each group."""
+        n, g, groups = n0 + tl.arange(0, N), n0 // GROUP + tl.arange(0, N // GROUP), c // GROUP
+        acc += tl.load(bias_ptr + k * c + n, n < c, 0.0)[None]
+        count = tl.sum(inside.to(acc.dtype), 0) * GROUP        # at least one token: no two zeros in a row
+        total = tl.sum(tl.where(inside[:, None], acc, 0.0), 0)
+        mean = tl.sum(total.reshape(N // GROUP, GROUP), 1) / count
+        center = tl.broadcast_to(mean[:, None], (N // GROUP, GROUP)).reshape(N)
+        apart = tl.where(inside[:, None], acc - center[None], 0.0)
+        m2 = tl.sum(tl.sum(apart * apart, 0).reshape(N // GROUP, GROUP), 1)
+        tl.store(part + g, tl.zeros_like(mean) + count, g < groups)
+        tl.store(part + groups + g, mean, g < groups)
+        tl.store(part + 2 * groups + g, m2, g < groups)
+        return acc
+
+    @triton.jit
+    def _norm_back(acc, rows, inside, part, n0, kb, k, l, c, u_ptr, stat_ptr, gamma_ptr, beta_ptr, grad_ptr,
+                   readout_ptr, N: tl.constexpr):
+        """Of acc, the convolution's gradient to y [tokens, N channels from n0 on]: adds the residual's and goes
+        back through leaky ReLU. To part: sums over tokens of the result, of it times xhat, of xhat."""
+        n = n0 + tl.arange(0, N)
+        here = inside[:, None] & (n < c)[None]
         grad = tl.load(grad_ptr + kb.to(tl.int64) * l + rows, inside, 0.0)
         acc += grad[:, None] * (tl.load(readout_ptr + kb * c + n, n < c, 0.0) * HALF)[None]
-        u = tl.load(u_ptr + base + at, here, 0.0).to(acc.dtype)
+        u_ptr += kb.to(tl.int64) * l * c
+        u = tl.load(u_ptr + (rows[:, None] * c + n[None]), here, 0.0).to(acc.dtype)
         xhat, y, _, _ = _norm(u, stat_ptr, gamma_ptr, beta_ptr, kb, k, n, c)
         acc = tl.where(here, tl.where(y > 0, acc, acc * LEAK), 0.0)
-        tl.store(out_ptr + base + at, acc.to(out_ptr.dtype.element_ty), here)
-        tl.store(part, tl.sum(acc, 0), n < c)
-        tl.store(part + c, tl.sum(acc * xhat, 0), n < c)
-        tl.store(part + 2 * c, tl.sum(tl.where(here, xhat, 0.0), 0), n < c)
+        tl.store(part + n, tl.sum(acc, 0), n < c)
+        tl.store(part + c + n, tl.sum(acc * xhat, 0), n < c)
+        tl.store(part + 2 * c + n, tl.sum(tl.where(here, xhat, 0.0), 0), n < c)
+        return acc
 
     @triton.jit
     def _product(src, weight, out_ptr, part_ptr, bias_ptr, u_ptr, stat_ptr, gamma_ptr, beta_ptr, grad_ptr,
@@ -181,32 +199,21 @@ if triton is not None:
                 wt = weight.load([k * TAPS + tap, k0, n0]).reshape(BK, BN)
             acc = tl.dot(a.to(wt.dtype), wt, acc, input_precision="ieee", out_dtype=ACC)
 
-        base = kb.to(tl.int64) * h * w * c
+        # the epilogue, for registers in PIECES of the channels, one or 8
         rows, inside = _tokens(first, h * w, w, TOKENS)
-        if EPILOGUE == "norm":                    # for registers in PIECES of the channels, one or 8
-            few: tl.constexpr = BN // PIECES
-            for i in tl.static_range(PIECES):
-                piece = _halves(_halves(_halves(acc)[i // 4])[i // 2 % 2])[i % 2] if PIECES == 8 else acc
-                n = n0 + i * few + tl.arange(0, few)
-                part = part_ptr + (kb * tiles + t).to(tl.int64) * 3 * c + n
-                _norm_back(piece, rows, inside, base, n, kb, k, h * w, c, out_ptr, part, u_ptr, stat_ptr,
-                           gamma_ptr, beta_ptr, grad_ptr, readout_ptr)
-        else:
-            n = n0 + tl.arange(0, BN)
+        few: tl.constexpr = BN // PIECES
+        out_ptr += kb.to(tl.int64) * h * w * c
+        part = part_ptr + (kb * tiles + t).to(tl.int64) * 3 * (c if EPILOGUE == "norm" else c // GROUP)
+        for i in tl.static_range(PIECES):
+            piece = _halves(_halves(_halves(acc)[i // 4])[i // 2 % 2])[i % 2] if PIECES == 8 else acc
+            start = n0 + i * few
             if EPILOGUE == "stats":
-                acc += tl.load(bias_ptr + k * c + n, n < c, 0.0)[None]
-                g, groups = n0 // GROUP + tl.arange(0, BN // GROUP), c // GROUP
-                part = part_ptr + (kb * tiles + t).to(tl.int64) * 3 * groups + g
-                count = tl.sum(inside.to(ACC), 0) * GROUP      # at least one token: no two zeros in a row
-                total = tl.sum(tl.where(inside[:, None], acc, 0.0), 0)
-                mean = tl.sum(total.reshape(BN // GROUP, GROUP), 1) / count
-                center = tl.broadcast_to(mean[:, None], (BN // GROUP, GROUP)).reshape(BN)
-                apart = tl.where(inside[:, None], acc - center[None], 0.0)
-                m2 = tl.sum(tl.sum(apart * apart, 0).reshape(BN // GROUP, GROUP), 1)
-                tl.store(part, tl.zeros_like(mean) + count, g < groups)
-                tl.store(part + groups, mean, g < groups)
-                tl.store(part + 2 * groups, m2, g < groups)
-            tl.store(out_ptr + base + (rows[:, None] * c + n[None]), acc.to(out_ptr.dtype.element_ty),
+                piece = _group_stats(piece, inside, part, bias_ptr, start, k, c, few)
+            elif EPILOGUE == "norm":
+                piece = _norm_back(piece, rows, inside, part, start, kb, k, h * w, c, u_ptr, stat_ptr,
+                                   gamma_ptr, beta_ptr, grad_ptr, readout_ptr, few)
+            n = start + tl.arange(0, few)
+            tl.store(out_ptr + (rows[:, None] * c + n[None]), piece.to(out_ptr.dtype.element_ty),
                      inside[:, None] & (n < c)[None])
 
     @triton.jit
