@@ -1,11 +1,12 @@
-"""Launch every kernel without a GPU: Triton's own driver module and C launcher over tests/libcuda.c.
+"""Launch every kernel without a GPU: Triton's driver module and C launcher over tests/libcuda.c.
 
     python tests/launch.py --arch 90 120 --kernel heads --case training
 
-The public functions of kernels.aot.cases() run forward and backward on CPU tensors that nobody reads. Each
-launch passes what a first launch on a GPU passes: the launcher's arguments, the CUDA driver's rules for tensor
-maps, grids and shared memory, 4 KB of parameters. A line is printed for each case; the exit code is 1 where one
-cannot be launched. Other scripts call `install` for the driver, for example to time a call on the host.
+The public functions of kernels.aot.cases() run forward and backward on CPU tensors that nobody
+reads. Each launch passes what a first launch on a GPU passes: the launcher's arguments, the CUDA
+driver's rules for tensor maps, grids and shared memory, 4 KB of parameters. A line is printed for
+each case; the exit code is 1 where one cannot be launched. Other scripts call `install` for the
+driver, for example to time a call on the host.
 """
 import argparse
 import atexit
@@ -43,19 +44,19 @@ def build(folder: Path) -> Path:
     """Compile libcuda.c into `folder`, over any older copy."""
     folder.mkdir(parents=True, exist_ok=True)
     path, source = folder / "libcuda.so.1", Path(__file__).with_name("libcuda.c")
-    partial = folder / f"libcuda.{os.getpid()}"     # renamed when complete: processes share the folder
-    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", f"-I{INCLUDE}", f"-Wl,-soname,{path.name}", source,
-                    "-o", partial], check=True)
+    partial = folder / f"libcuda.{os.getpid()}"    # renamed when complete: the folder is shared
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", f"-I{INCLUDE}", f"-Wl,-soname,{path.name}",
+                    source, "-o", partial], check=True)
     return partial.replace(path)
 
 
 def parameter_bytes(ptx: str) -> int:
-    """Return the size of the parameters of a module's entry, each at a multiple of its alignment."""
+    """Return the size of the parameters of the kernel, each at a multiple of its alignment."""
     entry = re.search(r"\.entry\s+[\w$]+\((.*?)\)", ptx, re.S)[1]
-    end = 0
     # .param .u64 .ptr .global .align 1 x,   .param .align 64 .b8 y[128]
-    for align, bits, count in re.findall(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.[a-z]+(\d+)[^,\[]*(?:\[(\d+)\])?",
-                                         entry):
+    parameter = r"\.param\s+(?:\.align\s+(\d+)\s+)?\.[a-z]+(\d+)[^,\[]*(?:\[(\d+)\])?"
+    end = 0
+    for align, bits, count in re.findall(parameter, entry):
         size = int(bits) // 8
         step = int(align or size)
         end = -(-end // step) * step + size * int(count or 1)
@@ -69,7 +70,7 @@ def _loaded(module, function, name: str, files: dict[str, str], digest: str) -> 
 
 
 def _descriptors(name: str, kind) -> Iterator[str]:
-    """Name the tensor descriptors in an argument, in the order in which the launcher encodes them."""
+    """Name the tensor descriptors in an argument, in the order in which they are encoded."""
     if isinstance(kind, str):
         if kind.startswith("tensordesc"):
             yield name
@@ -89,9 +90,9 @@ class StandIn:
 
     def __init__(self, path: Path, arch: int):
         self.lib = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-        # Triton's modules ask for this name, and get the library of that name that was loaded first.
+        # Triton's modules ask for this name, and get what was loaded first under it.
         if not hasattr(ctypes.CDLL(path.name), "standin_select"):
-            raise RuntimeError(f"{path.name} must be the stand-in (got one that was loaded before it)")
+            raise RuntimeError(f"{path.name} must be the stand-in (got one that was loaded before)")
         if not self.lib.standin_select(arch):
             raise ValueError(f"arch must be one that libcuda.c knows (got {arch})")
         self._launches, self._maps = (ctypes.c_long.in_dll(self.lib, f"standin_{name}")
@@ -107,32 +108,36 @@ class Launcher(nvidia.CudaLauncher):
 
     def __init__(self, src, metadata):
         self.kernel, self.digest = metadata.name, metadata.hash
-        self.descriptors = [path for name, kind in src.signature.items() for path in _descriptors(name, kind)]
+        self.descriptors = [path for name, kind in src.signature.items()
+                            for path in _descriptors(name, kind)]
         try:
             super().__init__(src, metadata)
         except (AssertionError, KeyError, RuntimeError) as e:
-            nested = [name for name in self.descriptors if "[" in name]
-            why = f"descriptors inside tuples: {', '.join(nested)}" if nested else "others"
-            raise RuntimeError(f"kernel {self.kernel}: arguments must be those that the launcher of Triton "
-                               f"{triton.__version__} takes (got {why}); {type(e).__name__} {e}") from e
+            why = f"{type(e).__name__}: {e}"
+            if nested := [name for name in self.descriptors if "[" in name]:
+                why = f"{len(nested)} tensor descriptors inside tuples, {nested[0]} and others"
+            raise RuntimeError(f"kernel {self.kernel}: arguments must be what the launcher of "
+                               f"Triton {triton.__version__} takes (got {why})") from e
 
     def __call__(self, x: int, y: int, z: int, *args):
         if parameters[self.digest] > PARAMETER_BYTES:
-            raise RuntimeError(f"kernel {self.kernel}: parameters must be at most {PARAMETER_BYTES} bytes (got "
-                               f"{parameters[self.digest]}, {len(self.descriptors)} tensor descriptors)")
+            raise RuntimeError(f"kernel {self.kernel}: parameters must be at most "
+                               f"{PARAMETER_BYTES} bytes (got {parameters[self.digest]}, with "
+                               f"{len(self.descriptors)} tensor descriptors)")
         before = self.standin.counts()
         try:
             super().__call__(x, y, z, *args)
         except RuntimeError as e:
-            after, why = self.standin.counts(), str(e).splitlines()[0].removeprefix("Triton Error [CUDA]: ")
+            after = self.standin.counts()
+            why = str(e).splitlines()[0].removeprefix("Triton Error [CUDA]: ")
             if after.launches > before.launches or after.maps == before.maps:
                 raise RuntimeError(why) from e          # the stand-in has named the kernel
             argument = self.descriptors[after.maps - before.maps - 1]
             raise RuntimeError(f"kernel {self.kernel}, argument {argument}: {why}") from e
         if self.standin.counts().launches == before.launches:
-            # Triton's launcher multiplies the grid in 32 bits and starts nothing unless that is positive.
-            raise RuntimeError(f"kernel {self.kernel}: grid must have 1 to 2^31 - 1 blocks (got {x}, {y}, {z}; "
-                               "nothing was launched)")
+            # Triton multiplies the grid in 32 bits, and starts nothing unless that is positive.
+            raise RuntimeError(f"kernel {self.kernel}: grid must have 1 to 2^31 - 1 blocks "
+                               f"(got {x}, {y}, {z}; nothing was launched)")
 
 
 class Driver(nvidia.CudaDriver):
@@ -150,9 +155,9 @@ class Driver(nvidia.CudaDriver):
 def install(arch: int, folder: Path | None = None) -> StandIn:
     """Make Triton launch over the stand-in for sm_<arch>, for the rest of this process.
 
-    Call it before `kernels` is imported and before anything uses CUDA, then set ARCH of the kernels' modules
-    to `arch` and call them with CPU tensors. `folder` keeps the stand-in and Triton's cache; without one they
-    lie in a temporary folder. Raises RuntimeError where the process cannot be used.
+    Call it before anything uses CUDA, then set ARCH of the kernels' modules to `arch` and call them
+    with CPU tensors. `folder` keeps the stand-in and Triton's cache; without one they lie in a
+    temporary folder. Raises RuntimeError where the process cannot be used.
     """
     if os.environ.get("TRITON_INTERPRET"):
         raise RuntimeError(f"TRITON_INTERPRET must be unset (got {os.environ['TRITON_INTERPRET']})")
@@ -170,7 +175,8 @@ def install(arch: int, folder: Path | None = None) -> StandIn:
     return standin
 
 
-def attempt(standin: StandIn, module: str, arch: int, run: Callable[[], None]) -> tuple[Counts, str]:
+def attempt(standin: StandIn, module: str, arch: int,
+            run: Callable[[], None]) -> tuple[Counts, str]:
     """Run a case; return what it launched and, where it failed, why."""
     before, error = standin.counts(), ""
     try:
@@ -186,7 +192,7 @@ def attempt(standin: StandIn, module: str, arch: int, run: Callable[[], None]) -
 
 
 def launch_all(arch: int, modules: list[str], word: str, folder: Path | None) -> int:
-    """Launch the chosen cases for one architecture, print a line for each; return how many failed."""
+    """Launch the chosen cases for one architecture, print them; return how many failed."""
     standin = install(arch, folder)
     sys.path.insert(0, str(ROOT))
     import torch
@@ -202,10 +208,10 @@ def launch_all(arch: int, modules: list[str], word: str, folder: Path | None) ->
             continue
         counts, error = attempt(standin, module, arch, run)
         done, failed = done + 1, failed + bool(error)
-        print(f"sm_{arch} {module:10} {case:38} launches {counts.launches:3}, tensor maps {counts.maps:4}  "
-              f"{'FAILED ' + error if error else 'ok'}", flush=True)
-    print(f"sm_{arch}, Triton {triton.__version__}: {done} cases, {failed} cannot be launched; parameters of a "
-          f"kernel up to {max(parameters.values(), default=0)} bytes")
+        print(f"sm_{arch} {module:10} {case:34} launches {counts.launches:2}, tensor maps "
+              f"{counts.maps:3}  {'FAILED ' + error if error else 'ok'}", flush=True)
+    print(f"sm_{arch}, Triton {triton.__version__}: {done} cases, {failed} cannot be launched; "
+          f"parameters of a kernel up to {max(parameters.values(), default=0)} bytes")
     return failed or not done
 
 
@@ -214,7 +220,7 @@ def main(argv: list[str]) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[90])
     parser.add_argument("--kernel", nargs="+", default=[], help="modules; all without it")
-    parser.add_argument("--case", default="", metavar="WORD", help="only the cases with this in their name")
+    parser.add_argument("--case", default="", metavar="WORD", help="only cases named like this")
     parser.add_argument("--folder", type=Path, help="keep the stand-in and Triton's cache here")
     args = parser.parse_args(argv)
     if len(args.arch) == 1:
