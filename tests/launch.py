@@ -128,12 +128,12 @@ class Launcher(nvidia.CudaLauncher):
         try:
             super().__call__(x, y, z, *args)
         except RuntimeError as e:
-            after = self.standin.counts()
+            after, subject = self.standin.counts(), f"kernel {self.kernel}"
             why = str(e).splitlines()[0].removeprefix("Triton Error [CUDA]: ")
-            if after.launches > before.launches or after.maps == before.maps:
-                raise RuntimeError(why) from e          # the stand-in has named the kernel
-            argument = self.descriptors[after.maps - before.maps - 1]
-            raise RuntimeError(f"kernel {self.kernel}, argument {argument}: {why}") from e
+            if after.launches == before.launches and after.maps > before.maps:
+                subject += f", argument {self.descriptors[after.maps - before.maps - 1]}"
+            why = why.removeprefix(f"{subject}: ")      # the stand-in may have named the kernel
+            raise RuntimeError(f"{subject}: {why}") from e
         if self.standin.counts().launches == before.launches:
             # Triton multiplies the grid in 32 bits, and starts nothing unless that is positive.
             raise RuntimeError(f"kernel {self.kernel}: grid must have 1 to 2^31 - 1 blocks "
