@@ -80,13 +80,13 @@ def _descriptors(name: str, kind) -> Iterator[str]:
 
 
 class Counts(NamedTuple):
-    """What the stand-in has been asked so far."""
+    """Count what the stand-in was asked."""
     launches: int
     maps: int
 
 
 class StandIn:
-    """The stand-in, loaded; `lib` has its functions."""
+    """Load the stand-in as a GPU; `lib` has its functions, `launches` and `maps` count calls."""
 
     def __init__(self, path: Path, arch: int):
         self.lib = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
@@ -95,15 +95,15 @@ class StandIn:
             raise RuntimeError(f"{path.name} must be the stand-in (got one that was loaded before)")
         if not self.lib.standin_select(arch):
             raise ValueError(f"arch must be one that libcuda.c knows (got {arch})")
-        self._launches, self._maps = (ctypes.c_long.in_dll(self.lib, f"standin_{name}")
-                                      for name in ("launches", "maps"))
+        self.launches = ctypes.c_long.in_dll(self.lib, "standin_launches")
+        self.maps = ctypes.c_long.in_dll(self.lib, "standin_maps")
 
     def counts(self) -> Counts:
-        return Counts(self._launches.value, self._maps.value)
+        return Counts(self.launches.value, self.maps.value)
 
 
 class Launcher(nvidia.CudaLauncher):
-    """Triton's launcher; its errors name the kernel and the argument."""
+    """Launch as Triton does; name the kernel and the argument where that fails."""
     standin: StandIn
 
     def __init__(self, src, metadata):
@@ -124,24 +124,24 @@ class Launcher(nvidia.CudaLauncher):
             raise RuntimeError(f"kernel {self.kernel}: parameters must be at most "
                                f"{PARAMETER_BYTES} bytes (got {parameters[self.digest]}, with "
                                f"{len(self.descriptors)} tensor descriptors)")
-        before = self.standin.counts()
+        launches, maps = self.standin.launches.value, self.standin.maps.value
         try:
             super().__call__(x, y, z, *args)
         except RuntimeError as e:
-            after, subject = self.standin.counts(), f"kernel {self.kernel}"
+            subject, encoded = f"kernel {self.kernel}", self.standin.maps.value - maps
             why = str(e).splitlines()[0].removeprefix("Triton Error [CUDA]: ")
-            if after.launches == before.launches and after.maps > before.maps:
-                subject += f", argument {self.descriptors[after.maps - before.maps - 1]}"
+            if encoded and self.standin.launches.value == launches:
+                subject += f", argument {self.descriptors[encoded - 1]}"
             why = why.removeprefix(f"{subject}: ")      # the stand-in may have named the kernel
             raise RuntimeError(f"{subject}: {why}") from e
-        if self.standin.counts().launches == before.launches:
+        if self.standin.launches.value == launches:
             # Triton multiplies the grid in 32 bits, and starts nothing unless that is positive.
             raise RuntimeError(f"kernel {self.kernel}: grid must have 1 to 2^31 - 1 blocks "
                                f"(got {x}, {y}, {z}; nothing was launched)")
 
 
 class Driver(nvidia.CudaDriver):
-    """Triton's driver for the one device of the stand-in; asks nothing of torch.cuda."""
+    """Drive the one device of the stand-in as Triton does; ask nothing of torch.cuda."""
 
     def __init__(self, arch: int):
         self.utils = nvidia.CudaUtils()
@@ -157,7 +157,8 @@ def install(arch: int, folder: Path | None = None) -> StandIn:
 
     Call it before anything uses CUDA, then set ARCH of the kernels' modules to `arch` and call them
     with CPU tensors. `folder` keeps the stand-in and Triton's cache; without one they lie in a
-    temporary folder. Raises RuntimeError where the process cannot be used.
+    temporary folder. Raises RuntimeError where the process cannot be used, ValueError for an
+    architecture that libcuda.c does not know.
     """
     if os.environ.get("TRITON_INTERPRET"):
         raise RuntimeError(f"TRITON_INTERPRET must be unset (got {os.environ['TRITON_INTERPRET']})")
@@ -200,9 +201,9 @@ def launch_all(arch: int, modules: list[str], word: str, folder: Path | None) ->
     from kernels import aot
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    for kernels in aot.MODULES.values():
+        kernels.ARCH = arch
     failed = done = 0
-    for module in aot.MODULES.values():
-        module.ARCH = arch
     for module, case, run in aot.cases():
         if modules and module not in modules or word not in case:
             continue

@@ -41,13 +41,13 @@ def check(folder: Path, *options: str) -> None:
     """Launch the chosen cases; fail with the lines of those that cannot be launched."""
     done = run("tests/launch.py", "--folder", folder, *options)
     failed = [line for line in done.stdout.splitlines() if "FAILED" in line]
-    assert done.returncode == 0, "\n".join(failed) or done.stderr[-3000:]
+    assert done.returncode == 0, "\n".join(failed) or done.stdout + done.stderr[-3000:]
 
 
-# The kernels. Attention and heads take longer to compile than the fast tests may.
+# The kernels. The fast tests have time to compile one case, which goes through tensor maps.
 
-def test_a_case_of_modulation_can_be_launched(folder):
-    check(folder, "--arch", "90", "--kernel", "modulation", "--case", "1536")
+def test_a_case_of_attention_can_be_launched(folder):
+    check(folder, "--arch", "90", "--kernel", "attention", "--case", "image only")
 
 
 @pytest.mark.slow
