@@ -40,7 +40,8 @@ def pick_kernels(name: str, device: str, precision: str = "auto") -> kernels.Ker
     whatever else the machine has, and where fp32 is asked for, which the kernels on a GPU do not compute in.
     InputError where they cannot run."""
     if name == "auto" and (device == "cpu" or precision == "fp32"):
-        kernels.announce("torch", "--device cpu" if device == "cpu" else "--precision fp32")
+        why = "--device cpu" if device == "cpu" else "--precision fp32"
+        kernels.announce(f"kernels: torch ({why})")
         name = "torch"
     if name == "triton" and precision == "fp32" and device != "cpu" and torch.cuda.is_available():
         raise InputError("--kernels: found triton with --precision fp32, bf16 accepted on a GPU")

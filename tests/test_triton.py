@@ -2,6 +2,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,41 +33,116 @@ def test_load_takes_the_kernels():
         kernels.modulation.gate_modulate, kernels.modulation.gate, kernels.heads.discriminator_heads)
 
 
-@pytest.mark.parametrize("cuda, triton, interpret, auto, refused", [
-    (True, True, False, "triton", False), (True, False, False, "torch", True),
-    (False, True, False, "torch", True), (False, True, True, "torch", False),
-    (False, False, False, "torch", True)])
-def test_which_path_is_taken_and_why_is_said_once(monkeypatch, capsys, cuda, triton, interpret, auto,
-                                                  refused):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine that seems to have an H100, whose kernels all pass their self-check."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(kernels, "failures", lambda device: {})
+    monkeypatch.setattr(kernels.attention, "INTERPRET", False)
+    kernels.announce.cache_clear()
+
+
+@pytest.mark.parametrize("cuda, capability, triton, interpret, auto, why, refused", [
+    (True, (9, 0), True, False, "triton", "H100", False),
+    (True, (8, 0), True, False, "triton", "H100", False),
+    (True, (7, 5), True, False, "torch", "H100 has compute capability 7.5 and the kernels need 8.0", True),
+    (True, (9, 0), False, False, "torch", "triton is not installed", True),
+    (False, None, True, False, "torch", "no CUDA device was found", True),
+    (False, None, True, True, "torch", "no CUDA device was found", False),
+    (False, None, False, False, "torch", "no CUDA device was found", True)])
+def test_which_path_is_taken_and_why_is_said_once(monkeypatch, capsys, gpu, cuda, capability, triton,
+                                                  interpret, auto, why, refused):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(kernels.attention, "triton", object() if triton else None)
     monkeypatch.setattr(kernels.attention, "INTERPRET", interpret)
-    kernels.announce.cache_clear()
     found = [kernels.load() for _ in range(3)]
-    said = capsys.readouterr().out
-    why = "H100" if auto == "triton" else "triton is not installed" if cuda else "no CUDA device was found"
-    assert said == f"kernels: {auto} ({why})\n"
+    assert capsys.readouterr().out == f"kernels: {auto} ({why})\n"
     name = "modulate" if auto == "triton" else "reference_modulate"
     assert all(k.modulate is getattr(kernels.modulation, name) for k in found)
     if refused:
-        with pytest.raises(ValueError, match="'triton', but (triton is not installed|no CUDA device)"):
+        with pytest.raises(ValueError, match=f"'triton', but {why}"):
             kernels.load("triton")
     else:
         kernels.load("triton")
     assert capsys.readouterr().out == "" and kernels.load("torch").gate is kernels.modulation.reference_gate
 
 
-def test_the_cpu_is_for_the_references_even_beside_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+def test_the_reference_is_taken_for_a_kernel_that_fails(monkeypatch, capsys, gpu):
+    wrong = "gate fails its self-check (output 0 is 2 and must be 1 within 0.05)"
+    monkeypatch.setattr(kernels, "failures", lambda device: {"gate": wrong})
+    found = [kernels.load() for _ in range(2)][0]
+    assert capsys.readouterr().out == (f"kernels: triton (H100)\nkernels: {wrong}; "
+                                       "the reference is used instead\n")
+    plain = kernels.modulation.reference_gate
+    ours = kernels.Kernels(*(getattr(kernels.HOMES[field], field) for field in kernels.Kernels._fields))
+    assert found == ours._replace(gate=plain)
+    with pytest.raises(ValueError, match="^kernels: gate fails its self-check"):
+        kernels.load("triton")
+    with pytest.raises(InputError, match="^--kernels: gate fails its self-check"):
+        pick_kernels("triton", "auto")
+    assert kernels.load("torch").gate is plain
+
+
+def refuse(error: BaseException):
+    def run(*args):
+        raise error
+    return run
+
+
+BROKEN = {
+    "value": (lambda x, y, g: kernels.modulation.reference_gate(x, y, 1.2 * g), "output 0 is .* must be .*"),
+    "gradient": (lambda x, y, g: kernels.modulation.reference_gate(x, y.detach() + 0 * y, g),
+                 "the gradient of input 1 is 0 and must be .* within .*"),
+    "NaN": (lambda x, y, g: kernels.modulation.reference_gate(x, y, g * float("nan")), "output 0 is nan .*"),
+    "launcher": (refuse(AssertionError()), "AssertionError: no message"),
+    "driver": (refuse(RuntimeError("Triton Error [CUDA]: invalid argument")), "RuntimeError: .*argument"),
+    "compiler": (refuse(kernels.attention.triton.TritonError("line 3\ndoes not fit")),
+                 "TritonError: does not fit")}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_the_self_check_finds_a_broken_kernel_and_only_that(monkeypatch, kind):
+    broken, sentence = BROKEN[kind]
+    monkeypatch.setattr(kernels.modulation, "gate", broken)
+    kept = {name: kernels.samples(torch.device("cpu"), torch.float32)[name] for name in ("gate", "modulate")}
+    monkeypatch.setattr(kernels, "samples", lambda device, dtype: kept)
+    kernels.failures.cache_clear()
+    found = kernels.failures(torch.device("cpu"))
+    kernels.failures.cache_clear()
+    assert list(found) == ["gate"]
+    assert re.fullmatch(rf"gate fails its self-check \({sentence}\)", found["gate"]), found
+
+
+@pytest.mark.slow
+def test_every_kernel_passes_its_self_check():
+    kernels.failures.cache_clear()
+    assert set(kernels.samples(torch.device("cpu"), torch.float32)) == set(kernels.Kernels._fields)
+    assert kernels.failures(torch.device("cpu")) == {}
+
+
+def test_a_kernel_that_ends_the_gpu_ends_the_run(monkeypatch):
+    kept = {"gate": kernels.samples(torch.device("cpu"), torch.float32)["gate"]}
+    monkeypatch.setattr(kernels, "samples", lambda device, dtype: kept)
+    monkeypatch.setattr(kernels.modulation, "gate", refuse(RuntimeError("illegal memory access")))
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *args, **options: refuse(RuntimeError("illegal"))()
+                        if options else zeros(*args))
+    kernels.failures.cache_clear()
+    with pytest.raises(ValueError, match="gate left the GPU unusable.*illegal.*--kernels torch"):
+        kernels.failures(torch.device("cpu"))
+
+
+def test_the_cpu_is_for_the_references_even_beside_a_gpu(monkeypatch, gpu):
     assert pick_kernels("auto", "cpu") == kernels.load("torch")
     assert pick_kernels("auto", "auto") == kernels.load("triton")
     assert pick_kernels("auto", "auto", "fp32") == kernels.load("torch")
     with pytest.raises(InputError, match="triton with --precision fp32"):
         pick_kernels("triton", "auto", "fp32")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(kernels.attention, "INTERPRET", False)
     with pytest.raises(InputError, match="--kernels: found 'triton', but no CUDA device"):
         pick_kernels("triton", "auto")
 
