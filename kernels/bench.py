@@ -1,14 +1,25 @@
-"""Times every kernel against what else there is, in one process: correctness first, then interleaved rounds.
+"""Time every kernel against its alternatives in one process: correctness first, then rounds.
 
-    python -m kernels.bench                        all kernels on this GPU -> kernels/results/<gpu>.csv
+    python -m kernels.bench                   all kernels on this GPU -> kernels/results/<gpu>.csv
     python -m kernels.bench --kernel modulation --batch 1 4 --rounds 30
 
-Each round calls every contender once, in a new order, with the L2 cache flushed before; reported are the
-median and the 20 and 80 % quantiles. Contenders: ours; `eager`, the reference in the tensors' dtype as it
-stands; `compile`, torch.compile of it; for attention the SDPA backends and FlashAttention if it is installed,
-each with the QK-norm, the concatenation and the split that they need. A rate is TFLOP/s of useful products
-(no credit for recomputation) or the share of the copy bandwidth that this GPU reaches in the same process.
-Without a GPU --smoke runs the same on the CPU at tiny sizes, to test this file; its times mean nothing.
+Each round calls every contender once, in a new order, with a cold L2 cache. The contenders are
+`ours`; `eager`, the reference in the tensors' dtype; `compile`, torch.compile of it; and for
+attention the SDPA backends and FlashAttention 2 and 3 where they are installed, each with the
+QK-norm, the concatenation and the split that it needs.
+
+ms is the time on the GPU between two events, the gaps between the kernels of a call included. Many
+calls take less time on the GPU than Python takes to launch them (0.1 to 0.3 ms), so the GPU first
+waits in a sleep kernel until the whole call is queued. A call that was not queued in time is
+repeated after a longer sleep; a call that itself waits for the GPU is an error. host_ms is the time
+from the call to its return: where it exceeds ms and nothing else is queued, the host is the limit,
+and ms is reached only in a CUDA graph.
+
+ms and host_ms are medians; ms_20 and ms_80 are the 20 and 80 % quantiles of ms. A rate is TFLOP/s
+of useful products (recomputation does not count) or the share of the copy bandwidth that this GPU
+reaches in the same process. What the numbers do not say: clocks are not fixed, and a call after a
+sleep runs on a cool GPU, so a long run may be slower. Without a GPU --smoke runs the same code on
+the CPU at tiny sizes, to test this file; its times mean nothing.
 """
 import argparse
 import csv
@@ -31,16 +42,18 @@ from tqdm import tqdm
 
 from kernels import attention, heads, modulation
 
-MODELS = {"sd3-medium": (24, False, 154), "sd3.5-medium": (24, True, 333), "sd3.5-large": (38, True, 333)}
+# heads of attention (as many blocks as heads), QK-norm, text tokens
+MODELS = {"sd3-medium": (24, False, 154), "sd3.5-medium": (24, True, 333),
+          "sd3.5-large": (38, True, 333)}
 TOKENS = 4096                                         # image tokens at 1024 px
 KERNELS = "attention", "modulation", "heads"
 
 
 class Work(NamedTuple):
-    """One thing to do, by several contenders."""
+    """Hold one computation and the contenders that carry it out."""
     kernel: str
     shape: str
-    direction: str                                    # forward, backward (heads: to features, to weights)
+    direction: str                                    # forward, backward; heads: features, weights
     contenders: dict[str, Callable[[], Any]]          # "ours" among them
     flops: float = 0.0                                # useful products
     bytes: float = 0.0                                # least traffic of memory
@@ -49,11 +62,12 @@ class Work(NamedTuple):
 # --- contenders ---
 
 def normed(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
+    """Return the RMS norm of x where there is a weight, else x."""
     return x if weight is None else F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 def library_attention(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable:
-    """Joint attention as one writes it with a library: norms, concatenation, attend [b, n, l, dh], split."""
+    """Return joint attention around `attend` [b, n, l, dh]: norms, concatenation, attend, split."""
     def run(qkv_txt: Tensor, qkv_img: Tensor, norm_txt, norm_img) -> tuple[Tensor, Tensor]:
         parts = [[normed(t, w) for t, w in zip(qkv.unbind(2), (*(norm or (None, None)), None))]
                  for qkv, norm in ((qkv_txt, norm_txt), (qkv_img, norm_img))]
@@ -64,6 +78,7 @@ def library_attention(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Cal
 
 
 def sdpa(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return scaled_dot_product_attention restricted to one backend."""
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v)
@@ -71,22 +86,46 @@ def sdpa(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def attention_contenders(device: torch.device) -> dict[str, Callable]:
+    """Return the contenders for joint attention on a device, by name."""
     out = {"ours": attention.joint_attention, "eager": attention.reference_joint_attention,
            "compile": torch.compile(library_attention(F.scaled_dot_product_attention))}
     if device.type == "cuda":
-        out |= {f"sdpa {name}": library_attention(sdpa(getattr(SDPBackend, f"{name.upper()}_ATTENTION")))
-                for name in ("flash", "efficient", "cudnn")}
-        try:
-            from flash_attn import flash_attn_func
-        except ImportError:
-            return out
-        swap = lambda t: t.transpose(1, 2)
-        out["flash_attn"] = library_attention(lambda *qkv: swap(flash_attn_func(*map(swap, qkv))))
+        backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
+                    "efficient": SDPBackend.EFFICIENT_ATTENTION}
+        out |= {f"sdpa {name}": library_attention(sdpa(b)) for name, b in backends.items()}
+        out |= {name: library_attention(transposed(f)) for name, f in flash_attention().items()}
     return out
 
 
+def flash_attention() -> dict[str, Callable]:
+    """Return flash_attn_func of every FlashAttention version that is installed."""
+    found: dict[str, Callable] = {}
+    try:
+        from flash_attn import flash_attn_func
+        found["flash_attn 2"] = flash_attn_func
+    except ImportError:
+        pass
+    try:
+        from flash_attn_interface import flash_attn_func
+        found["flash_attn 3"] = flash_attn_func
+    except ImportError:
+        pass
+    return found
+
+
+def transposed(attend: Callable) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return attention over [b, n, l, dh] from a function over [b, l, n, dh].
+
+    Some releases of FlashAttention 3 return (out, log-sum-exp): only out is kept.
+    """
+    def run(*qkv: Tensor) -> Tensor:
+        out = attend(*(t.transpose(1, 2) for t in qkv))
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+    return run
+
+
 def backward_of(function: Callable, inputs: list[Tensor], args: tuple) -> Callable[[], None]:
-    """The backward pass alone, of a graph that is kept."""
+    """Return a function that runs only the backward pass; it keeps the graph of one forward."""
     out = function(*args)
     out = [o for o in (out if isinstance(out, tuple | list) else [out]) if o is not None]
     grads = [torch.randn_like(o) for o in out]
@@ -94,6 +133,7 @@ def backward_of(function: Callable, inputs: list[Tensor], args: tuple) -> Callab
 
 
 def attention_work(model: str, batch: int, device: torch.device, small: bool) -> Iterator[Work]:
+    """Yield joint attention of a model at 1024 px, forward and backward."""
     n, norm, text = (2, True, 5) if small else MODELS[model]
     tokens, dtype = (24, torch.float32) if small else (TOKENS, torch.bfloat16)
     make = lambda *shape: torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
@@ -106,7 +146,8 @@ def attention_work(model: str, batch: int, device: torch.device, small: bool) ->
     with torch.no_grad():
         expected = attention.reference_joint_attention(*[t.float() for t in qkv], *(
             tuple(w.float() for w in pair) if pair else None for pair in norms))
-    check("attention", contenders["ours"], library_attention(F.scaled_dot_product_attention), args, expected)
+    plain = library_attention(F.scaled_dot_product_attention)
+    check("attention", contenders["ours"], plain, args, expected)
 
     def forward(function: Callable) -> Callable[[], Any]:
         def run():
@@ -115,21 +156,24 @@ def attention_work(model: str, batch: int, device: torch.device, small: bool) ->
         return run
 
     shape = f"{model} b{batch} {text}+{tokens}"
-    yield Work("attention", shape, "forward", {k: forward(f) for k, f in contenders.items()}, products)
+    yield Work("attention", shape, "forward", {k: forward(f) for k, f in contenders.items()},
+               products)
     yield Work("attention", shape, "backward",
                {k: backward_of(f, inputs, args) for k, f in contenders.items()}, 2.5 * products)
 
 
 def modulation_work(model: str, batch: int, device: torch.device, small: bool) -> Iterator[Work]:
+    """Yield modulate and gate_modulate of a model's image tokens, forward and backward."""
     d, l = (128, 24) if small else (64 * MODELS[model][0], TOKENS)
     dtype = torch.float32 if small else torch.bfloat16
     make = lambda *shape: torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
     x, branch, vector = make(batch, l, d), make(batch, l, d), make(batch, 6 * d)
     shift, scale, gate = vector.chunk(6, -1)[:3]                     # strided views, as in a block
     size, shape = batch * l * d * x.element_size(), f"{model} b{batch} {l}x{d}"
-    for name, args, inputs, passes in (("modulate", (x, shift, scale), [x, vector], (2, 3)),
-                                       ("gate_modulate", (x, branch, gate, shift, scale), [x, branch, vector],
-                                        (4, 6))):
+    # arguments, what gets a gradient, tensors [b, l, d] read and written forward and backward
+    ops = {"modulate": ((x, shift, scale), [x, vector], (2, 3)),
+           "gate_modulate": ((x, branch, gate, shift, scale), [x, branch, vector], (4, 6))}
+    for name, (args, inputs, passes) in ops.items():
         reference = getattr(modulation, f"reference_{name}")
         contenders = {"ours": getattr(modulation, name), "eager": reference,
                       "compile": torch.compile(reference)}
@@ -146,23 +190,27 @@ def modulation_work(model: str, batch: int, device: torch.device, small: bool) -
 
         yield Work(name, shape, "forward", {k: forward(f) for k, f in contenders.items()},
                    bytes=passes[0] * size)
-        yield Work(name, shape, "backward", {k: backward_of(f, inputs, args) for k, f in contenders.items()},
+        yield Work(name, shape, "backward",
+                   {k: backward_of(f, inputs, args) for k, f in contenders.items()},
                    bytes=passes[1] * size)
 
 
 def heads_work(model: str, batch: int, device: torch.device, small: bool) -> Iterator[Work]:
-    """A head of width 512 on every block; backward as the student's step and as the heads' step need it."""
+    """Yield the heads, of width 512 and on every block: forward, backward to the features (the
+    student's step) and to the weights (the heads' step)."""
     n = MODELS[model][0]
     k, d, c, e, grid = (2, 64, 32, 8, (4, 6)) if small else (n, 64 * n, 512, 64, (64, 64))
     dtype, l = torch.float32 if small else torch.bfloat16, grid[0] * grid[1]
     make = lambda *shape: torch.randn(shape, device=device)
     feats = [make(batch, l, d).to(dtype) for _ in range(k)]
     sizes = ((k, d, c), *3 * [(k, c)], (k, 3, 3, c, c), *3 * [(k, c)], (k, e, c), (k, c), (k,))
-    params = heads.HeadParams(*(make(*size) * (size[-2] ** -0.5 if len(size) > 2 else 1) for size in sizes))
+    scales = [size[-2] ** -0.5 if len(size) > 2 else 1 for size in sizes]
+    params = heads.HeadParams(*(make(*size) * scale for size, scale in zip(sizes, scales)))
     cond, shape = make(batch, e), f"{model} b{batch} {k} taps of {d}, {grid[0]}x{grid[1]}"
     first, second = (k * batch * l * n for n in (2 * d * c, 18 * c * c))
     reference = heads.reference_discriminator_heads
-    contenders = {"ours": heads.discriminator_heads, "eager": reference, "compile": torch.compile(reference)}
+    contenders = {"ours": heads.discriminator_heads, "eager": reference,
+                  "compile": torch.compile(reference)}
     with torch.no_grad():
         expected = reference([f.float() for f in feats], params, cond, grid)
     check("heads", contenders["ours"], lower(reference, device, dtype), (feats, params, cond, grid),
@@ -184,8 +232,8 @@ def heads_work(model: str, batch: int, device: torch.device, small: bool) -> Ite
 
 
 def check(name: str, ours: Callable, plain: Callable, args: tuple, expected: tuple) -> None:
-    """Ours must be within twice the error of `plain`, a plain computation in the tensors' own precision, both
-    against fp32 (FlashAttention's rule); SystemExit otherwise."""
+    """Exit unless our error is at most twice that of `plain`, which computes in the tensors' own
+    precision; both against fp32 (the rule of FlashAttention's tests)."""
     def error(function: Callable) -> float:
         with torch.no_grad():
             out = function(*args)
@@ -195,11 +243,12 @@ def check(name: str, ours: Callable, plain: Callable, args: tuple, expected: tup
     found, usual = error(ours), error(plain)
     least = 1e-5 * max(float(e.abs().max()) for e in expected)
     if not found <= 2 * usual + least:
-        raise SystemExit(f"bench: {name} is wrong: error {found:.3g}, at most twice {usual:.3g} accepted")
+        raise SystemExit(f"bench: the error of {name} must be at most twice {usual:.3g} "
+                         f"(got {found:.3g})")
 
 
 def lower(function: Callable, device: torch.device, dtype: torch.dtype) -> Callable:
-    """`function` with its products in `dtype`, which a reference takes in fp32."""
+    """Return `function` with its products in `dtype`; a reference computes them in fp32."""
     def run(*args):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return function(*args)
@@ -208,85 +257,134 @@ def lower(function: Callable, device: torch.device, dtype: torch.dtype) -> Calla
 
 # --- timing ---
 
-def timed(run: Callable[[], Any], flush: Tensor) -> float:
-    """Milliseconds of one call with a cold L2."""
+class Time(NamedTuple):
+    """Milliseconds of one call."""
+    ms: float             # on the GPU
+    host: float           # from the call to its return
+
+
+WARMUP = 3                        # rounds that are not counted
+SLEEP_PER_MS = 5_000_000          # clocks slept for each host millisecond: twice what 2.5 GHz needs
+SHORTEST, LONGEST = 500_000, 2 ** 31          # clocks of a sleep; 2 ** 31 take about a second
+
+
+def on_host(run: Callable[[], Any]) -> float:
+    """Return the milliseconds from the call of `run` to its return."""
+    start = time.perf_counter()
+    run()
+    return 1000 * (time.perf_counter() - start)
+
+
+def timed(run: Callable[[], Any], flush: Tensor, sleep: int) -> Time | None:
+    """Time one call with a cold L2 cache while the GPU sleeps for `sleep` clocks before it.
+
+    Return None where the sleep ended before the whole call was queued: the events would then
+    enclose the time that the GPU waited for the host.
+    """
     flush.zero_()
     if flush.device.type != "cuda":
-        start = time.perf_counter()
-        run()
-        return 1000 * (time.perf_counter() - start)
+        host = on_host(run)
+        return Time(host, host)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(sleep)
     start.record()
-    run()
+    host = on_host(run)
     end.record()
+    ahead = not start.query()                 # the GPU still sleeps, and all of the call is queued
     end.synchronize()
-    return start.elapsed_time(end)
+    return Time(start.elapsed_time(end), host) if ahead else None
 
 
-def measure(contenders: dict[str, Callable[[], Any]], rounds: int, flush: Tensor) -> dict[str, list[float]]:
-    """Milliseconds by contender; every round calls each of them once, in an order of its own."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+def measure(contenders: dict[str, Callable[[], Any]], rounds: int,
+            flush: Tensor) -> dict[str, list[Time]]:
+    """Return the times by contender; every round calls each of them once, in an order of its own.
+
+    The last warm-up call of a contender gives the length of its sleep, which is doubled whenever
+    it turns out to be too short.
+    """
+    times: dict[str, list[Time]] = {name: [] for name in contenders}
+    sleep: dict[str, int] = {}
     shuffled, names = random.Random(0), list(contenders)
-    for i in range(-3, rounds):                                      # the first three rounds warm up
+    for i in range(-WARMUP, rounds):
         shuffled.shuffle(names)
         for name in names:
-            ms = timed(contenders[name], flush)
-            if i >= 0:
-                times[name].append(ms)
+            if i < 0:
+                sleep[name] = max(SHORTEST, int(SLEEP_PER_MS * on_host(contenders[name])))
+                synchronize(flush)
+                continue
+            while (found := timed(contenders[name], flush, sleep[name])) is None:
+                sleep[name] *= 2
+                if sleep[name] > LONGEST:
+                    raise RuntimeError(f"bench: {name} must return before the GPU is done with it "
+                                       f"(it was not queued within {LONGEST} clocks)")
+            times[name].append(found)
     return times
 
 
+def synchronize(flush: Tensor) -> None:
+    """Wait until the GPU of `flush` is idle."""
+    if flush.device.type == "cuda":
+        torch.cuda.synchronize(flush.device)
+
+
 def quantiles(values: list[float]) -> tuple[float, float, float]:
-    """(20 %, median, 80 %)."""
-    values = sorted(values)
-    return values[len(values) // 5], statistics.median(values), values[len(values) - 1 - len(values) // 5]
+    """Return (20 %, median, 80 %)."""
+    values, fifth = sorted(values), len(values) // 5
+    return values[fifth], statistics.median(values), values[len(values) - 1 - fifth]
 
 
 def copy_bandwidth(flush: Tensor, rounds: int) -> float:
-    """Bytes a second that a large copy moves on this device, read and write counted."""
-    source = torch.empty(2 ** 28 if flush.is_cuda else 2 ** 20, dtype=torch.uint8, device=flush.device)
+    """Return the bytes per second of a large copy on this device, read and write counted."""
+    size = 2 ** 28 if flush.is_cuda else 2 ** 20
+    source = torch.empty(size, dtype=torch.uint8, device=flush.device)
     target = torch.empty_like(source)
-    _, ms, _ = quantiles(measure({"copy": lambda: target.copy_(source)}, rounds, flush)["copy"])
+    times = measure({"copy": lambda: target.copy_(source)}, rounds, flush)["copy"]
+    ms = statistics.median(t.ms for t in times)
     return 2 * source.numel() / ms * 1000
 
 
 # --- rows ---
 
 def about(device: torch.device) -> dict[str, str]:
-    """Where the numbers come from."""
+    """Return what the numbers depend on: GPU, driver, versions, commit and date."""
     run = lambda *command: subprocess.run(command, capture_output=True, text=True).stdout.strip()
     triton = sys.modules.get("triton")
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     driver = "-"
     if device.type == "cuda":
-        driver = run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
-    commit = run("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD") or "unknown"
-    return {"gpu": gpu, "driver": driver, "torch": torch.__version__, "cuda": torch.version.cuda or "-",
-            "triton": getattr(triton, "__version__", "-"), "commit": commit,
-            "date": datetime.date.today().isoformat()}
+        query = "--query-gpu=driver_version", "--format=csv,noheader"
+        driver = run("nvidia-smi", *query).split("\n")[0]
+    commit = run("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD")
+    return {"gpu": gpu, "driver": driver, "torch": torch.__version__,
+            "cuda": torch.version.cuda or "-", "triton": getattr(triton, "__version__", "-"),
+            "commit": commit or "unknown", "date": datetime.date.today().isoformat()}
 
 
-COLUMNS = ("kernel", "shape", "direction", "contender", "ms", "ms_20", "ms_80", "tflops", "gbps",
-           "copy_share", "speedup", "gpu", "driver", "torch", "cuda", "triton", "commit", "date")
+COLUMNS = ("kernel", "shape", "direction", "contender", "ms", "ms_20", "ms_80", "host_ms", "tflops",
+           "gbps", "copy_share", "speedup", "gpu", "driver", "torch", "cuda", "triton", "commit",
+           "date")
 
 
-def rows_of(work: Work, times: dict[str, list[float]], copy: float, origin: dict[str, str]) -> list[dict]:
-    """A row a contender; speedup is how many times faster ours is than it, of the medians."""
-    ours, rows = quantiles(times["ours"])[1], []
+def rows_of(work: Work, times: dict[str, list[Time]], copy: float,
+            origin: dict[str, str]) -> list[dict]:
+    """Return a row for each contender; speedup is its median time divided by that of ours."""
+    ours, rows = statistics.median(t.ms for t in times["ours"]), []
     for name, values in times.items():
-        low, ms, high = quantiles(values)
+        low, ms, high = quantiles([t.ms for t in values])
         rate = work.bytes / ms * 1000
         rows.append({"kernel": work.kernel, "shape": work.shape, "direction": work.direction,
-                     "contender": name, "ms": f"{ms:.4f}", "ms_20": f"{low:.4f}", "ms_80": f"{high:.4f}",
+                     "contender": name, "ms": f"{ms:.4f}", "ms_20": f"{low:.4f}",
+                     "ms_80": f"{high:.4f}",
+                     "host_ms": f"{statistics.median(t.host for t in values):.4f}",
                      "tflops": f"{work.flops / ms / 1e9:.1f}" if work.flops else "",
                      "gbps": f"{rate / 1e9:.0f}" if work.bytes else "",
-                     "copy_share": f"{rate / copy:.3f}" if work.bytes else "", "speedup": f"{ms / ours:.3f}",
-                     **origin})
+                     "copy_share": f"{rate / copy:.3f}" if work.bytes else "",
+                     "speedup": f"{ms / ours:.3f}", **origin})
     return rows
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    """All rows, whole or not at all."""
+    """Write all rows; a reader finds the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w", newline="") as file:
@@ -297,6 +395,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def main(argv: list[str]) -> None:
+    """Run the command; see the top of this file."""
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
@@ -304,16 +403,19 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--out", type=Path, help="default: kernels/results/<gpu>.csv")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU, to test this file")
+    parser.add_argument("--smoke", action="store_true",
+                        help="tiny sizes on the CPU, to test this file")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available() and not args.smoke:
-        sys.exit(print("bench: found no CUDA device, one is needed (--smoke tests this file without)",
-                       file=sys.stderr) or 2)
+        print("bench: no CUDA device was found; run it on a GPU, or with --smoke to test this file",
+              file=sys.stderr)
+        sys.exit(2)
     device = torch.device("cpu" if args.smoke else "cuda")
     # twice the largest L2 of today: what was read or written before is gone
     flush = torch.empty(2 ** 20 if args.smoke else 2 ** 28, dtype=torch.uint8, device=device)
     copy, origin, rows = copy_bandwidth(flush, args.rounds), about(device), []
-    path = args.out or Path(__file__).parent / "results" / f"{origin['gpu'].replace(' ', '-').lower()}.csv"
+    name = f"{origin['gpu'].replace(' ', '-').lower()}.csv"
+    path = args.out or Path(__file__).parent / "results" / name
     print(f"{origin}; copy bandwidth {copy / 1e9:.0f} GB/s")
     works = {"attention": attention_work, "modulation": modulation_work, "heads": heads_work}
     plan = [(k, m, b) for k in args.kernel for m in args.model for b in args.batch]

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 
 def test_quantiles():
     assert bench.quantiles([5, 1, 2, 4, 3]) == (2, 3, 4)
-    assert bench.quantiles([7.0]) == (7, 7, 7) and bench.quantiles(list(range(100))) == (20, 49.5, 79)
+    assert bench.quantiles([7.0]) == (7, 7, 7)
+    assert bench.quantiles(list(range(100))) == (20, 49.5, 79)
 
 
 def test_every_round_calls_each_once_in_an_order_of_its_own():
@@ -26,17 +28,140 @@ def test_every_round_calls_each_once_in_an_order_of_its_own():
     contenders = {name: lambda name=name: calls.append(name) for name in "abcd"}
     times = bench.measure(contenders, 10, torch.empty(4))
     assert {name: len(t) for name, t in times.items()} == dict.fromkeys("abcd", 10)
+    assert all(t.ms == t.host > 0 for values in times.values() for t in values)
     rounds = [tuple(calls[i:i + 4]) for i in range(0, len(calls), 4)]
     assert all(sorted(r) == list("abcd") for r in rounds) and len(set(rounds)) > 5
 
 
-def test_a_wrong_kernel_is_not_timed():
+class FakeGpu:
+    """Stand for torch.cuda: a host clock, and a queue of work that a GPU takes up in order.
+
+    A sleep lasts `cycles` / 2e6 ms (2 GHz), a flush 0.1 ms. `log` has what was queued, in order.
+    """
+
+    def __init__(self, monkeypatch):
+        self.host = self.gpu = 0.0           # ms: the host's clock, the end of all queued work
+        self.log: list[str] = []
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                self.at = 0.0
+
+            def record(self):
+                gpu.add("event", 0.0)
+                self.at = gpu.gpu
+
+            def query(self):
+                return self.at <= gpu.host
+
+            def synchronize(self):
+                gpu.host = max(gpu.host, self.at)
+
+            def elapsed_time(self, end):
+                return end.at - self.at
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.add("sleep", cycles / 2e6))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: self.wait())
+        monkeypatch.setattr(bench.time, "perf_counter", lambda: self.host / 1000)
+
+    @property
+    def device(self):
+        return torch.device("cuda")
+
+    def zero_(self):                         # the tensor that flushes the cache
+        self.add("flush", 0.1)
+
+    def add(self, name: str, ms: float):
+        self.log.append(name)
+        self.gpu = max(self.gpu, self.host) + ms
+
+    def wait(self):
+        self.host = max(self.host, self.gpu)
+
+    def call(self, python_ms: float, kernel_ms: float, syncs: bool = False):
+        """Return a call that needs `python_ms` on the host and then starts a kernel."""
+        def run():
+            self.host += python_ms
+            self.add("kernel", kernel_ms)
+            if syncs:
+                self.wait()
+        return run
+
+
+def test_a_call_is_timed_behind_a_sleep_that_hides_its_python(monkeypatch):
+    """0.3 ms of Python for 0.05 ms on the GPU: the flush alone, 0.1 ms, hides too little."""
+    gpu = FakeGpu(monkeypatch)
+    call = gpu.call(python_ms=0.3, kernel_ms=0.05)
+    assert bench.timed(call, gpu, sleep=0) is None
+    assert bench.timed(call, gpu, sleep=200_000) is None           # 0.1 + 0.1 ms
+    gpu.log.clear()
+    found = bench.timed(call, gpu, sleep=1_000_000)
+    assert gpu.log == ["flush", "sleep", "event", "kernel", "event"]
+    assert found.ms == pytest.approx(0.05) and found.host == pytest.approx(0.3)
+
+
+def test_the_sleep_follows_the_host_time_and_grows_where_it_is_too_short(monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+    # ms of Python; the first three calls warm up
+    slow = iter([5.0, 1.0, 0.4] + [0.3] * 4 + [20.0] + [0.3] * 99)
+    run = {"a": lambda: gpu.call(next(slow), 0.05)()}
+    sleeps: list[int] = []
+    sleep = torch.cuda._sleep
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: (sleeps.append(cycles), sleep(cycles)))
+    times = bench.measure(run, 10, gpu)["a"]
+    assert [t.ms for t in times] == pytest.approx([0.05] * 10)
+    assert max(t.host for t in times) < 1                  # the call of 20 ms was not accepted
+    first = int(0.4 * bench.SLEEP_PER_MS)
+    assert sleeps == [first] * 5 + [2 * first] * 6
+
+
+def test_a_call_that_waits_for_the_gpu_is_refused(monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+    with pytest.raises(RuntimeError, match="bench: a must return before the GPU is done"):
+        bench.measure({"a": gpu.call(0.1, 0.05, syncs=True)}, 3, gpu)
+
+
+def test_a_row_has_both_times():
+    times = {"ours": [bench.Time(1.0, 0.5), bench.Time(3.0, 0.1), bench.Time(2.0, 0.2)],
+             "eager": [bench.Time(4.0, 8.0)] * 3}
+    work = bench.Work("k", "s", "forward", {}, flops=4e9, bytes=1e9)
+    ours, eager = bench.rows_of(work, times, 1e12, {})
+    assert (ours["ms"], ours["host_ms"], ours["speedup"]) == ("2.0000", "0.2000", "1.000")
+    assert (eager["ms"], eager["host_ms"], eager["speedup"]) == ("4.0000", "8.0000", "2.000")
+    assert (ours["tflops"], ours["gbps"], ours["copy_share"]) == ("2.0", "500", "0.500")
+    assert set(ours) <= set(bench.COLUMNS)
+
+
+def test_an_incorrect_kernel_is_not_timed():
     x = torch.randn(64)
     plain = lambda t: t * 2
     bench.check("double", lambda t: t * 2 + 1e-9, plain, (x,), (2 * x.double(),))
     for wrong in (lambda t: t * 2.01, lambda t: t * float("nan")):
-        with pytest.raises(SystemExit, match="double is wrong"):
+        with pytest.raises(SystemExit, match="the error of double must be at most twice"):
             bench.check("double", wrong, plain, (x,), (2 * x.double(),))
+
+
+def test_both_versions_of_flash_attention_are_contenders(monkeypatch):
+    """Version 3 is a module of its own; some of its releases return (out, log-sum-exp)."""
+    def attend(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(
+            *(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+
+    two, three = types.ModuleType("flash_attn"), types.ModuleType("flash_attn_interface")
+    two.flash_attn_func, three.flash_attn_func = attend, lambda *qkv: (attend(*qkv), None)
+    monkeypatch.setitem(sys.modules, "flash_attn", two)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)         # not installed
+    assert set(bench.flash_attention()) == {"flash_attn 2"}
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", three)
+    contenders = bench.attention_contenders(torch.device("cuda"))
+    assert {"flash_attn 2", "flash_attn 3", "sdpa flash", "sdpa cudnn"} < set(contenders)
+    qkv = [torch.randn(2, l, 3, 2, 64) for l in (5, 9)]
+    expected = bench.attention.reference_joint_attention(*qkv)
+    for name in ("flash_attn 2", "flash_attn 3"):
+        found = contenders[name](*qkv, None, None)
+        assert all(torch.allclose(a, e, atol=1e-5) for a, e in zip(found, expected))
 
 
 def test_a_library_attention_is_the_joint_one():
@@ -50,33 +175,40 @@ def test_a_library_attention_is_the_joint_one():
 
 @pytest.mark.slow
 def test_smoke_writes_a_row_for_each_contender(tmp_path):
-    """On the CPU, under the interpreter: the file that a GPU would leave, with times that mean nothing."""
-    command = [sys.executable, "-m", "kernels.bench", "--smoke", "--model", "sd3.5-medium", "--batch", "1",
-               "--rounds", "2", "--out", str(tmp_path / "o.csv")]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    """Run on the CPU, under the interpreter: the file is that of a GPU, the times mean nothing."""
+    command = [sys.executable, "-m", "kernels.bench", "--smoke", "--model", "sd3.5-medium",
+               "--batch", "1", "--rounds", "2", "--out", str(tmp_path / "o.csv")]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1",
+           "TORCHDYNAMO_DISABLE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = list(csv.DictReader((tmp_path / "o.csv").open()))
     names = {(r["kernel"], r["direction"], r["contender"]) for r in rows}
-    done = [*((k, d) for k in ("attention", "modulate", "gate_modulate") for d in ("forward", "backward")),
+    done = [*((k, d) for k in ("attention", "modulate", "gate_modulate")
+              for d in ("forward", "backward")),
             *(("heads", d) for d in ("forward", "features", "weights"))]
     assert names == {(*work, c) for work in done for c in ("ours", "eager", "compile")}
     for row in rows:
-        assert row["gpu"] == "cpu" and float(row["ms_20"]) <= float(row["ms"]) <= float(row["ms_80"])
-        assert bool(row["tflops"]) == (row["kernel"] in ("attention", "heads")) != bool(row["copy_share"])
+        assert float(row["ms_20"]) <= float(row["ms"]) <= float(row["ms_80"])
+        assert row["gpu"] == "cpu" and row["host_ms"] == row["ms"]
+        products = row["kernel"] in ("attention", "heads")
+        assert bool(row["tflops"]) == products and bool(row["copy_share"]) == (not products)
         assert re.fullmatch(r"\d{4}-\d\d-\d\d", row["date"]) and row["torch"] == torch.__version__
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_bench_says_that_it_needs_a_gpu():
-    done = subprocess.run([sys.executable, "-m", "kernels.bench"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and re.fullmatch(r"bench: found no CUDA device.*\n", done.stderr)
+    done = subprocess.run([sys.executable, "-m", "kernels.bench"], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(r"bench: no CUDA device was found.*\n", done.stderr)
 
 
 def test_lower_computes_products_in_the_lower_precision():
     x, cpu = torch.randn(64, 64), torch.device("cpu")
     exact, low = torch.mm(x, x), bench.lower(torch.mm, cpu, torch.bfloat16)(x, x)
-    assert low.dtype == torch.bfloat16 and torch.equal(bench.lower(torch.mm, cpu, torch.float32)(x, x), exact)
+    assert low.dtype == torch.bfloat16
+    assert torch.equal(bench.lower(torch.mm, cpu, torch.float32)(x, x), exact)
 
 
 # aot: machine code

@@ -84,7 +84,7 @@ def test_triton_is_required_on_linux_alone():
 def test_what_is_imported_is_required():
     required = {re.split(r"[^\w-]", line)[0] for line in REQUIREMENTS}
     # DESIGN section 8: imported where used; flash_attn is a contender in the benchmark, if it is there
-    optional = {"transformers", "diffusers", "tensorboard", "flash_attn"}
+    optional = {"transformers", "diffusers", "tensorboard", "flash_attn", "flash_attn_interface"}
     known = set(sys.stdlib_module_names) | {"ladd", "kernels"}
     for path in SOURCES:
         roots = {name.split(".")[0] for name in imports(path)} - known
