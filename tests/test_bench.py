@@ -242,16 +242,152 @@ def test_loops_are_the_innermost_ones():
     assert not aot.Loop([line for line in first.code if "MUFU" not in line]).overlapped()
     waits = ["HGMMA.64x128x16.F32.BF16 R24", "WARPGROUP.DEPBAR.LE gsb0, 0x0", "MUFU.EX2 R1, R2"]
     assert not aot.Loop(waits).overlapped()
+    assert first.before == ["MOV R1, c[0x0][0x28]"]
 
 
 def test_cycles_of_a_loop():
     first, second = aot.loops(SASS)
-    # 8 warps of one CTA: two warpgroups; a product is 2 * 64 * 128 * 16 operations, an SM does 4096 a clock
+    # 8 warps of one CTA: two warpgroups; a product is 2 * 64 * 128 * 16 operations, an SM does 4096
+    # a clock; it reads 64 + 128 rows of 32 bytes; LDS.128 moves 512 bytes a warp, 128 are a clock
     assert first.cycles(aot.GPUS[90], 8, 1) == {
         "issue": 8 * 8 / 4, "mufu": 2 * 8 * 32 / 16, "product": 2 * 2 * (2 * 64 * 128 * 16) / 4096,
-        "shared": 8 * 512 / 128}
-    assert first.cycles(aot.GPUS[90], 8, 2)["product"] == 2 * first.cycles(aot.GPUS[90], 8, 1)["product"]
-    assert second.cycles(aot.GPUS[80], 4, 1)["product"] == 4 * 2 * 16 * 8 * 16 / 2048
+        "shared": 192 + 32, "shared_operands": 2 * 2 * 192 * 32 / 128, "shared_bulk": 0,
+        "shared_access": 8 * 512 / 128}
+    one, two = (first.cycles(aot.GPUS[90], 8, ctas) for ctas in (1, 2))
+    assert two == {name: 2 * value for name, value in one.items()}
+    found = second.cycles(aot.GPUS[80], 4, 1)
+    assert found["product"] == 4 * 2 * 16 * 8 * 16 / 2048 and found["shared"] == 0
+
+
+# the main loops of attention on sm_90, 8 warps: what touches shared memory
+FORWARD = [*4 * ["HGMMA.64x128x16.F32.BF16 R24, gdesc[UR56], R24"],                # q k^T
+           *8 * ["HGMMA.64x64x16.F32.BF16 R88, R120, gdesc[UR4].tnspB, R88"],      # p v
+           "IMAD.MOV.U32 R16, RZ, RZ, 0x8000", "SYNCS.ARRIVE.TRANS64 RZ, [UR12+0x18000], R16",
+           "UTMALDG.3D [UR24], [UR6]", "UTMALDG.3D [UR32], [UR16]"]
+BACKWARD = [*(f"LDS.64 R190, [R171+UR9+{start + 32 * i:#x}]"                      # lse, delta
+              for start in (0x10000, 0x10200) for i in range(8)),
+            *8 * ["HGMMA.64x64x16.F32.BF16 R56, gdesc[UR20], R56"],                # k q^T, v g^T
+            *8 * ["HGMMA.64x64x16.F32.BF16 R88, R56, gdesc[UR28].tnspB, R88"],     # p^T g, ds^T q
+            *4 * ["STSM.16.M88.4 [R179+0xc000], R40"],
+            *8 * ["LDSM.16.MT88.4 R72, [R23+0xc000]"],
+            *8 * ["HGMMA.64x32x16.F32.BF16 R24, R72, gdesc[UR16].tnspB, R24"],     # ds k
+            *8 * ["STS.64 [R169+UR49+0xc000], R24"],
+            *(f"LDS.64 R40, [R{base}+UR49+{512 * i:#x}]" for base in (168, 183) for i in range(4)),
+            "MOV R24, 0x4000", "SYNCS.ARRIVE.TRANS64 RZ, [UR17+0x10400], R24",
+            "UTMALDG.3D [UR8], [UR22]", "UTMALDG.3D [UR16], [UR24]",
+            "LDGSTS.E [R29+0x10000], desc[UR6][R24.64], !P4"]
+HEADS = [*4 * ["HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8].tnspA, R24"],
+         "IMAD.MOV.U32 R0, RZ, RZ, 0x4000", "SYNCS.ARRIVE.TRANS64 RZ, [UR38+0x30000], R0",
+         "UTMALDG.3D [UR32], [UR16]", "IMAD.MOV.U32 R0, RZ, RZ, 0x8000",
+         "SYNCS.ARRIVE.TRANS64 RZ, [UR38+0x30020], R0", "UTMALDG.4D [UR8], [UR18]"]
+
+
+@pytest.mark.parametrize("code, product, operands, bulk, access", [
+    # operands: two warpgroups, rows of 32 bytes, four rows a clock; p is read from registers
+    (FORWARD, 1024, 2 * (4 * (64 + 128) + 8 * 64) / 4, 0x8000 / 128, 0),
+    # 16 loads of the same 32 bytes by 8 rows of lanes, a clock each; 4 for each matrix of four
+    (BACKWARD, 1280, 2 * (8 * (64 + 64) + 8 * 64 + 8 * 32) / 4, 0x4000 / 128,
+     8 * (16 * 1 + (4 + 8) * 4 + 8 * 2 + 8 * 2 + 1)),
+    (HEADS, 1024, 2 * 4 * (64 + 256) / 4, 0xc000 / 128, 0)], ids=["forward", "backward", "heads"])
+def test_what_products_and_copies_take_of_shared_memory(code, product, operands, bulk, access):
+    found = aot.Loop(code).cycles(aot.GPUS[90], 8, 1)
+    assert (found["product"], found["shared_operands"]) == (product, operands)
+    assert (found["shared_bulk"], found["shared_access"]) == (bulk, access)
+    assert found["shared"] == operands + bulk + access
+
+
+def test_the_known_sums_of_shared_memory():
+    """Forward 896 of 1024 cycles of products, backward 1800 against 1280, heads 1024 of 1024."""
+    shared = [aot.Loop(code).cycles(aot.GPUS[90], 8, 1)["shared"]
+              for code in (FORWARD, BACKWARD, HEADS)]
+    assert shared == [640 + 256, 896 + 128 + 768 + 8, 640 + 384]
+
+
+def test_access_of_a_warp_counts_clocks_of_128_bytes():
+    for line, expected in (("LDS R1, [R2]", 128), ("LDS.U16 R1, [R2]", 128),
+                           ("STS.128 [R2], R4", 512), ("LDGSTS.E.BYPASS.128 [R2], [R4.64]", 512),
+                           ("LDGSTS.E [R2], desc[UR6][R4.64]", 128), ("LDSM.16.M88 R4, [R2]", 128),
+                           ("LDSM.16.MT88.2 R4, [R2]", 256), ("LDG.E.128 R4, [R2]", 0)):
+        assert aot.Loop([line]).accessed() == expected, line
+    near, far = (["LDS.128 R4, [R2]", f"LDS.128 R8, [R2+{gap:#x}]"] for gap in (256, 512))
+    assert aot.Loop(near).accessed() == 2 * 256 and aot.Loop(far).accessed() == 2 * 512
+    assert aot.Loop([near[0], near[1].replace("R2", "R3")]).accessed() == 2 * 512     # other bases
+
+
+def test_the_size_of_a_copy_is_the_constant_moved_last():
+    wait, copy = "SYNCS.ARRIVE.TRANS64 RZ, [UR1+0x8], R7", "UTMALDG.3D [UR8], [UR2]"
+    loop = aot.Loop([wait, copy], ["MOV R7, 0x100", "IMAD.MOV.U32 R7, RZ, RZ, 0x200",
+                                   "MOV R8, 0x1"])
+    assert loop.copied() == 0x200
+    for other in ("IADD3 R7, R7, 0x4, RZ", "MOV R7, R9", "LDS R7, [R2]", "I2F R7, 0x4"):
+        loop = aot.Loop([other, wait, copy], ["MOV R7, 0x100"])
+        assert loop.copied() is None, other
+        found = loop.cycles(aot.GPUS[90], 4, 1)
+        assert "shared" not in found and "shared_access" in found and loop.bound(found)
+    assert aot.Loop([copy]).copied() is None
+    assert aot.Loop(["UTMASTG.3D [UR8], [UR2]"]).copied() is None
+
+
+def test_a_bulk_reduction_reads_what_the_dialect_says():
+    line = ("ttng.async_tma_reduce add, %out[%x, %c0] %6 : !tt.tensordesc<tensor<64x64xf32, #s1>>, "
+            "!ttg.memdesc<64x64xf32, #s1, #smem, mutable> loc(#loc7)\n")
+    assert aot.reduction(line, 1) == 64 * 64 * 4 and aot.reduction(2 * line, 4) == 64 * 64 * 2
+    assert aot.reduction("", 0) == aot.reduction(line, 0) == 0
+    code = ["MOV R7, 0x80", "SYNCS.ARRIVE.TRANS64 RZ, [UR1], R7", "UTMALDG.3D [UR8], [UR2]",
+            "UTMAREDG.2D.ADD [UR16], [UR14]"]
+    assert aot.Loop(code, reduced=64 * 64 * 4).copied() == 64 * 64 * 4 + 0x80
+    assert aot.Loop(code).copied() is None
+
+
+def test_products_of_sm_100_are_read_from_their_descriptor():
+    """n / 8 is in bits 17 to 22, m / 16 in bits 24 to 28: here 128 x 128 and 128 x 64, k 16."""
+    both = "UTCHMMA gdesc[UR50], gdesc[UR56], tmem[UR21], tmem[UR52], idesc[UR53], !UPT"
+    one = "UTCHMMA tmem[UR46], gdesc[UR24], tmem[UR45], tmem[UR32], idesc[UR33], UPT"
+    assert 0x8200490 >> 17 & 63 == 128 // 8 and 0x8110490 >> 24 & 31 == 128 // 16
+    loop = aot.Loop(["UMOV UR53, 0x8200490", *4 * [both], *8 * [one]], ["UMOV UR33, 0x8110490"])
+    found = loop.cycles(aot.GPUS[100], 8, 1)
+    assert found["product"] == (4 * 2 * 128 * 128 * 16 + 8 * 2 * 128 * 64 * 16) / 8192 == 512
+    assert found["shared_operands"] == (4 * (128 + 128) + 8 * 64) * 32 / 128 == 384
+    unknown = aot.Loop([both], ["UMOV UR53, UR7"])
+    assert not {"product", "shared"} & set(unknown.cycles(aot.GPUS[100], 8, 1))
+
+
+def test_the_bound_adds_exponentials_to_products_that_are_waited_for_first():
+    product = "HGMMA.64x128x16.F32.BF16 R24, R120, gdesc[UR4], R24"
+    wait = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+    cycles = {"issue": 10.0, "mufu": 30.0, "product": 40.0, "shared": 50.0, "shared_bulk": 99.0}
+    assert aot.Loop([product, "MUFU.EX2 R1, R2", wait]).bound(cycles) == ("shared", 50)
+    assert aot.Loop([product, wait, "MUFU.EX2 R1, R2"]).bound(cycles) == ("product+mufu", 70)
+    assert aot.Loop(["HMMA.16816.F32 R4, R8", wait, "MUFU.EX2 R1"]).bound(cycles) == ("shared", 50)
+
+
+class Compiled:
+    """Stand for a compiled kernel of 8 warps: shared memory and tensor memory are given."""
+
+    def __init__(self, shared: int, **metadata):
+        self.asm = {"cubin": b"", "ttgir": ""}
+        self.metadata = types.SimpleNamespace(num_warps=8, shared=shared, **metadata)
+
+
+@pytest.mark.parametrize("arch, shared, metadata, ctas", [
+    (100, 1024, {"tmem_size": 256}, 2), (100, 1024, {"tmem_size": 512}, 1),      # 512 columns
+    (100, 1024, {"tmem_size": 0}, 4), (90, 1024, {}, 4),                         # registers
+    (90, 100 * 1024, {}, 2), (80, 100 * 1024, {}, 1),                            # 228 and 164 KB
+    (89, 40 * 1024, {}, 2), (120, 99 * 1024, {}, 1), (86, 100 * 1024, {}, 0)])
+def test_how_many_ctas_fit_on_an_sm(monkeypatch, arch, shared, metadata, ctas):
+    """64 registers of 256 threads are a quarter of an SM's."""
+    text = {"cuobjdump": "REG:64 STACK:0", "nvdisasm": SASS}
+    monkeypatch.setattr(aot, "tool", lambda name, *args: text[name])
+    row = aot.describe("attention", "case", arch, "_f", {}, Compiled(shared, **metadata))
+    assert row["ctas"] == ctas and row["tmem"] == metadata.get("tmem_size", 0)
+
+
+def test_every_architecture_that_is_offered_is_described():
+    assert aot.ARCHES == tuple(aot.GPUS) == (80, 86, 87, 89, 90, 100, 103, 120)
+    for arch, gpu in aot.GPUS.items():
+        large = arch in (80, 90, 100, 103)
+        assert gpu.threads == (2048 if large else 1536) and gpu.registers == 64 * 1024
+        assert gpu.shared // 1024 == {80: 164, 87: 164, 90: 228, 100: 228, 103: 228}.get(arch, 100)
 
 
 def test_the_table_shows_every_row():
