@@ -9,7 +9,9 @@ instead of started.
 
 Columns of a kernel: registers and spilled bytes of a thread; smem, bytes of shared memory of a CTA;
 tmem, columns of tensor memory of a CTA (sm_100); ctas, how many fit on an SM by all of these;
-products, instructions of the tensor cores; bulk, of TMA; async, of cp.async.
+products, instructions of the tensor cores; bulk, of TMA; async, of cp.async; hazards, instructions
+of a loop that write registers which a product in flight (wgmma) still has as its left factor: PTX
+calls the result undefined.
 Columns of its costliest loop: instructions of a warp; waits for products or copies (as many as
 products mean that the products are serialised); then the cycles that an SM needs for one pass of
 all CTAs that fit on it, by resource:
@@ -227,6 +229,28 @@ class Loop(NamedTuple):
         return any(a.startswith("MMA") and b.startswith("EX2")
                    for a, b in zip(words, words[1:] + words[:1]))
 
+    def overwritten(self) -> list[str]:
+        """Return the instructions that write registers of a left factor whose product (HGMMA) is in
+        flight, which PTX leaves undefined; the loop is a circle, gone through twice."""
+        flying: list[set[int]] = [set()]                  # by group; the last one is still open
+        found = []
+        for line in 2 * self.code:
+            written = re.match(r"(\S+) (?:P\d+, )?R(\d+)\b", line)
+            if line.startswith("HGMMA"):
+                if m := re.match(r"\S+ R\d+, R(\d+), gdesc", line):
+                    flying[-1] |= set(range(int(m[1]), int(m[1]) + 4))
+                if "gsb0" in line:
+                    flying.append(set())
+            elif m := re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d+)", line):
+                flying = flying[-1 - int(m[1], 16):]
+            elif written:
+                wide = re.search(r"\.(128|64|WIDE|4|2)\b", written[1]) or [0, "1"]
+                count = {"128": 4, "4": 4, "64": 2, "WIDE": 2, "2": 2, "1": 1}[wide[1]]
+                registers = range(int(written[2]), int(written[2]) + count)
+                if set().union(*flying) & set(registers) and line not in found:
+                    found.append(line)
+        return found
+
     def constant(self, register: str, line: int) -> int | None:
         """Return what a register holds at a line of the loop, if that is a constant moved there."""
         written = re.compile(rf"\S+ {register}, (.*)")
@@ -368,6 +392,7 @@ def describe(module: str, case: str, arch: int, name: str, options: dict[str, An
            "products": count(PRODUCT), "bulk": count(BULK), "async": count("LDGSTS"),
            "vector": count(r"(LDG|STG)\.E\.\S*128")}
     found = loops(sass, reduction(compiled.asm.get("ttgir", ""), count("UTMAREDG")))
+    row["hazards"] = sum(len(loop.overwritten()) for loop in found)
     if found:
         weigh = lambda loop: (loop.count(PRODUCT), len(loop.code))
         main = max(found, key=weigh)
@@ -384,8 +409,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as text; "-" where a row lacks a column."""
     columns = {c: c.removeprefix("cycles_") for c in (
         "kernel", "arch", "registers", "spills", "shared", "tmem", "ctas", "products", "bulk",
-        "async", "instructions", "waits", "cycles_issue", "cycles_mufu", "cycles_product",
-        "cycles_shared", "bound", "limit", "case", "config")} | {"shared": "smem"}
+        "async", "hazards", "instructions", "waits", "cycles_issue", "cycles_mufu",
+        "cycles_product", "cycles_shared", "bound", "limit", "case", "config")} | {"shared": "smem"}
     cells = [list(columns.values())]
     for row in rows:
         brief = " ".join(f"{k}={int(v)}" for k, v in row.get("config", {}).items())

@@ -352,6 +352,23 @@ def test_products_of_sm_100_are_read_from_their_descriptor():
     assert not {"product", "shared"} & set(unknown.cycles(aot.GPUS[100], 8, 1))
 
 
+def test_a_left_factor_that_is_overwritten_in_flight_is_found():
+    """Two groups of products, of which the second is in flight when the loop starts again."""
+    product = "HGMMA.64x256x16.F32.BF16 R24, {}, gdesc[UR8].tnspB, R24{}"
+    wait = "WARPGROUP.DEPBAR.LE gsb0, {}"
+    code = ["LDSM.16.MT88.4 R160, [R8]", "LDSM.16.MT88.4 R152, [R9]",
+            product.format("R160", ", gsb0"), wait.format("0x1"), product.format("R152", ", gsb0")]
+    assert aot.Loop([*code, wait.format("0x1")]).overwritten() == [code[1]]
+    assert aot.Loop([*code, wait.format("0x0")]).overwritten() == []
+    assert aot.Loop([wait.format("0x0"), *code]).overwritten() == []
+    assert aot.Loop([*code[:3], "MOV R163, R1"]).overwritten() == ["MOV R163, R1", code[0]]
+    assert aot.Loop([*code[2:3], "MOV R164, R1"]).overwritten() == []
+    assert aot.Loop([*code[2:3], "LDS.128 R157, [R1]"]).overwritten() == ["LDS.128 R157, [R1]"]
+    assert aot.Loop([*code[2:3], "STS.128 [R160], R4", "FADD R4, R160, R4"]).overwritten() == []
+    both = [product.format("gdesc[UR4]", ", gsb0").replace(", gdesc[UR8].tnspB", "")]
+    assert aot.Loop([*both, "MOV R4, R1"]).overwritten() == []
+
+
 def test_the_bound_adds_exponentials_to_products_that_are_waited_for_first():
     product = "HGMMA.64x128x16.F32.BF16 R24, R120, gdesc[UR4], R24"
     wait = "WARPGROUP.DEPBAR.LE gsb0, 0x0"

