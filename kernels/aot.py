@@ -35,6 +35,8 @@ epilogue of a kernel, or whether the overlap that the order of the instructions 
 conflicts cannot be counted from machine code alone, since the addresses are known only at run time:
 executing the PTX found 16-way conflicts in the epilogue "norm" of the heads' product, which no
 column shows. For sm_100 which wait belongs to which product is not known, and overlap is assumed.
+Products by mma.sync count at the peak of wgmma or tcgen05 where a GPU has them, which is too few
+cycles.
 """
 import argparse
 import contextlib
@@ -57,7 +59,7 @@ MODULES = {"attention": attention, "modulation": modulation, "heads": heads}
 
 
 class Gpu(NamedTuple):
-    """What one SM has; flops: dense bf16 with fp32 sums a clock."""
+    """Hold what one SM has; flops: dense bf16 with fp32 sums a clock."""
     registers: int
     shared: int         # bytes for CTAs, 1 KB of each reserved
     threads: int
@@ -200,7 +202,7 @@ BULK = r"(UTMALDG|UBLKCP|UTMASTG|UTMAREDG)"
 
 
 class Loop(NamedTuple):
-    """The instructions of an innermost loop."""
+    """Hold the instructions of an innermost loop."""
     code: list[str]
     before: Sequence[str] = ()          # the code of the kernel above the loop
     reduced: float = 0                  # bytes that one bulk reduction (UTMAREDG) reads

@@ -258,7 +258,7 @@ def lower(function: Callable, device: torch.device, dtype: torch.dtype) -> Calla
 # --- timing ---
 
 class Time(NamedTuple):
-    """Milliseconds of one call."""
+    """Hold the milliseconds of one call."""
     ms: float             # on the GPU
     host: float           # from the call to its return
 
