@@ -422,15 +422,16 @@ class Launch(NamedTuple):
 # Evidence: "compiled" = no spills, on sm_90 products not serialised and under way during exponentials, with
 # Triton 3.6 and 3.7 alike; nothing is measured on a GPU.
 TABLE = {
-    (80, 64):   (Launch(128, 64, 8, 3),  Launch(32, 64, 8, 2),  Launch(64, 64, 4, 2)),     # compiled
+    (80, 64):   (Launch(128, 64, 8, 3),  Launch(32, 64, 4, 2),  Launch(64, 64, 4, 2)),     # compiled
     (80, 128):  (Launch(64, 32, 4, 2),   Launch(32, 64, 8, 2),  Launch(64, 32, 8, 2)),     # compiled
-    (89, 64):   (Launch(128, 64, 8, 3),  Launch(32, 64, 8, 2),  Launch(64, 64, 4, 2)),     # compiled
+    (89, 64):   (Launch(128, 64, 8, 3),  Launch(32, 64, 4, 2),  Launch(64, 64, 4, 2)),     # compiled
     (89, 128):  (Launch(64, 32, 4, 2),   Launch(32, 64, 8, 2),  Launch(64, 32, 8, 2)),     # compiled
     (90, 64):   (Launch(128, 128, 8, 3), Launch(64, 128, 8, 3), Launch(128, 64, 8, 3)),    # compiled
     (90, 128):  (Launch(128, 64, 8, 3),  Launch(32, 64, 8, 2),  Launch(128, 64, 8, 2)),    # compiled
     (100, 64):  (Launch(128, 128, 8, 3), Launch(64, 128, 8, 2), Launch(128, 64, 4, 2)),    # compiled
     (100, 128): (Launch(128, 128, 8, 2), Launch(32, 64, 8, 2),  Launch(128, 64, 8, 2)),    # compiled
 }
+LIKE = {86: 89, 87: 80, 103: 100, 120: 89, 121: 89}          # take the rows of another architecture
 CONSERVATIVE = Launch(64, 32, 4, 1), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1)       # any other architecture
 INTERPRETED = Launch(64, 32, 4, 1), Launch(32, 64, 4, 1), Launch(32, 32, 4, 1)        # small: several tiles
 announced: set[int] = set()
@@ -453,7 +454,7 @@ def _launches(x: Tensor) -> tuple[Launch, Launch, Launch]:
     """The row of the table for x [b, l, 3, n, dh]."""
     if INTERPRET:
         return INTERPRETED
-    arch = _arch(x.device)
+    arch = LIKE.get(_arch(x.device), _arch(x.device))
     if (arch, 64) not in TABLE and arch not in announced:
         announced.add(arch)
         warnings.warn(f"attention: found sm_{arch}, which the launch table does not list; "

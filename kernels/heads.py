@@ -364,6 +364,7 @@ TABLE = {
     (100, "wide"):   Tiles(128, 256, 64, 8, 4, 128, 256, 64, 8, 3),    # compiled
     (100, "narrow"): Tiles(64, 64, 64, 4, 3, 64, 64, 64, 4, 3),        # compiled
 }
+LIKE = {86: 80, 87: 80, 89: 80, 103: 100, 120: 80, 121: 80}      # take the rows of another architecture
 # passes bound by memory, tokens and channels a program; compiled: at most 128 registers, no spills
 ELEMENTS = dict(R=64, C=128, num_warps=8, num_stages=1)
 REDUCE = dict(R=16, C=128, num_warps=8, num_stages=1)
@@ -380,11 +381,11 @@ def _arch(device: torch.device) -> int:
 @functools.cache
 def _rows(arch: int) -> int:
     """The architecture whose rows of TABLE are taken; says once where that is a guess."""
-    if arch in (0, 80, 90, 100):
-        return arch
-    if arch != 89:
+    arch = LIKE.get(arch, arch)
+    if arch not in (0, 80, 90, 100):
         warnings.warn(f"heads: no launch parameters for sm_{arch}, those of sm_80 are taken")
-    return 80
+        return 80
+    return arch
 
 
 def _tiles(x: Tensor, l: int, c: int) -> Tiles:

@@ -257,7 +257,9 @@ class Launch(NamedTuple):
 _ROWS = {"forward": Launch(256, 4, 4), "backward": Launch(512, 2, 4, ctas=8, least=4),
          "sums": Launch(512, 2, 4, ctas=2, least=16), "many": Launch(512, 1, 4, ctas=3, least=16)}
 MANY = 6144       # columns of sums above which two warps a row spill
-TABLE = {80: (108, _ROWS), 89: (128, _ROWS), 90: (132, _ROWS), 100: (148, _ROWS),     # (SMs, rows)
+# (SMs, rows); of several GPUs the one with the most SMs
+TABLE = {80: (108, _ROWS), 86: (84, _ROWS), 87: (16, _ROWS), 89: (142, _ROWS), 90: (132, _ROWS),
+         100: (148, _ROWS), 103: (160, _ROWS), 120: (188, _ROWS), 121: (48, _ROWS),
          0: (1, {kind: Launch(512, 16, 4, 4, 32) for kind in _ROWS})}   # interpreter: programs cost ms each
 
 

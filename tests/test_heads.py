@@ -321,7 +321,8 @@ def test_an_unknown_gpu_gets_conservative_tiles_and_says_so_once():
     heads._rows.cache_clear()
     with pytest.warns(UserWarning, match="sm_75.*sm_80"):
         assert heads._rows(75) == 80
-    assert heads._rows(75) == 80 and heads._rows(89) == 80 and heads._rows(90) == 90 and heads._rows(0) == 0
+    assert heads._rows(75) == 80 and heads._rows(90) == 90 and heads._rows(0) == 0
+    assert [heads._rows(arch) for arch in (86, 87, 89, 103, 120)] == [80, 80, 80, 100, 80]
 
 
 @triton.jit
