@@ -1,6 +1,6 @@
 """Trains a teacher on the built-in world, lets it generate latents, distills a student by LADD, and reports.
 
-    python train.py                              tiny without CUDA, shapes with it
+    python train.py                              preset tiny, on every device
     python train.py --preset tiny --seed 1 --name tiny-1
     python train.py --dry-run                    sizes and costs, nothing written
 
@@ -378,13 +378,11 @@ def dry_run(config: Config, device: torch.device) -> None:
 # --- main ---
 
 def main(argv: list[str]) -> None:
-    default = "shapes" if torch.cuda.is_available() else "tiny"
-    config = parse_config(argv, default, __doc__)
+    config = parse_config(argv, "tiny", __doc__)
     device, (rank, world) = pick_device(config.device), ranks()
     say = print if rank == 0 else lambda *words: None
-    if not any(a.startswith("--preset") for a in argv):
-        say(f"preset {config.preset}: "
-            f"{'a CUDA device was' if default == 'shapes' else 'no CUDA device was'} found")
+    if device.type == "cuda" and not any(a.startswith("--preset") for a in argv):
+        say("preset tiny: the default on every device; --preset shapes is the larger one for a GPU")
     if config.teacher_fp8 and compute_dtype(config.precision, device) != torch.bfloat16:
         raise InputError(f"--teacher-fp8: found --precision {config.precision} on {device}, bf16 accepted")
     if config.teacher_fp8 and device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):

@@ -245,6 +245,19 @@ def test_dry_run_prints_what_a_run_takes_and_writes_nothing(tmp_path, base):
     assert re.search(r"FLOPs: \d\.\d+e\+\d+ a LADD step of 8 pairs", out)
 
 
+@pytest.mark.parametrize("device, flags, said", [
+    ("cpu", "", 0), ("cuda", "", 1), ("cuda", "--preset tiny", 0), ("cuda", "--preset=shapes", 0)])
+def test_tiny_is_the_default_on_every_device(tmp_path, monkeypatch, device, flags, said):
+    """Beside a GPU one line names the larger preset, unless a preset was asked for."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    monkeypatch.setattr(train, "pick_device", lambda name: torch.device(device))
+    monkeypatch.setattr(train, "dry_run", lambda config, device: chosen.append(config.preset))
+    lines = call(tmp_path, train.main, f"--dry-run {flags}".split()).splitlines()
+    assert len(lines) == said and all("--preset shapes" in line for line in lines)
+    assert chosen == ["shapes" if "shapes" in flags else "tiny"]
+
+
 # reuse and determinism
 
 def test_teacher_and_data_of_another_run_give_its_student_bit_for_bit(home, base):
