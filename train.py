@@ -380,10 +380,11 @@ def dry_run(config: Config, device: torch.device) -> None:
 def main(argv: list[str]) -> None:
     config = parse_config(argv, "tiny", __doc__)
     device, (rank, world) = pick_device(config.device), ranks()
+    dtype = compute_dtype(config.precision, device)
     say = print if rank == 0 else lambda *words: None
     if device.type == "cuda" and not any(a.startswith("--preset") for a in argv):
         say("preset tiny: the default on every device; --preset shapes is the larger one for a GPU")
-    if config.teacher_fp8 and compute_dtype(config.precision, device) != torch.bfloat16:
+    if config.teacher_fp8 and dtype != torch.bfloat16:
         raise InputError(f"--teacher-fp8: found --precision {config.precision} on {device}, bf16 accepted")
     if config.teacher_fp8 and device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
         raise InputError(f"--teacher-fp8: found {torch.cuda.get_device_name()}, compute capability 9.0 "
@@ -429,7 +430,7 @@ def main(argv: list[str]) -> None:
             domain.embed(["", *(c for p in shown for c in p.captions)])
             domain.release()
     agree()                                              # the run folder is there and of this configuration
-    say(f"{run}: {device_name(device)}, {compute_dtype(config.precision, device)}")
+    say(f"{run}: {device_name(device)}, {dtype}")
     clock = run / "seconds.json"
     seconds = data.read_json(clock) if clock.exists() else {}
 

@@ -192,6 +192,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"torchrun: found {parallel.ranks()[1]} processes, one accepted")
     run, began = Path(args.run), time.perf_counter()
     config, device = read_config(run / "config.json"), pick_device(args.device)
+    dtype = compute_dtype(config.precision, device)
     if bool(args.preferences) != config.real:
         kind = "real images, a .jsonl of pairs" if config.real else "the built-in world, none"
         raise InputError(f"--preferences: found {args.preferences}; {run} is of {kind} accepted")
@@ -206,7 +207,7 @@ def main(argv: list[str]) -> None:
                          f"{depth['teacher']} accepted: a delta fits its own layers alone")
     domain = (sd3_domain(config.encoders, device, config.t5, config.t5_tokens) if config.real
               else world_domain(config))
-    dtype, stopper = compute_dtype(config.precision, device), Stopper()
+    stopper = Stopper()
     still = {name: frozen(network, dtype, device) for name, network in networks.items()}
     latents = (read_pairs(Path(args.preferences), config, domain, device) if config.real
                else world_pairs(config, still["teacher"], domain, args.prompts, args.seed))

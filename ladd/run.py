@@ -35,16 +35,29 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", local)
 
 
+def has_bf16() -> bool:
+    """Return whether the current GPU computes in bf16, which takes compute capability 8.0: torch's
+    emulation on older ones does not count, and the Triton kernels' products need the same GPUs."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def pick_kernels(name: str, device: str, precision: str = "auto") -> kernels.Kernels:
-    """The operations called auto, triton or torch for the device of that name. auto is torch on the CPU,
-    whatever else the machine has, and where fp32 is asked for, which the kernels on a GPU do not compute in.
-    InputError where they cannot run."""
-    if name == "auto" and (device == "cpu" or precision == "fp32"):
-        why = "--device cpu" if device == "cpu" else "--precision fp32"
+    """Return the operations called auto, triton or torch for the device of that name. auto is torch
+    on the CPU, whatever else the machine has, and where fp32 is computed in, which the kernels on a
+    GPU do not do: it was asked for, or the GPU has no bf16. InputError where they cannot run."""
+    gpu = device != "cpu" and torch.cuda.is_available()
+    why = ""
+    if device == "cpu":
+        why = "--device cpu"
+    elif precision == "fp32":
+        why = "--precision fp32"
+    elif gpu and not has_bf16():
+        why = f"{torch.cuda.get_device_name()}, which has no bf16"
+    if name == "auto" and why:
         kernels.announce(f"kernels: torch ({why})")
         name = "torch"
-    if name == "triton" and precision == "fp32" and device != "cpu" and torch.cuda.is_available():
-        raise InputError("--kernels: found triton with --precision fp32, bf16 accepted on a GPU")
+    if name == "triton" and gpu and why:
+        raise InputError(f"--kernels must be auto or torch for {why} (got triton)")
     try:
         return kernels.load(name)
     except ValueError as error:
@@ -57,9 +70,14 @@ def device_name(device: torch.device) -> str:
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """auto is bf16 where the device computes in it (on the CPU: where its matrix library does), else fp32."""
-    has = (torch.cuda.is_bf16_supported() if device.type == "cuda"
-           else torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Return the dtype of activations. auto is bf16 where the device computes in it (on the CPU:
+    where its matrix library does), else fp32. InputError for bf16 on a GPU that emulates it."""
+    gpu = device.type == "cuda"
+    has = has_bf16() if gpu else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if precision == "bf16" and gpu and not has:
+        name = torch.cuda.get_device_name(device)
+        raise InputError(f"--precision must be auto or fp32 on {name}, a GPU below compute "
+                         "capability 8.0 (got bf16)")
     return torch.bfloat16 if precision == "bf16" or precision == "auto" and has else torch.float32
 
 

@@ -252,6 +252,7 @@ def test_tiny_is_the_default_on_every_device(tmp_path, monkeypatch, device, flag
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
     monkeypatch.setattr(train, "pick_device", lambda name: torch.device(device))
+    monkeypatch.setattr(train, "compute_dtype", lambda *args: torch.float32)
     monkeypatch.setattr(train, "dry_run", lambda config, device: chosen.append(config.preset))
     lines = call(tmp_path, train.main, f"--dry-run {flags}".split()).splitlines()
     assert len(lines) == said and all("--preset shapes" in line for line in lines)

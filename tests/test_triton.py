@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from conftest import assert_close, randomise, rng
 from torch import Tensor
 
 import kernels
+import train
 from ladd.config import InputError
 from ladd.discriminator import Discriminator, DiscriminatorConfig
 from ladd.distill import DistillConfig, Text, Wrong, draw, fake_pass, grid_of, heads_loss, student_loss
 from ladd.mmdit import MMDiT, MMDiTConfig
-from ladd.run import pick_kernels
+from ladd.run import compute_dtype, pick_kernels
 
 pytest.importorskip("triton")
 
@@ -33,13 +35,20 @@ def test_load_takes_the_kernels():
         kernels.modulation.gate_modulate, kernels.modulation.gate, kernels.heads.discriminator_heads)
 
 
+def seem(monkeypatch, name: str, major: int) -> None:
+    """Make torch see a GPU of this name and compute capability, as is_bf16_supported reads it."""
+    there = SimpleNamespace(name=name, major=major, minor=0)
+    for function, value in (("is_available", True), ("current_device", 0),
+                            ("get_device_name", name), ("get_device_properties", there),
+                            ("get_device_capability", (major, 0)),
+                            ("_check_bf16_tensor_supported", True)):            # emulated
+        monkeypatch.setattr(torch.cuda, function, lambda *args, value=value: value)
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """A machine that seems to have an H100, whose kernels all pass their self-check."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    seem(monkeypatch, "H100", 9)
     monkeypatch.setattr(kernels, "failures", lambda device: {})
     monkeypatch.setattr(kernels.attention, "INTERPRET", False)
     kernels.announce.cache_clear()
@@ -140,11 +149,37 @@ def test_the_cpu_is_for_the_references_even_beside_a_gpu(monkeypatch, gpu):
     assert pick_kernels("auto", "cpu") == kernels.load("torch")
     assert pick_kernels("auto", "auto") == kernels.load("triton")
     assert pick_kernels("auto", "auto", "fp32") == kernels.load("torch")
-    with pytest.raises(InputError, match="triton with --precision fp32"):
+    with pytest.raises(InputError, match="must be auto or torch for --precision fp32 .got triton"):
         pick_kernels("triton", "auto", "fp32")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="--kernels: found 'triton', but no CUDA device"):
         pick_kernels("triton", "auto")
+
+
+@pytest.mark.parametrize("name, major, auto", [
+    ("Tesla T4", 7, torch.float32), ("A100", 8, torch.bfloat16), ("H100", 9, torch.bfloat16)])
+def test_bf16_is_for_gpus_that_compute_in_it(monkeypatch, tmp_path, name, major, auto):
+    """torch calls bf16 supported on a T4 too, by emulation; the kernels do not compile there."""
+    seem(monkeypatch, name, major)
+    monkeypatch.setattr(kernels, "failures", lambda device: {})
+    cuda = torch.device("cuda", 0)
+    assert compute_dtype("auto", cuda) == auto and compute_dtype("fp32", cuda) == torch.float32
+    if auto == torch.bfloat16:
+        assert compute_dtype("bf16", cuda) == auto
+        found = [pick_kernels(name, "auto") for name in ("auto", "triton")]
+        assert found == 2 * [kernels.load("triton")]
+        return
+    assert pick_kernels("auto", "auto") == pick_kernels("torch", "cuda") == kernels.load("torch")
+    with pytest.raises(InputError, match="must be auto or torch for Tesla T4.*got triton"):
+        pick_kernels("triton", "auto")
+    with pytest.raises(InputError, match="--precision must be auto or fp32 on Tesla T4,.*got bf16"):
+        compute_dtype("bf16", cuda)
+    assert compute_dtype("bf16", torch.device("cpu")) == torch.bfloat16
+    monkeypatch.chdir(tmp_path)                           # before anything is written or allocated
+    monkeypatch.setattr(train, "pick_device", lambda name: cuda)
+    with pytest.raises(InputError, match="--precision must be auto or fp32 on Tesla T4,.*got bf16"):
+        train.main(["--precision", "bf16"])
+    assert not list(tmp_path.iterdir())
 
 
 # one LADD step
