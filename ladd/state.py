@@ -241,16 +241,56 @@ class Saver:
 
 
 def snapshot(tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the host, in `buffers` where one of that name fits; complete on return."""
-    out = {}
-    for name, tensor in tensors.items():
-        held = buffers.get(name)
-        if held is None or (held.shape, held.dtype) != (tensor.shape, tensor.dtype):
-            held = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
-        out[name] = held.copy_(tensor, non_blocking=True)
+    """Return copies on the host, in `buffers` where one of that name fits; complete on return."""
+    held = {name: buffers[name] for name, tensor in tensors.items() if name in buffers
+            and (buffers[name].shape, buffers[name].dtype) == (tensor.shape, tensor.dtype)}
+    held |= host_memory({name: tensor for name, tensor in tensors.items() if name not in held})
+    out = {name: held[name].copy_(tensor, non_blocking=True) for name, tensor in tensors.items()}
     if any(tensor.is_cuda for tensor in tensors.values()):
         torch.cuda.synchronize()
     return out
+
+
+def host_memory(like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a tensor on the host for each of `like`, pinned if one of them is a GPU's."""
+    pin, out = any(tensor.is_cuda for tensor in like.values()), {}
+    for size, names in packed({name: tensor.nbytes for name, tensor in like.items()}):
+        block, first = torch.empty(size, dtype=torch.uint8, pin_memory=pin), 0
+        for name in names:
+            tensor = like[name]
+            part = block[first:first + tensor.nbytes]
+            out[name] = part.view(tensor.dtype).view(tensor.shape)
+            first += aligned(tensor.nbytes)
+    return out
+
+
+def packed(sizes: dict[str, int]) -> list[tuple[int, list[str]]]:
+    """Return [(bytes, names)]: blocks that hold tensors of these sizes, each a power of two large.
+
+    torch rounds pinned memory up to powers of two. With a block for each tensor that adds 65 % to
+    sd3.5-large's state, in one block for all up to 100 %; here the largest power of two below what
+    is left is filled with the largest tensors that fit, which leaves next to nothing over.
+    """
+    left, blocks = sorted(sizes, key=sizes.__getitem__, reverse=True), []
+    while left:
+        total = sum(aligned(sizes[name]) for name in left)
+        largest = aligned(sizes[left[0]])
+        size = room = max(1 << total.bit_length() - 1, 1 << (largest - 1).bit_length())
+        names, rest = [], []
+        for name in left:
+            if aligned(sizes[name]) <= room:
+                names.append(name)
+                room -= aligned(sizes[name])
+            else:
+                rest.append(name)
+        blocks.append((size, names))
+        left = rest
+    return blocks
+
+
+def aligned(size: int) -> int:
+    """Return the bytes that a tensor of `size` takes in a block: a multiple of 64, at least 64."""
+    return max(-(-size // 64) * 64, 64)
 
 
 def part_file(path: Path, rank: int, world: int) -> Path:

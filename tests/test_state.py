@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from datetime import timedelta
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 
 import pytest
@@ -26,8 +26,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.multiprocessing import start_processes
 
 from ladd import data, parallel, state
-from ladd.config import InputError
+from ladd.config import InputError, parse_config
 from ladd.state import Saver, fill, open_state, optimizer_targets, optimizer_tensors, states
+from ladd.step import on_meta, teacher_config
 
 
 def listing(folder: Path) -> list[str]:
@@ -224,6 +225,47 @@ def test_buffers_are_used_again_and_fit_what_comes(tmp_path):
     saver.begin(9, {"b": torch.ones(3)}, None)
     saver.finish()
     assert set(open_state(tmp_path).tensors) == {"b"}
+
+
+def test_copies_on_the_host_do_not_overlap():
+    """Of all dtypes, without elements and without axes, the large ones after the small ones."""
+    kinds = product([(), (0, 3), (3,), (5, 7), (65, 9)],
+                    [torch.float32, torch.uint8, torch.bfloat16, torch.int64])
+    tensors = {f"{dtype} {shape}": torch.full(shape, i + 1, dtype=dtype)
+               for i, (shape, dtype) in enumerate(kinds)}
+    found = state.snapshot(tensors, {})
+    assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
+               and found[name].is_contiguous() for name, tensor in tensors.items())
+    kept = state.snapshot(tensors, found)
+    assert all(kept[name].data_ptr() == found[name].data_ptr() for name in tensors)
+
+
+def rounded(size: int) -> int:
+    """What torch's pinned allocator takes for a block (CachingHostAllocator.h)."""
+    return 1 << (size - 1).bit_length()
+
+
+@pytest.mark.parametrize("preset, asked, alone", [
+    ("sd3-medium", 33.4e9, 1.47), ("sd3.5-large", 130.6e9, 1.65)])
+def test_pinned_memory_of_a_state_is_hardly_more_than_its_bytes(preset, asked, alone):
+    """The student, its average and two moments, the heads and two moments."""
+    config = parse_config(["--preset", preset, "--dry-run"], "tiny")
+    student, heads = on_meta(config, teacher_config(config), torch.device("cpu"))[1:]
+    sizes = {f"{i} {name}": p.nbytes for module, copies in ((student, 4), (heads, 3))
+             for i in range(copies) for name, p in module.named_parameters()}
+    blocks, total = state.packed(sizes), sum(sizes.values())
+    assert sorted(name for _, names in blocks for name in names) == sorted(sizes)
+    assert all(sum(map(sizes.get, names)) <= size == rounded(size) for size, names in blocks)
+    assert total == pytest.approx(asked, rel=.002)
+    assert sum(map(rounded, sizes.values())) > alone * total              # a block for each tensor
+    assert sum(size for size, _ in blocks) < 1.001 * total
+
+
+def test_blocks_fit_few_tensors_too():
+    assert state.packed({}) == [] and state.packed({"a": 0}) == [(64, ["a"])]
+    assert state.packed({"a": 65, "b": 1}) == [(128, ["a"]), (64, ["b"])]
+    assert state.packed({"a": 2 ** 20}) == [(2 ** 20, ["a"])]
+    assert state.packed({"a": 2 ** 20 + 1, "b": 4}) == [(2 ** 21, ["a", "b"])]
 
 
 @pytest.mark.parametrize("call", [
