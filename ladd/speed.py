@@ -1,6 +1,7 @@
 """Time of a step and its stages, peak rates, forwards counted: the log's rates and --bench-steps."""
 import itertools
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,14 +21,18 @@ from ladd.run import device_name, memory_gb
 from ladd.step import (Layout, calibrate, distill_config, heads_step, make_players, on_meta, ops_of,
                        step_parts, student_step, teacher_config, tokens_of)
 
-# dense bf16 TFLOP/s with fp32 sums, from NVIDIA's data sheets; the first name that fits counts
-PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "H800": 989, "GH200": 989, "B200": 2250,
-         "A100": 312, "A800": 312, "L40S": 362, "L4": 121, "RTX 6000 Ada": 364, "4090": 165}
+# dense bf16 TFLOP/s with fp32 sums, from NVIDIA's data sheets; names without memory and socket
+PEAKS = {"H100": 989, "H100 PCIe": 756, "H100 NVL": 835, "H200": 989, "H200 NVL": 835, "H800": 989,
+         "H800 PCIe": 756, "GH200": 989, "B200": 2250, "A100": 312, "A100 PCIe": 312,
+         "A100-PCIE": 312, "A800": 312, "A800 PCIe": 312, "L40S": 362, "L40": 181, "L4": 121,
+         "RTX 6000 Ada Generation": 364, "RTX 4090": 165}
 
 
 def peak_flops(name: str) -> float | None:
-    """The device's peak in FLOP/s; None for one that the table does not know, a CPU among them."""
-    return next((1e12 * peak for part, peak in PEAKS.items() if part in name), None)
+    """Return the device's peak in FLOP/s; None for a name that is not in the table as a whole:
+    a CPU, a part of a GPU (MIG), a variant such as "RTX 4090 D"."""
+    peak = PEAKS.get(re.sub(r"NVIDIA |GeForce |[ -]\d+GB?\b|[ -](HBM|SXM)\w+", "", name))
+    return peak and 1e12 * peak
 
 
 def wait(device: torch.device) -> None:

@@ -77,10 +77,25 @@ def test_saved_bytes_count_what_backward_keeps():
     assert kept.bytes == 4 * 32 * (8 + 16)                                     # inputs of both products
 
 
-def test_peaks_and_laps():
-    assert speed.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert speed.peak_flops("NVIDIA H100 PCIe") == 756e12
+# as nvidia-smi prints them; TFLOP/s
+NAMES = {"H100 80GB HBM3": 989, "H100 PCIe": 756, "H100 NVL": 835, "H200": 989, "H200 NVL": 835,
+         "H800": 989, "H800 PCIe": 756, "GH200 480GB": 989, "GH200 144G HBM3e": 989, "B200": 2250,
+         "A100-SXM4-40GB": 312, "A100-SXM4-80GB": 312, "A100-PCIE-40GB": 312, "A100 80GB PCIe": 312,
+         "A800-SXM4-80GB": 312, "A800 80GB PCIe": 312, "L40S": 362, "L40": 181, "L4": 121,
+         "RTX 6000 Ada Generation": 364, "GeForce RTX 4090": 165}
+UNKNOWN = ("H100 80GB HBM3 MIG 1g.10gb", "L40G", "L20", "H20", "GB200", "GeForce RTX 4090 D",
+           "GeForce RTX 4090 Laptop GPU", "A10", "A1000", "RTX 5000 Ada Generation", "B2000", "")
+
+
+def test_each_gpu_has_its_own_peak():
+    """No name counts as another one that it begins with or contains."""
+    assert {name: speed.peak_flops(f"NVIDIA {name}") for name in NAMES} == {
+        name: 1e12 * peak for name, peak in NAMES.items()}
+    assert not [name for name in UNKNOWN if speed.peak_flops(f"NVIDIA {name}") is not None]
     assert speed.peak_flops("cpu, 2 threads") is None
+
+
+def test_laps_add_up():
     laps = speed.Laps(torch.device("cpu"))
     time.sleep(.02), laps("a"), laps("b"), time.sleep(.01), laps("a")
     assert laps.seconds["a"] > .028 and laps.seconds["b"] < .01
