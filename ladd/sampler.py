@@ -85,13 +85,19 @@ def guided(model: MMDiT, null: Text, guidance: float,
     return v
 
 
+def levels_on_device(sigmas: Tensor, noise: Tensor) -> Tensor:
+    """Return sigmas [steps + 1, b] where `noise` [b, ...] is: copied once, since each copy from
+    pageable memory waits for the GPU. What the host itself computes with stays on the host."""
+    return sigmas.to(noise.device)[:, None].repeat(1, len(noise))
+
+
 @torch.no_grad()
 def euler(v: Callable, noise: Tensor, text: Text, sigmas: Tensor) -> Tensor:
     """x0 from noise by x += (sigma' - sigma) v over consecutive levels;
     `evaluations` of the network a level."""
     x = noise
-    for now, then in zip(sigmas[:-1], sigmas[1:]):
-        x = x + (then - now) * v(x, now.expand(x.shape[0]).to(x.device), text)
+    for now, then, sigma in zip(sigmas[:-1], sigmas[1:], levels_on_device(sigmas, noise)):
+        x = x + (then - now) * v(x, sigma, text)
     return x
 
 
@@ -99,12 +105,14 @@ def euler(v: Callable, noise: Tensor, text: Text, sigmas: Tensor) -> Tensor:
 def renoise(v: Callable, noise: Tensor, text: Text, sigmas: Tensor, seeds: list[int]) -> Tensor:
     """x0 from noise by predicting x0_hat and noising it anew to the next level,
     which is what LADD shows the student in training."""
-    x, shape = noise, tuple(noise.shape[1:])
-    for i, (now, then) in enumerate(zip(sigmas[:-1], sigmas[1:])):
-        sigma = now.expand(x.shape[0]).to(x.device)
-        x0_hat = flow.to_x0(x, v(x, sigma, text), sigma)
-        fresh = image_noise([s + (i + 1) * 1_000_003 for s in seeds], shape).to(x) if then > 0 else noise
-        x = flow.noised(x0_hat, fresh, then.expand(x.shape[0]).to(x.device))
+    x, levels = noise, levels_on_device(sigmas, noise)
+    for i, then in enumerate(sigmas[1:]):
+        x0_hat = flow.to_x0(x, v(x, levels[i], text), levels[i])
+        fresh = noise
+        if then > 0:
+            fresh = image_noise([s + (i + 1) * 1_000_003 for s in seeds], tuple(noise.shape[1:]))
+            fresh = (fresh.pin_memory() if x.is_cuda else fresh).to(x, non_blocking=True)
+        x = flow.noised(x0_hat, fresh, levels[i + 1])
     return x
 
 

@@ -3,6 +3,7 @@ import pytest
 import torch
 from conftest import assert_close, rng, tiny, tiny_inputs
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ladd import flow, sampler
 from ladd.distill import Text, TextImage
@@ -102,6 +103,36 @@ def test_levels_and_text_arrive_at_the_network(run):
         return x
     run(v, noise, text, levels)
     assert seen == levels[:-1].tolist()
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies from the host to another device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        if function is torch.ops.aten._to_copy.default:
+            self.count += args[0].device.type == "cpu" != out.device.type
+        return out
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("name", ["euler", "renoise"])
+def test_a_step_reads_nothing_from_the_device_and_copies_fresh_noise_at_most(name, steps):
+    """On the meta device, where reading a value is an error; the levels are copied once."""
+    noise, seen = torch.empty(3, *SHAPE, device="meta"), []
+
+    def v(x, sigma, text):
+        seen.append((sigma.device.type, tuple(sigma.shape)))
+        return x
+    levels, more = flow.euler_levels(steps, 3.0), () if name == "euler" else (SEEDS,)
+    with Copies() as copies:
+        out = getattr(sampler, name)(v, noise, None, levels, *more)
+    assert out.is_meta and seen == steps * [("meta", (3,))]
+    assert copies.count == 1 + (steps - 1) * (name == "renoise")
 
 
 def test_euler_by_hand_on_a_curved_field():
