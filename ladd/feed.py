@@ -50,14 +50,15 @@ def parts(latents: Latents, index: int, step: int, key: tuple[int, ...], seed: i
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """Tuples, lists and tensors of `value` on `device`; from pinned memory without waiting for the copy."""
+    """Return tuples, lists and tensors of `value` on `device`. The host does not wait for copies
+    from pinned memory; on the GPU they run in its stream, after the work queued before them."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     return mapped(lambda v: moved(v, device), value)
 
 
 def pinned(value: Any) -> Any:
-    """`value` in page-locked memory, from which a GPU copies beside its work."""
+    """Return `value` in page-locked memory, from which copies to a GPU need no wait of the host."""
     if isinstance(value, Tensor):
         return value.pin_memory()
     return mapped(pinned, value)
