@@ -6,6 +6,7 @@ rounding an intermediate value moves the result by more than the arithmetic does
 and at kinks of leaky ReLU. There `near` compares with references that round alike (rounding.py).
 """
 import copy
+import math
 
 import pytest
 import rounding
@@ -41,11 +42,13 @@ def twice(names, ours, plain, exact) -> None:
         assert error <= limit, f"{name}: error {error:.3g}, at most {limit:.3g}"
 
 
-def near(names, ours, rounded, limit: float = 0.02) -> None:
-    """Each tensor within `limit` of the largest number of one that rounds as the kernel does."""
+def near(names, ours, rounded, order: float = math.inf, limit: float = 0.02) -> None:
+    """Each tensor within `limit` of one that rounds as the kernel does, by norms of this order: of
+    the largest numbers, or of all (2) where the last bit of fp32 may round one the other way."""
+    norm = torch.linalg.vector_norm
     for name, a, e in zip(names, ours, rounded, strict=True):
-        error = ((a.double() - e).abs().max() / e.abs().max()).item()
-        assert error <= limit, f"{name}: error {error:.3g} of the maximum, at most {limit:.3g}"
+        error = (norm(a.double() - e, order) / norm(e, order)).item()
+        assert error <= limit, f"{name}: error {error:.3g} by the norm {order}, at most {limit:.3g}"
 
 
 def both_ways(function, tensors: list[Tensor], *rest) -> list[Tensor]:
@@ -80,7 +83,7 @@ def test_attention_chooses_its_softmax(scale, lengths=(77, 500), seed=0):
     ours = both_ways(run(attention.joint_attention), tensors)
     rounded = both_ways(run(rounding.joint_attention, BF16), [t.double() for t in tensors])
     names = "text", "image", "d text", "d image", *(f"d weight {i}" for i in range(4))
-    near(names, ours, rounded)
+    near(names, ours, rounded, order=2)     # one bit of one q times k moves a row's scores by 0.3
 
 
 def test_attention_is_repeatable_where_torch_asks_for_it():
