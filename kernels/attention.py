@@ -419,17 +419,30 @@ class Launch(NamedTuple):
 
 
 # (architecture, dh) -> forward, backward, backward_q (the second pass, where torch asks for determinism).
-# Evidence: "compiled" = no spills, on sm_90 products not serialised and under way during exponentials, with
-# Triton 3.6 and 3.7 alike; nothing is measured on a GPU.
+# Nothing is measured on a GPU. All rows compile without spills (Triton 3.7.1). The comments give, of the forward
+# and of the backward, what bounds a pass of the inner loop by python -m kernels.aot and the cycles of its
+# products beside that bound: products / bound (resource).
 TABLE = {
-    (80, 64):   (Launch(128, 64, 8, 3),  Launch(32, 64, 4, 2),  Launch(64, 64, 4, 2)),     # compiled
-    (80, 128):  (Launch(64, 32, 4, 2),   Launch(32, 64, 8, 2),  Launch(64, 32, 8, 2)),     # compiled
-    (89, 64):   (Launch(128, 64, 8, 3),  Launch(32, 64, 4, 2),  Launch(64, 64, 4, 2)),     # compiled
-    (89, 128):  (Launch(64, 32, 4, 2),   Launch(32, 64, 8, 2),  Launch(64, 32, 8, 2)),     # compiled
-    (90, 64):   (Launch(128, 128, 8, 3), Launch(64, 128, 8, 3), Launch(128, 64, 8, 3)),    # compiled
-    (90, 128):  (Launch(128, 64, 8, 3),  Launch(32, 64, 8, 2),  Launch(128, 64, 8, 2)),    # compiled
-    (100, 64):  (Launch(128, 128, 8, 3), Launch(64, 128, 8, 2), Launch(128, 64, 4, 2)),    # compiled
-    (100, 128): (Launch(128, 128, 8, 2), Launch(32, 64, 8, 2),  Launch(128, 64, 8, 2)),    # compiled
+    # before sm_90 16 rows a warp read the other operand again and again from shared memory
+    (80, 64):   (Launch(128, 64, 8, 3),  Launch(32, 64, 4, 2),  Launch(64, 64, 4, 2)),
+    #            1024 / 1280 (shared)    1280 / 2720 (shared), 2 CTAs
+    (80, 128):  (Launch(64, 64, 8, 2),   Launch(32, 64, 8, 2),  Launch(64, 32, 8, 2)),
+    #            1024 / 2432 (shared)    1792 / 3872 (shared)
+    (89, 64):   (Launch(128, 64, 8, 3),  Launch(32, 64, 4, 2),  Launch(64, 64, 4, 2)),
+    #            2048 / 2048 (products)  2560 / 2720 (shared), 2 CTAs
+    (89, 128):  (Launch(64, 32, 4, 2),   Launch(32, 64, 8, 2),  Launch(64, 32, 8, 2)),
+    #            2048 / 2176 (shared)    3584 / 3872 (shared)
+    # exponentials run under the next product; the backward reads both factors of two products from shared memory
+    (90, 64):   (Launch(128, 128, 8, 3), Launch(64, 128, 8, 3), Launch(128, 64, 8, 3)),
+    #            1024 / 1056 (exp)       1280 / 1808 (shared)
+    # exponentials are not under a product here
+    (90, 128):  (Launch(128, 64, 8, 3),  Launch(32, 64, 8, 2),  Launch(128, 64, 8, 2)),
+    #            1024 / 1568 (both)      896 / 2192 (shared)
+    # overlap is assumed; tensor memory leaves two CTAs an SM forward and one backward
+    (100, 64):  (Launch(128, 128, 8, 3), Launch(64, 128, 8, 2), Launch(128, 64, 4, 2)),
+    #            1024 / 2080 (exp)       640 / 1424 (shared)
+    (100, 128): (Launch(128, 128, 8, 2), Launch(32, 64, 8, 2),  Launch(128, 64, 8, 2)),
+    #            1024 / 1296 (shared)    320 / 1264 (shared)
 }
 LIKE = {86: 89, 87: 80, 103: 100, 120: 89, 121: 89}          # take the rows of another architecture
 CONSERVATIVE = Launch(64, 32, 4, 1), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1)       # any other architecture
@@ -448,6 +461,12 @@ def _arch(device: torch.device) -> int:
     if ARCH is not None or INTERPRET:
         return ARCH or 0
     return _capability(device)
+
+
+def _tma(device: torch.device) -> bool:
+    """Whether tiles are copied by descriptors (TMA) and products are asynchronous; the interpreter takes
+    descriptors too. Elsewhere, sm_120 among them, copies by pointers are asynchronous, products are not."""
+    return _arch(device) in (0, 90, 100, 103)
 
 
 def _launches(x: Tensor) -> tuple[Launch, Launch, Launch]:
@@ -502,8 +521,7 @@ def _rows(x: Tensor | None) -> tuple | None:
 
 
 def _tiles(x: Tensor | None, rows: int) -> "tuple | TensorDescriptor | None":
-    """The same by tiles [rows, dh]: from sm_90 on a descriptor for the hardware's copies (TMA); before,
-    pointers, whose copies are asynchronous there.
+    """The same by tiles [rows, dh]: a descriptor where the hardware copies by them, else pointers.
 
     Raises ValueError where base and strides are not multiples of 16 bytes.
     """
@@ -514,7 +532,7 @@ def _tiles(x: Tensor | None, rows: int) -> "tuple | TensorDescriptor | None":
     if x.data_ptr() % 16 or stride_l * size % 16 or stride_b * size % 16:
         raise ValueError(f"attention: found {tuple(x.shape)} of strides {x.stride()} at offset "
                          f"{x.storage_offset()}; start and strides in multiples of 16 bytes accepted")
-    if 0 < _arch(x.device) < 90:
+    if not _tma(x.device):
         return pointers
     if stride_b == 0 or stride_b % stride_l:
         # expanded samples, or samples that start within a row: no tensor map describes them
@@ -582,8 +600,7 @@ def forward(qkv_txt: Tensor | None, qkv_img: Tensor, qk_txt: Tensor, qk_img: Ten
         *q, *k, *v, *_pair(_tiles, out_txt, out_img, m), lse, maxima, (l_txt, l_img), lse.shape[2], n,
         _cdiv(l_txt, ROWS), maxima.shape[3], tiles_txt, LIMIT=_limit(qkv_img),
         SCALE=1.0 if fold else _score_scale(qkv_img), TXT=l_txt > 0, TXT_Q=txt_q,
-        # elsewhere products are not asynchronous
-        AHEAD=_arch(qkv_img.device) in (0, 90, 100, 103), R=ROWS, M=m, N=keys, DH=dh, ACC=_acc(qkv_img),
+        AHEAD=_tma(qkv_img.device), R=ROWS, M=m, N=keys, DH=dh, ACC=_acc(qkv_img),
         num_warps=warps, num_stages=stages)
     return out_txt, out_img, lse
 

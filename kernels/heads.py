@@ -351,18 +351,21 @@ class Tiles(NamedTuple):
     w_stages: int
 
 
-# (architecture, class) -> Tiles. Nothing is measured. compiled: no spills, products not serialised, read off
-# the machine code with kernels/aot.py; modelled: also the least traffic from L2 of the candidates whose bound
-# is the products alone (before sm_90 the bound of all is issue slots, at half the products' peak)
+# (architecture, class) -> Tiles. Nothing is measured on a GPU. All rows compile without spills (Triton 3.7.1;
+# a product on sm_120 spills 8 bytes).
+# The comments give the cycles of the products beside what bounds a pass of the inner loop, by
+# python -m kernels.aot: products / bound (resource).
 TABLE = {
     (0, "any"):      Tiles(64, 32, 64, 4, 1, 64, 32, 64, 4, 1),        # the interpreter
-    (80, "wide"):    Tiles(128, 128, 32, 8, 2, 128, 128, 32, 8, 2),    # modelled
-    (80, "narrow"):  Tiles(64, 64, 32, 4, 2, 64, 64, 32, 4, 2),        # compiled
-    (80, "fp32"):    Tiles(64, 32, 16, 4, 2, 32, 64, 16, 4, 2),        # compiled
-    (90, "wide"):    Tiles(128, 256, 64, 8, 4, 128, 256, 64, 8, 3),    # modelled
-    (90, "narrow"):  Tiles(64, 64, 64, 4, 3, 64, 64, 64, 4, 3),        # compiled
-    (100, "wide"):   Tiles(128, 256, 64, 8, 4, 128, 256, 64, 8, 3),    # compiled
-    (100, "narrow"): Tiles(64, 64, 64, 4, 3, 64, 64, 64, 4, 3),        # compiled
+    # loads wait for memory before sm_90, where a descriptor becomes plain loads
+    (80, "wide"):    Tiles(128, 128, 32, 8, 2, 128, 128, 32, 8, 2),    # 512 / 734 to 1380 (issue)
+    (80, "narrow"):  Tiles(64, 64, 32, 4, 2, 64, 64, 32, 4, 2),
+    (80, "fp32"):    Tiles(64, 32, 16, 4, 2, 32, 64, 16, 4, 2),        # no tensor cores
+    # a smaller tile would be bound by shared memory, which takes 1024 as well
+    (90, "wide"):    Tiles(128, 256, 64, 8, 4, 128, 256, 64, 8, 3),    # 1024 / 1024 (products)
+    (90, "narrow"):  Tiles(64, 64, 64, 4, 3, 64, 64, 64, 4, 3),
+    (100, "wide"):   Tiles(128, 256, 64, 8, 4, 128, 256, 64, 8, 3),    # 512 / 768 (shared)
+    (100, "narrow"): Tiles(64, 64, 64, 4, 3, 64, 64, 64, 4, 3),
 }
 LIKE = {86: 80, 87: 80, 89: 80, 103: 100, 120: 80, 121: 80}      # take the rows of another architecture
 # passes bound by memory, tokens and channels a program; compiled: at most 128 registers, no spills

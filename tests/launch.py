@@ -27,7 +27,7 @@ from triton.backends.nvidia import driver as nvidia
 ROOT = Path(__file__).parents[1]
 INCLUDE = Path(nvidia.__file__).parent / "include"
 ARCHES = 80, 89, 90, 100, 120
-BY_TMA = "attention", "heads"    # from sm_90 on, these modules read through tensor maps
+BY_TMA = {"attention": (90, 100), "heads": (90, 100, 120)}    # who reads through tensor maps where
 # Triton compiles kernels with more, but a driver older than R530 (CUDA 12.1) cannot launch them.
 PARAMETER_BYTES = 4096
 parameters: dict[str, int] = {}  # bytes, by the hash of the compiled kernel
@@ -187,7 +187,7 @@ def attempt(standin: StandIn, module: str, arch: int,
     counts = Counts(*(b - a for a, b in zip(before, standin.counts())))
     if not error and not counts.launches:
         error = "the case must launch kernels (got none)"
-    if not error and arch >= 90 and module in BY_TMA and not counts.maps:
+    if not error and arch in BY_TMA.get(module, ()) and not counts.maps:
         error = "the case must encode tensor maps (got none)"
     return counts, error
 

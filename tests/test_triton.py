@@ -306,8 +306,7 @@ def test_aot_compiles_every_kernel_without_spills(tmp_path):
         products = sum(int(word[4:] or 1)
                        for word in row["order"].replace("MMA ", "MMAx1 ").split()
                        if word.startswith("MMAx"))
-        # each loop waits for a copy too: as many more waits as products would be one a product
-        assert row["waits"] <= max(products, 3) and row["bulk"], row
+        assert row["waits"] < max(products, 3) and row["bulk"], row
         assert row["cycles_product"] and row["cycles_shared_operands"], row
         assert row["cycles_shared_bulk"], row
         if row["kernel"] == "attention.forward" and row["config"]["DH"] == 64:
@@ -315,6 +314,5 @@ def test_aot_compiles_every_kernel_without_spills(tmp_path):
             assert row["bound"] == max(cycles), row             # a sum where nothing overlaps
     narrow = {row["kernel"] for row in rows if "52x76" in row["case"]}
     assert "heads.weight_grad" in narrow
-    # known: the 3x3 weight gradient of narrow grids loads its left factor while a product reads it
-    hazards = [(row["kernel"], row["case"]) for row in rows if row["hazards"]]
-    assert [h for h in hazards if h[0] != "heads.weight_grad"] == []
+    # no left factor in registers is loaded again while a product may still read it
+    assert [(row["kernel"], row["case"]) for row in rows if row["hazards"]] == []
