@@ -126,10 +126,12 @@ if triton is not None:
             tl.store(maxima + ((b.to(tl.int64) * n + head) * 2 + i) * blocks + block, largest)
 
     @triton.jit
-    def _prepare(qkv, qk, w_txt, w_img, maxima, n, blocks_txt, blocks, EPS: tl.constexpr, SCALE: tl.constexpr,
+    def _prepare(qkv, qk, w_txt, w_img, maxima, EPS: tl.constexpr, SCALE: tl.constexpr,
                  TXT: tl.constexpr, FOLD: tl.constexpr, R: tl.constexpr, DH: tl.constexpr, ACC: tl.constexpr):
         """Norms of rows -> maxima [b, n, 2, blocks]; if FOLD, normalised scaled q and normalised k -> qk."""
         head, block, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+        n, blocks = tl.num_programs(0), tl.num_programs(1)
+        blocks_txt = blocks - tl.cdiv(qkv[1][3], R)
         if TXT:
             if block < blocks_txt:
                 _prepare_rows(qkv[0], qk[0], w_txt, maxima, b, head, n, block * R, block, blocks, EPS, SCALE,
@@ -187,15 +189,18 @@ if triton is not None:
         return acc / total[:, None], top + tl.log2(total)
 
     @triton.jit
-    def _forward(q_txt, q_img, k_txt, k_img, v_txt, v_img, out_txt, out_img, lse, maxima, l, l_lse, n,
-                 blocks_txt, blocks, tiles_txt, LIMIT: tl.constexpr, SCALE: tl.constexpr, TXT: tl.constexpr,
-                 TXT_Q: tl.constexpr, AHEAD: tl.constexpr, R: tl.constexpr, M: tl.constexpr,
+    def _forward(q_txt, q_img, k_txt, k_img, v_txt, v_img, out_txt, out_img, lse, maxima, l,
+                 LIMIT: tl.constexpr, SCALE: tl.constexpr, TXT: tl.constexpr, TXT_Q: tl.constexpr, AHEAD: tl.constexpr, R: tl.constexpr, M: tl.constexpr,
                  N: tl.constexpr, DH: tl.constexpr, ACC: tl.constexpr):
         """A tile of queries of either stream -> its rows of out [b, l, n, dh] and lse [b, n, l]."""
         # descriptors are arguments of their own: inside a tuple Triton 3.6 and 3.7 cannot launch them
-        q, k, v, out = (q_txt, q_img), (k_txt, k_img), (v_txt, v_img), (out_txt, out_img)
-        tile, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+        q, out = (q_txt, q_img), (out_txt, out_img)
+        k = q if k_img is None else (k_txt, k_img)
+        v = k if v_img is None else (v_txt, v_img)
+        tile, head, b, n = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
         at = b.to(tl.int64) * n + head
+        blocks_txt, blocks = tl.cdiv(l[0], R), tl.cdiv(l[0], R) + tl.cdiv(l[1], R)
+        tiles_txt, l_lse = (tl.cdiv(l[0], M), l[0] + l[1]) if TXT_Q else (0, l[1])
 
         # the queries, and the block of maxima that holds them; lse: text first
         queries, target, row, length = q[1], out[1], (tile - tiles_txt) * M, l[1]
@@ -311,8 +316,9 @@ if triton is not None:
                   N: tl.constexpr, DH: tl.constexpr, ACC: tl.constexpr):
         """A tile of keys of either stream -> dk (through the norm), dv and the partial sum of dw_k; what it
         gives to dq is added to dq [b, n, rows, dh]."""
-        q, g, k = (q_txt, q_img), (g_txt, g_img), (k_txt, k_img)
-        qkv, dqkv = (qkv_txt, qkv_img), (dqkv_txt, dqkv_img)
+        q, g, dqkv = (q_txt, q_img), (g_txt, g_img), (dqkv_txt, dqkv_img)
+        k = q if k_img is None else (k_txt, k_img)
+        qkv = k if qkv_img is None else (qkv_txt, qkv_img)
         tile, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         at, rows, first = b.to(tl.int64) * n + head, blocks * R, blocks_txt * R
         stats, dq = stats + at * 2 * rows, dq + at * rows * DH
@@ -361,7 +367,9 @@ if triton is not None:
                     blocks, tiles_txt, TXT: tl.constexpr, TXT_Q: tl.constexpr, SCALE: tl.constexpr,
                     R: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DH: tl.constexpr, ACC: tl.constexpr):
         """A tile of queries of either stream -> its rows of dq, every time summed in the same order."""
-        q, g, k, v = (q_txt, q_img), (g_txt, g_img), (k_txt, k_img), (v_txt, v_img)
+        q, g = (q_txt, q_img), (g_txt, g_img)
+        k = q if k_img is None else (k_txt, k_img)
+        v = k if v_img is None else (v_txt, v_img)
         tile, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         at = (b.to(tl.int64) * n + head) * blocks * R
         queries, grads, row, first = q[1], g[1], (tile - tiles_txt) * M, blocks_txt * R
@@ -515,19 +523,29 @@ def _rows(x: Tensor | None) -> tuple | None:
     """[b, l, ...] as rows [b, l, columns] for _load and _store by pointers; None for no tensor."""
     if not _there(x):
         return None
-    b, l, columns = x.shape[0], x.shape[1], math.prod(x.shape[2:])
-    stride_l = x.stride(1) if l > 1 else columns
-    return x, x.stride(0) if b > 1 else l * stride_l, stride_l, l
+    (b, l, *inner), (stride_b, stride_l, *_) = x.shape, x.stride()
+    if l == 1:
+        stride_l = math.prod(inner)         # that of a dimension of one element says nothing
+    return x, stride_b if b > 1 else l * stride_l, stride_l, l
 
 
-def _tiles(x: Tensor | None, rows: int) -> "tuple | TensorDescriptor | None":
+if triton is not None:
+    class _Tile(TensorDescriptor):
+        """A descriptor that _tiles has checked: to check it again takes as long as to make it."""
+
+        def __post_init__(self):
+            pass
+
+
+def _tiles(x: Tensor | None, rows: int) -> "tuple | _Tile | None":
     """The same by tiles [rows, dh]: a descriptor where the hardware copies by them, else pointers.
 
     Raises ValueError where base and strides are not multiples of 16 bytes.
     """
-    if not _there(x):
+    pointers = _rows(x)
+    if pointers is None:
         return None
-    _, stride_b, stride_l, l = pointers = _rows(x)
+    _, stride_b, stride_l, l = pointers
     size = x.element_size()
     if x.data_ptr() % 16 or stride_l * size % 16 or stride_b * size % 16:
         raise ValueError(f"attention: found {tuple(x.shape)} of strides {x.stride()} at offset "
@@ -536,17 +554,17 @@ def _tiles(x: Tensor | None, rows: int) -> "tuple | TensorDescriptor | None":
         return pointers
     if stride_b == 0 or stride_b % stride_l:
         # expanded samples, or samples that start within a row: no tensor map describes them
-        x = x.contiguous()
-        _, stride_b, stride_l, l = _rows(x)
-    columns = math.prod(x.shape[2:])
-    return TensorDescriptor(x, (x.shape[0], l, columns), (stride_b, stride_l, 1), (1, rows, x.shape[-1]))
+        return _tiles(x.contiguous(), rows)
+    b, _, *inner = x.shape
+    return _Tile(x, (b, l, math.prod(inner)), (stride_b, stride_l, 1), (1, rows, inner[-1]))
 
 
 def _qkv_tiles(qk: tuple, qkv: tuple, m: int, keys: int) -> tuple[tuple, tuple, tuple]:
-    """Tiles of q [m, dh], of k and of v [keys, dh], pairs of text and image; equal ones are made once."""
-    q = _pair(_tiles, *qk, m)
-    k = q if m == keys else _pair(_tiles, *qk, keys)
-    return q, k, k if qk is qkv else _pair(_tiles, *qkv, keys)
+    """Tiles of q [m, dh], of k and of v [keys, dh], pairs of text and image; None where they are those before:
+    each descriptor costs the launch a few microseconds."""
+    same = None, None
+    return (_pair(_tiles, *qk, m), same if m == keys else _pair(_tiles, *qk, keys),
+            same if qk is qkv else _pair(_tiles, *qkv, keys))
 
 
 def _readable(x: Tensor) -> bool:
@@ -566,7 +584,7 @@ def prepare(qkv_txt: Tensor | None, qkv_img: Tensor, wq_txt: Tensor | None, wk_t
     b, _, _, n, dh = qkv_img.shape
     blocks, blocks_txt = maxima.shape[3], maxima.shape[3] - _cdiv(qkv_img.shape[1], ROWS)
     _prepare[(n, blocks, b)](_pair(_rows, qkv_txt, qkv_img), _pair(_rows, qk_txt, qk_img), (wq_txt, wk_txt),
-                             (wq_img, wk_img), maxima, n, blocks_txt, blocks, EPS=eps,
+                             (wq_img, wk_img), maxima, EPS=eps,
                              SCALE=_score_scale(qkv_img), TXT=blocks_txt > 0, FOLD=qk_img.numel() > 0, R=ROWS,
                              DH=dh, ACC=_acc(qkv_img), num_warps=8, num_stages=1)
     return qk_txt, qk_img, maxima
@@ -597,8 +615,7 @@ def forward(qkv_txt: Tensor | None, qkv_img: Tensor, qk_txt: Tensor, qk_img: Ten
     qkv = qkv_txt, qkv_img
     q, k, v = _qkv_tiles((qk_txt, qk_img) if fold else qkv, qkv, m, keys)
     _forward[(tiles_txt + _cdiv(l_img, m), n, b)](
-        *q, *k, *v, *_pair(_tiles, out_txt, out_img, m), lse, maxima, (l_txt, l_img), lse.shape[2], n,
-        _cdiv(l_txt, ROWS), maxima.shape[3], tiles_txt, LIMIT=_limit(qkv_img),
+        *q, *k, *v, *_pair(_tiles, out_txt, out_img, m), lse, maxima, (l_txt, l_img), LIMIT=_limit(qkv_img),
         SCALE=1.0 if fold else _score_scale(qkv_img), TXT=l_txt > 0, TXT_Q=txt_q,
         AHEAD=_tma(qkv_img.device), R=ROWS, M=m, N=keys, DH=dh, ACC=_acc(qkv_img),
         num_warps=warps, num_stages=stages)
@@ -610,6 +627,21 @@ def forward_fake(qkv_txt, qkv_img, qk_txt, qk_img, maxima, wq_txt, wk_txt, wq_im
     l_txt = qkv_txt.shape[1] if need_txt and qkv_txt is not None else 0
     out_txt, out_img = (qkv_img.new_empty((b, l, n, dh)) for l in (l_txt, l_img))
     return out_txt, out_img, maxima.new_empty((b, n, l_txt + l_img))
+
+
+def attend(qkv_txt: Tensor | None, qkv_img: Tensor, wq_txt: Tensor | None, wk_txt: Tensor | None,
+           wq_img: Tensor | None, wk_img: Tensor | None, eps: float,
+           need_txt: bool) -> tuple[Tensor, Tensor]:
+    """Both passes, where nothing needs a gradient: (out_txt, out_img)."""
+    weights = wq_txt, wk_txt, wq_img, wk_img
+    ready = prepare(qkv_txt, qkv_img, *weights, eps)
+    return forward(qkv_txt, qkv_img, *ready, *weights, eps, need_txt)[:2]
+
+
+def attend_fake(qkv_txt, qkv_img, wq_txt, wk_txt, wq_img, wk_img, eps, need_txt):
+    weights = wq_txt, wk_txt, wq_img, wk_img
+    ready = prepare_fake(qkv_txt, qkv_img, *weights, eps)
+    return forward_fake(qkv_txt, qkv_img, *ready, *weights, eps, need_txt)[:2]
 
 
 def backward(g_txt: Tensor | None, g_img: Tensor, qkv_txt: Tensor | None, qkv_img: Tensor, qk_txt: Tensor,
@@ -702,6 +734,7 @@ def _register(name: str, function, fake):
 prepare_op = _register("prepare", prepare, prepare_fake)
 forward_op = _register("forward", forward, forward_fake)      # what a selective checkpoint saves
 backward_op = _register("backward", backward, backward_fake)
+attend_op = _register("attend", attend, attend_fake)          # one operator costs the host less than two
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -743,18 +776,19 @@ def _check(qkv_txt: Tensor | None, qkv_img: Tensor, norm_txt, norm_img) -> None:
     for name, x, norm in (("qkv_txt", qkv_txt, norm_txt), ("qkv_img", qkv_img, norm_img)):
         if x is None:
             continue
-        if x.ndim != 5 or x.shape[::2] != (b, 3, dh) or x.shape[3] != n or dh not in (64, 128):
-            raise ValueError(f"attention: found {name} {tuple(x.shape)}, [b, l, 3, n, dh] accepted, dh 64 or "
+        shape, strides = x.shape, x.stride()
+        if len(shape) != 5 or shape != (b, shape[1], 3, n, dh) or dh not in (64, 128):
+            raise ValueError(f"attention: found {name} {tuple(shape)}, [b, l, 3, n, dh] accepted, dh 64 or "
                              f"128, b, n and dh as in qkv_img {tuple(qkv_img.shape)}")
         if x.dtype != qkv_img.dtype or x.dtype not in accepted or x.device != qkv_img.device:
             raise ValueError(f"attention: found {name} in {x.dtype} on {x.device}, qkv_img in "
                              f"{qkv_img.dtype} on {qkv_img.device}; both in one of "
                              f"{', '.join(map(str, accepted))} accepted")
         # offsets within a tile of at most ROWS rows are 32-bit, hence the upper limit
-        if x.stride()[2:] != (n * dh, dh, 1) or (
-                x.shape[1] > 1 and not 3 * n * dh <= x.stride(1) < 2 ** 31 // ROWS):
+        if strides[2:] != (n * dh, dh, 1) or (
+                shape[1] > 1 and not 3 * n * dh <= strides[1] < 2 ** 31 // ROWS):
             raise ValueError(f"attention: strides of {name} must be (any, {3 * n * dh} to "
-                             f"{2 ** 31 // ROWS - 1}, {n * dh}, {dh}, 1) (got {x.stride()})")
+                             f"{2 ** 31 // ROWS - 1}, {n * dh}, {dh}, 1) (got {strides})")
         if norm is not None and any(w.shape != (dh,) or w.stride() != (1,) for w in norm):
             raise ValueError(f"attention: found norm weights {[tuple(w.shape) for w in norm]}; two "
                              f"contiguous [{dh}] accepted")
@@ -771,8 +805,12 @@ def joint_attention(qkv_txt: Tensor | None, qkv_img: Tensor, norm_txt: tuple[Ten
     """
     _check(qkv_txt, qkv_img, norm_txt, norm_img)
     weights = *(norm_txt or (None, None)), *(norm_img or (None, None))
-    frozen = [None if x is None else x.detach() for x in (qkv_txt, qkv_img, *weights)]
-    out_txt, out_img, _ = forward_op(qkv_txt, qkv_img, *prepare_op(*frozen, eps), *weights, eps, need_txt)
+    inputs = qkv_txt, qkv_img, *weights
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        frozen = [None if x is None else x.detach() for x in inputs]
+        out_txt, out_img, _ = forward_op(qkv_txt, qkv_img, *prepare_op(*frozen, eps), *weights, eps, need_txt)
+    else:
+        out_txt, out_img = attend_op(*inputs, eps, need_txt)
     return (out_txt if need_txt and qkv_txt is not None else None), out_img
 
 
