@@ -179,9 +179,6 @@ def test_the_bound_of_the_scores_chooses_the_softmax(spread, online):
     # either softmax alone: only the chosen one gives these bits, the other one the same values while it can
     free, kept = (attention.forward(*args, maxima * f, *frozen[2:], 1e-6, True) for f in (0, 1e9))
     assert torch.equal(right[1], (kept if online else free)[1])
-    many = torch.zeros(1, 1, 2, 70, dtype=torch.float64)      # keys of 70 blocks, the largest in the last
-    many[0, 0, 0], many[0, 0, 1, 69] = 1.0, 1e9
-    assert torch.equal(attention.forward(*args, many, *frozen[2:], 1e-6, True)[1], kept[1])
     assert not torch.equal(free[1], kept[1])
     if spread < 10:
         assert_close("either softmax", free[1], kept[1], 1e-10)
@@ -189,6 +186,19 @@ def test_the_bound_of_the_scores_chooses_the_softmax(spread, online):
         check(leaves, 1e-9)
     else:                                   # one winner a row: its gradients are what rounding leaves
         assert_close("out", right[1], call(attention.reference_joint_attention, leaves)[1].detach(), 1e-9)
+
+
+@interpreted
+def test_the_bound_is_that_of_all_blocks_of_keys():
+    """66 blocks of keys, more than are read at once; the largest key is in the last."""
+    leaves = make(1, 64 * attention.ROWS + 1, 4, norms="none")
+    txt, img = (0.01 * leaves[name].detach() for name in ("qkv_txt", "qkv_img"))
+    img[:, 3, 1] *= 1e6
+    *_, maxima = ready = attention.prepare(txt, img, None, None, None, None, 1e-6)
+    assert maxima.shape[3] == 66
+    found, free, kept = (attention.forward(txt, img, *ready[:2], maxima * f, None, None, None, None, 1e-6,
+                                           False)[1] for f in (1, 0, 1e9))
+    assert torch.equal(found, kept) and not torch.equal(found, free)
 
 
 @interpreted
