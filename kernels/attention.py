@@ -587,8 +587,8 @@ def prepare(qkv_txt: Tensor | None, qkv_img: Tensor, wq_txt: Tensor | None, wk_t
     blocks, blocks_txt = maxima.shape[3], maxima.shape[3] - _cdiv(qkv_img.shape[1], ROWS)
     _prepare[(n, blocks, b)](
         _pair(_rows, qkv_txt, qkv_img), _pair(_rows, qk_txt, qk_img), (wq_txt, wk_txt), (wq_img, wk_img),
-        maxima, EPS=eps, SCALE=_score_scale(qkv_img), TXT=blocks_txt > 0, FOLD=qk_img.numel() > 0, R=ROWS, DH=dh,
-        ACC=_acc(qkv_img), num_warps=8, num_stages=1)
+        maxima, EPS=eps, SCALE=_score_scale(qkv_img), TXT=blocks_txt > 0, FOLD=qk_img.numel() > 0,
+        R=ROWS, DH=dh, ACC=_acc(qkv_img), num_warps=8, num_stages=1)
     return qk_txt, qk_img, maxima
 
 
@@ -617,8 +617,8 @@ def forward(qkv_txt: Tensor | None, qkv_img: Tensor, qk_txt: Tensor, qk_img: Ten
     qkv = qkv_txt, qkv_img
     q, k, v = _qkv_tiles((qk_txt, qk_img) if fold else qkv, qkv, m, keys)
     _forward[(tiles_txt + _cdiv(l_img, m), n, b)](
-        *q, *k, *v, *_pair(_tiles, out_txt, out_img, m), lse, maxima, (l_txt, l_img), LIMIT=_limit(qkv_img),
-        SCALE=1.0 if fold else _score_scale(qkv_img), TXT=l_txt > 0, TXT_Q=txt_q,
+        *q, *k, *v, *_pair(_tiles, out_txt, out_img, m), lse, maxima, (l_txt, l_img),
+        LIMIT=_limit(qkv_img), SCALE=1.0 if fold else _score_scale(qkv_img), TXT=l_txt > 0, TXT_Q=txt_q,
         AHEAD=_tma(qkv_img.device), R=ROWS, M=m, N=keys, DH=dh, ACC=_acc(qkv_img),
         num_warps=warps, num_stages=stages)
     return out_txt, out_img, lse

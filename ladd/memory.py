@@ -127,21 +127,25 @@ class Modulation(torch.autograd.Function):
 
 
 class Heads(torch.autograd.Function):
-    """Logits [k, b, h, w] from k features and the arguments of kernels/heads.py: keeps u, v and the features,
-    makes y twice, gives the features' gradients as one tensor."""
+    """Logits [k, b, h, w] from k features and the arguments of kernels/heads.py: copies the features into
+    one tensor and keeps it for the weights' gradient, keeps u and v, makes y twice, gives the features'
+    gradients as one tensor."""
 
     @staticmethod
     def forward(ctx, k: int, grid: tuple[int, int], *inputs: Tensor):
         feats, weights = inputs[:k], inputs[k:]
+        copied = feats[0].new_empty(k, *feats[0].shape)
         u, v, y = (feats[0].new_empty(k, *feats[0].shape[:2], weights[0].shape[2]) for _ in range(3))
         stats = [weights[0].new_empty(k, len(feats[0]), 2, u.shape[3] // GROUP_SIZE) for _ in range(2)]
-        ctx.save_for_backward(u, v, *stats, *feats, *(weights[i] for i in (0, 2, 3, 4, 6, 7, 8)))    # no bias
+        kept = [copied] * any(ctx.needs_input_grad[2 + k:])
+        ctx.save_for_backward(u, v, *stats, *kept, *(weights[i] for i in (0, 2, 3, 4, 6, 7, 8)))     # no bias
         ctx.shapes = [(t.shape, t.dtype) for t in inputs]
         return weights[0].new_empty(k, len(feats[0]), *grid)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        u, k, need = ctx.saved_tensors[0], len(ctx.saved_tensors[0]), ctx.needs_input_grad[2:]
+        u, need = ctx.saved_tensors[0], ctx.needs_input_grad[2:]
+        k = len(u)
         scratch = [torch.empty_like(u) for _ in range(2 + any(need[k:]))]             # dv, du; y for weights
         (shape, dtype), feats = ctx.shapes[0], [None] * k
         if any(need[:k]):
