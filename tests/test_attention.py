@@ -412,6 +412,8 @@ def test_rows_beyond_32_bit_offsets():
 def test_samples_that_no_tensor_map_describes(stride_b):
     base = torch.randn(1, 20 * 192, generator=rng(1))
     view = base.as_strided((2, 5, 3, 1, 64), (stride_b, 192, 64, 64, 1))
+    stride_b, stride_l, _ = attention._tiles(view, 32).strides
+    assert stride_b >= 5 * stride_l and stride_b % stride_l == 0
     whole = view.contiguous()
     for a, e in zip(attention.joint_attention(view, view), attention.joint_attention(whole, whole)):
         assert torch.equal(a, e)
