@@ -525,10 +525,10 @@ def _rows(x: Tensor | None) -> tuple | None:
     """[b, l, ...] as rows [b, l, columns] for _load and _store by pointers; None for no tensor."""
     if not _there(x):
         return None
-    (b, l, *inner), (stride_b, stride_l, *_) = x.shape, x.stride()
-    if l == 1:
-        stride_l = math.prod(inner)         # that of a dimension of one element says nothing
-    return x, stride_b if b > 1 else l * stride_l, stride_l, l
+    shape, strides = x.shape, x.stride()
+    b, l = shape[0], shape[1]
+    stride_l = strides[1] if l > 1 else math.prod(shape[2:])     # that of one element says nothing
+    return x, strides[0] if b > 1 else l * stride_l, stride_l, l
 
 
 if triton is not None:
@@ -557,8 +557,8 @@ def _tiles(x: Tensor | None, rows: int) -> "tuple | _Tile | None":
     if stride_b == 0 or stride_b % stride_l:
         # expanded samples, or samples that start within a row: no tensor map describes them
         return _tiles(x.contiguous(), rows)
-    b, _, *inner = x.shape
-    return _Tile(x, (b, l, math.prod(inner)), (stride_b, stride_l, 1), (1, rows, inner[-1]))
+    shape = x.shape
+    return _Tile(x, (shape[0], l, math.prod(shape[2:])), (stride_b, stride_l, 1), (1, rows, shape[-1]))
 
 
 def _qkv_tiles(qk: tuple, qkv: tuple, m: int, keys: int) -> tuple[tuple, tuple, tuple]:

@@ -156,8 +156,8 @@ def install(arch: int, folder: Path | None = None) -> StandIn:
     """Make Triton launch over the stand-in for sm_<arch>, for the rest of this process.
 
     Call it before anything uses CUDA, then set ARCH of the kernels' modules to `arch` and call them
-    with CPU tensors. `folder` keeps the stand-in and Triton's cache; without one they lie in a
-    temporary folder. Raises RuntimeError where the process cannot be used, ValueError for an
+    with CPU tensors. `folder` keeps the stand-in and, where TRITON_CACHE_DIR is not set, Triton's
+    cache; without one they lie in a temporary folder. Raises RuntimeError where the process cannot be used, ValueError for an
     architecture that libcuda.c does not know.
     """
     if os.environ.get("TRITON_INTERPRET"):
@@ -169,7 +169,7 @@ def install(arch: int, folder: Path | None = None) -> StandIn:
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     standin = StandIn(build(folder), arch)
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
-    os.environ["TRITON_CACHE_DIR"] = str(folder / "cache")
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "cache"))
     Launcher.standin = standin
     triton.knobs.runtime.kernel_load_start_hook.add(_loaded)
     triton.runtime.driver.set_active(Driver(arch))

@@ -32,7 +32,8 @@ def folder(tmp_path_factory) -> Path:
 
 def run(*command: str | Path) -> subprocess.CompletedProcess:
     """Run a Python file without the settings that other tests make for Triton."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
+    env = {k: v for k, v in os.environ.items()
+           if not k.startswith("TRITON_") or k == "TRITON_CACHE_DIR"}
     return subprocess.run([sys.executable, *map(str, command)], cwd=launch.ROOT, text=True,
                           env=env | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True)
 
