@@ -29,26 +29,27 @@ HOMES = dict.fromkeys(Kernels._fields, modulation) | {"joint_attention": attenti
 
 
 def load(name: str = "auto") -> Kernels:
-    """Return the operations called `name`: "torch" are the references, "triton" the kernels, "auto" the
-    kernels where there is a CUDA device of compute capability 8.0 or more, else the references.
+    """Return the operations called `name`: "torch" are the references, "triton" the kernels, "auto"
+    the kernels where there is a CUDA device of compute capability 8.0 or more, else the references.
 
-    On a GPU each kernel is first compared with its reference, once a process (see `failures`). "auto" takes
-    the reference of a kernel that fails; what is taken, and why, is printed once.
+    On a GPU each kernel is first compared with its reference, once a process (see `failures`).
+    "auto" takes the reference of a kernel that fails; what is taken, and why, is printed once.
 
-    Raises ValueError for another name, for "triton" where it cannot run or where a kernel fails, and for a
-    GPU that a kernel left unusable.
+    Raises ValueError for another name, for "triton" where it cannot run or where a kernel fails,
+    and for a GPU that a kernel left unusable.
     """
     if name not in NAMES:
         raise ValueError(f"kernels: found {name!r}, accepted are {', '.join(NAMES)}")
     lacking, failed = missing(), {}
     interpreted = attention.triton is not None and attention.INTERPRET
     if name == "triton" and lacking and not interpreted:
-        raise ValueError(f"kernels: found 'triton', but {lacking}; TRITON_INTERPRET=1 runs the kernels "
-                         "slowly without one, auto and torch run everywhere")
+        raise ValueError(f"kernels: found 'triton', but {lacking}; TRITON_INTERPRET=1 runs the "
+                         "kernels slowly without one, auto and torch run everywhere")
     if name != "torch" and not lacking:
         failed = failures(torch.device("cuda", torch.cuda.current_device()))
         if failed and name == "triton":
-            raise ValueError(f"kernels: {'; '.join(failed.values())}; auto takes the reference instead")
+            raise ValueError(f"kernels: {'; '.join(failed.values())}; "
+                             "auto takes the reference instead")
     if name == "auto":
         name = "torch" if lacking else "triton"
         announce(f"kernels: {name} ({lacking or torch.cuda.get_device_name()})")
@@ -66,8 +67,10 @@ def missing() -> str:
     if attention.triton is None:
         return "triton is not installed"
     major, minor = torch.cuda.get_device_capability()
-    return "" if major >= 8 else (f"{torch.cuda.get_device_name()} has compute capability {major}.{minor} "
-                                  "and the kernels need 8.0")
+    if major < 8:                                                     # the kernels multiply in bf16
+        return (f"{torch.cuda.get_device_name()} has compute capability {major}.{minor} "
+                "and the kernels need 8.0")
+    return ""
 
 
 @cache
@@ -78,79 +81,85 @@ def announce(line: str) -> None:
 # --- self-check ---
 
 def samples(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Callable, list[Tensor]]]:
-    """Return small inputs of each operation, by name: (call, leaves) for call(function, *leaves)."""
+    """Return small inputs of each operation: by name, (call, leaves) for call(function, *leaves)."""
     g = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(shape, generator=g).to(device, dtype)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g).to(device, dtype)
+
     x, branch, vectors = draw(2, 40, 128), draw(2, 40, 128), draw(2, 4 * 128)
-    chunks = lambda v, n: v.chunk(4, -1)[:n]
-    weights = [1 + 0.3 * draw(64) for _ in range(4)]
+    norms = [1 + 0.3 * draw(64) for _ in range(4)]
     k, d, c, e = 2, 64, 32, 16
     # norms of 0.3 about +-1.5: no leaky ReLU is so near its kink that rounding decides
-    sign = lambda: 1.5 * draw(k, c).sign()
-    small = lambda: 0.3 * torch.ones(k, c, device=device)
     params = heads.HeadParams(
-        draw(k, d, c) * d ** -0.5, draw(k, c), small(), sign(), draw(k, 3, 3, c, c) * (9 * c) ** -0.5,
-        draw(k, c), small(), sign(), draw(k, e, c) / 4, draw(k, c), draw(k))
-    params = [p.float() for p in params]
+        w_in=draw(k, d, c) * d ** -0.5, b_in=draw(k, c), gamma1=0.3 + 0 * draw(k, c),
+        beta1=1.5 * draw(k, c).sign(), w_conv=draw(k, 3, 3, c, c) * (9 * c) ** -0.5,
+        b_conv=draw(k, c), gamma2=0.3 + 0 * draw(k, c), beta2=1.5 * draw(k, c).sign(),
+        w_cond=draw(k, e, c) * e ** -0.5, w_out=draw(k, c), b_out=draw(k))
+    taps = [draw(2, 63, d) for _ in range(k)]
     return {
         "joint_attention": (lambda f, txt, img, *w: f(txt, img, w[:2], w[2:]),
-                            [draw(2, 20, 3, 2, 64), draw(2, 150, 3, 2, 64), *weights]),
-        "modulate": (lambda f, x, v: f(x, *chunks(v, 2)), [x, vectors]),
-        "modulate2": (lambda f, x, v: f(x, *chunks(v, 4)), [x, vectors]),
-        "gate_modulate": (lambda f, x, y, v: f(x, y, *chunks(v, 3)), [x, branch, vectors]),
-        "gate": (lambda f, x, y, v: f(x, y, *chunks(v, 1)), [x, branch, vectors]),
-        "discriminator_heads": (lambda f, *t: f(list(t[:k]), heads.HeadParams(*t[k:-1]), t[-1], (7, 9)),
-                                [*(draw(2, 63, d) for _ in range(k)), *params, draw(2, e).float()])}
+                            [draw(2, 20, 3, 2, 64), draw(2, 150, 3, 2, 64), *norms]),
+        "modulate": (lambda f, x, v: f(x, *v.chunk(4, -1)[:2]), [x, vectors]),
+        "modulate2": (lambda f, x, v: f(x, *v.chunk(4, -1)), [x, vectors]),
+        "gate_modulate": (lambda f, x, y, v: f(x, y, *v.chunk(4, -1)[:3]), [x, branch, vectors]),
+        "gate": (lambda f, x, y, v: f(x, y, v.chunk(4, -1)[0]), [x, branch, vectors]),
+        "discriminator_heads": (
+            lambda f, *t: f(list(t[:k]), heads.HeadParams(*t[k:-1]), t[-1], (7, 9)),
+            [*taps, *(p.float() for p in params), draw(2, e).float()])}
 
 
 def results(function: Callable, call: Callable, leaves: list[Tensor]) -> dict[str, Tensor]:
-    """Return the outputs of call(function, *leaves) and the gradients of all leaves, by name, in fp32."""
+    """Return the outputs of call(function, *leaves) and the gradients of all leaves, in fp32."""
     leaves = [t.detach().requires_grad_() for t in leaves]
     out = call(function, *leaves)
     out = out if isinstance(out, tuple) else (out,)
     g = torch.Generator().manual_seed(1)
     up = [torch.randn(o.shape, generator=g).to(o) for o in out]
-    found = {f"output {i}": o for i, o in enumerate(out)}
-    found |= {f"the gradient of input {i}": t for i, t in enumerate(torch.autograd.grad(out, leaves, up))}
+    grads = torch.autograd.grad(out, leaves, up)
+    found = {f"output {i}": t for i, t in enumerate(out)}
+    found |= {f"the gradient of input {i}": t for i, t in enumerate(grads)}
     return {name: t.detach().float().cpu() for name, t in found.items()}
 
 
 def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
-    """Return where two results differ by more than LIMIT of the largest value; nothing where they do not."""
+    """Return where two results differ by more than LIMIT of the largest value, or nothing."""
     for name, e in expected.items():
         error, limit = (found[name] - e).abs(), LIMIT * float(e.abs().max())
-        if not bool((error <= limit).all()):                                          # NaN differs as well
+        if not bool((error <= limit).all()):                                # NaN differs as well
             at = int(torch.where(error <= error, error, float("inf")).argmax())
-            return (f"{name} is {found[name].flatten()[at]:.4g} and must be {e.flatten()[at]:.4g} "
-                    f"within {limit:.2g}")
+            return (f"{name} is {found[name].flatten()[at]:.4g} and must be "
+                    f"{e.flatten()[at]:.4g} within {limit:.2g}")
     return ""
 
 
 @cache
 def failures(device: torch.device) -> dict[str, str]:
-    """Compare each kernel with its reference, forward and backward, on small inputs on the device; bf16 on a
-    GPU, fp32 under Triton's interpreter. Return what failed, by operation, as a sentence: it could not run,
-    or a value is wrong. Done once a process; compiled kernels come from Triton's cache.
+    """Compare each kernel with its reference on the device, forward and backward on small inputs, in
+    bf16 on a GPU and in fp32 under Triton's interpreter. Return what failed as a sentence by
+    operation: it could not run, or a value is wrong. Done once a process.
 
-    Raises ValueError where the GPU does nothing more after a kernel, which no other path can repair.
+    Raises ValueError where a kernel leaves the GPU unusable, so that no reference can run either.
     """
     found = {}
     # what torch, Triton and its C compiler raise where a kernel cannot be built or launched
-    cannot_run = (RuntimeError, AssertionError, ValueError, TypeError, AttributeError, LookupError, OSError,
-                  subprocess.SubprocessError, attention.triton.TritonError)
+    cannot_run = (RuntimeError, AssertionError, ValueError, TypeError, AttributeError, LookupError,
+                  OSError, subprocess.SubprocessError, attention.triton.TritonError)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for field, (call, leaves) in samples(device, dtype).items():
         home = HOMES[field]
-        expected = results(getattr(home, f"reference_{field}"), call, [t.float() for t in leaves])
+        wide = [t.float() for t in leaves]
+        expected = results(getattr(home, f"reference_{field}"), call, wide)
         try:
             wrong = difference(results(getattr(home, field), call, leaves), expected)
         except cannot_run as error:
-            wrong = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[-1]}"
+            message = str(error).strip() or "no message"
+            wrong = f"{type(error).__name__}: {message.splitlines()[-1]}"
             try:
                 torch.zeros(1, device=device).item()
             except RuntimeError:
-                raise ValueError(f"kernels: {field} left the GPU unusable ({wrong}); start again with "
-                                 "--kernels torch") from None
+                raise ValueError(f"kernels: {field} left the GPU unusable ({wrong}); start again "
+                                 "with --kernels torch") from None
         if wrong:
             found[field] = f"{field} fails its self-check ({wrong})"
     return found

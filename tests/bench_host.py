@@ -42,7 +42,8 @@ def call(module: ModuleType, norms: bool, what: str) -> Callable[[], object]:
     if what != "backward":
         return lambda: module.joint_attention(*qkv, *weights)
     out = module.joint_attention(*qkv, *weights)
-    leaves, up = [*qkv, *(w for pair in weights if pair for w in pair)], list(map(torch.empty_like, out))
+    leaves = [*qkv, *(w for pair in weights if pair for w in pair)]
+    up = list(map(torch.empty_like, out))
     return lambda: torch.autograd.grad(out, leaves, up, retain_graph=True)
 
 
@@ -73,8 +74,8 @@ def main(argv: list[str]) -> None:
                         run()
                         seen.append(time.thread_time() - start)
                 before, after = (1e6 * min(seen[3:]) for seen in times)
-                print(f"{what:8} {'with' if norms else 'without'} norms: {before:.0f} -> {after:.0f} us, "
-                      f"{before / after:.2f} times less", flush=True)
+                print(f"{what:8} {'with' if norms else 'without'} norms: {before:.0f} -> "
+                      f"{after:.0f} us, {before / after:.2f} times less", flush=True)
 
 
 if __name__ == "__main__":

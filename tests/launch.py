@@ -157,8 +157,8 @@ def install(arch: int, folder: Path | None = None) -> StandIn:
 
     Call it before anything uses CUDA, then set ARCH of the kernels' modules to `arch` and call them
     with CPU tensors. `folder` keeps the stand-in and, where TRITON_CACHE_DIR is not set, Triton's
-    cache; without one they lie in a temporary folder. Raises RuntimeError where the process cannot be used, ValueError for an
-    architecture that libcuda.c does not know.
+    cache; without one they lie in a temporary folder. Raises RuntimeError where the process cannot
+    be used, ValueError for an architecture that libcuda.c does not know.
     """
     if os.environ.get("TRITON_INTERPRET"):
         raise RuntimeError(f"TRITON_INTERPRET must be unset (got {os.environ['TRITON_INTERPRET']})")
