@@ -670,8 +670,9 @@ def backward(g_txt: Tensor | None, g_img: Tensor, qkv_txt: Tensor | None, qkv_im
     blocks = blocks_txt + _cdiv(l_img, ROWS)
     stats, dq = lse.new_empty((b, n, 2, blocks * ROWS)), lse.new_empty((b, n, blocks * ROWS, dh))
     # more warps for wider heads: a thread then holds as many numbers
-    _stats[(n, blocks, b)](_pair(_rows, *g), _pair(_rows, out_txt, out_img), lse, stats, dq, l, lse.shape[2],
-                           n, blocks_txt, blocks, TXT_Q=txt_q, ZERO=atomic, **rows, num_warps=dh // 8, num_stages=1)
+    _stats[(n, blocks, b)](
+        _pair(_rows, *g), _pair(_rows, out_txt, out_img), lse, stats, dq, l, lse.shape[2], n, blocks_txt,
+        blocks, TXT_Q=txt_q, ZERO=atomic, **rows, num_warps=dh // 8, num_stages=1)
 
     # dk and dv; where sums may come in any order, dq in the same pass
     _, (m, keys, warps, stages), second = _launches(qkv_img)
