@@ -37,11 +37,6 @@ def to_x0(xt: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
     return xt - per_sample(sigma, xt) * v
 
 
-def to_eps(xt: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
-    """eps_hat = xt + (1 - sigma) v."""
-    return xt + (1 - per_sample(sigma, xt)) * v
-
-
 def shift(sigma: Tensor, a: float) -> Tensor:
     """Resolution shift sigma' = a sigma / (1 + (a - 1) sigma),
     i.e. logit(sigma') = logit(sigma) + ln a (SD3, Eq. 23).
@@ -62,11 +57,6 @@ def logit_normal_mixture(n: int, means: tuple[float, ...], std: float, generator
     a stratified mixture with equal parts (our choice)."""
     centres = torch.tensor(means).repeat(-(-n // len(means)))[:n]
     return torch.sigmoid(centres + std * torch.randn(n, generator=generator))
-
-
-def uniform(n: int, generator: torch.Generator) -> Tensor:
-    """n levels uniform in (0, 1), stratified: one in each of n equal cells, in random order."""
-    return (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
 
 
 def student_levels(n: int, levels: tuple[float, ...], probs: tuple[float, ...],

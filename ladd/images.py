@@ -39,11 +39,6 @@ def buckets(area: int, multiple: int) -> list[tuple[int, int]]:
     return sorted({hw for a, b in sizes for hw in ((a, b), (b, a)) if b <= 4 * a})
 
 
-def bucket_of(h: int, w: int, area: int = 1024 ** 2, multiple: int = 64) -> tuple[int, int]:
-    """The bucket (H, W) whose aspect ratio is nearest to h / w, of two such the one nearer to `area`."""
-    return _nearest(buckets(area, multiple), h, w, area)
-
-
 def _nearest(sizes: Iterable[tuple[int, int]], h: int, w: int, area: int) -> tuple[int, int]:
     far = lambda hw: abs(math.log(hw[0] * w / (hw[1] * h)))
     return min(sizes, key=lambda hw: (far(hw), abs(math.log(hw[0] * hw[1] / area)), hw))

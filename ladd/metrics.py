@@ -188,22 +188,6 @@ def _entropy(values: Tensor) -> float:
     return torch.special.entr(counts / counts.sum()).sum().item()
 
 
-def wilson(p: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share p measured on n samples. Wilson 1927."""
-    z2 = 1.96 ** 2
-    centre, half = p + z2 / (2 * n), math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n)))
-    return (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
-
-
-def word_response(x0_hat_a: Tensor, x0_hat_b: Tensor, mean_a: Tensor, mean_b: Tensor) -> float:
-    """Mean of <x0_hat_a - x0_hat_b, mean_a - mean_b> / |mean_a - mean_b|^2, the answer to one swapped word.
-
-    All [b, ...]; mean_* are the true conditional means of both captions. 1 is ideal at sigma 1. Our choice.
-    """
-    moved, ideal = (x0_hat_a - x0_hat_b).flatten(1), (mean_a - mean_b).flatten(1)
-    return ((moved * ideal).sum(1) / ideal.square().sum(1)).mean().item()
-
-
 # --- the duel ---
 
 

@@ -363,9 +363,3 @@ def align(graded: Tensor, codes: Tensor) -> Tensor:
         return graded
     misses = lambda rows: ((rows != codes) & (codes >= 0)).sum(-1, keepdim=True)
     return torch.where(misses(swap(graded)) < misses(graded), swap(graded), graded)
-
-
-def contradicts(a: Tensor, b: Tensor) -> Tensor:
-    """Whether rows of codes [..., a] cannot be one scene: told either way, something both state differs."""
-    differ = lambda a, b: ((a != b) & (a >= 0) & (b >= 0)).any(-1)
-    return differ(a, b) & differ(swap(a), b) if a.shape[-1] == 8 else differ(a, b)

@@ -278,11 +278,15 @@ def test_buckets_have_about_the_area_and_every_shape_up_to_4_to_1():
     (1024, 1024, (1024, 1024)), (10, 10, (1024, 1024)), (1080, 1920, (768, 1344)), (1920, 1080, (1344, 768)),
     (3000, 4000, (896, 1152)), (100, 9000, (512, 2048)), (9000, 100, (2048, 512))])
 def test_an_image_takes_the_bucket_of_the_nearest_shape(h, w, expected):
-    assert images.bucket_of(h, w) == expected
+    image = images.Captioned(Path("x.png"), "", (h, w))
+    (found, _), = images.plan([image], 1024 ** 2, 64)
+    assert found == expected
 
 
 def test_every_bucket_is_its_own_and_bad_ones_are_refused():
-    assert all(images.bucket_of(*hw, 512 ** 2, 32) == hw for hw in images.buckets(512 ** 2, 32))
+    for hw in images.buckets(512 ** 2, 32):
+        image = images.Captioned(Path("x.png"), "", hw)
+        assert images.plan([image], 512 ** 2, 32)[0][0] == hw
     for area, multiple in ((1024 ** 2, 24), (1024 ** 2, 0), (63 ** 2, 64)):
         with pytest.raises(InputError, match="--multiple: found"):
             images.buckets(area, multiple)

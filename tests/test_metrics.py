@@ -233,20 +233,6 @@ def test_entropy_of_open_attributes():
         metrics.attribute_entropy(real, real, real)
 
 
-def test_wilson_interval():
-    assert metrics.wilson(.5, 100) == pytest.approx((.4038, .5962), abs=1e-4)
-    assert metrics.wilson(0., 10) == pytest.approx((0, .2775), abs=1e-4)
-    assert metrics.wilson(1., 10) == pytest.approx((.7225, 1), abs=1e-4)
-
-
-def test_word_response_is_the_projection():
-    mean_a, mean_b = torch.tensor([[[2., 0]], [[0, 0]]]), torch.tensor([[[0., 0]], [[0, 4]]])
-    moved = torch.tensor([[[1., 9]], [[5, -4]]])                      # half of the way (2, 0); all of (0, -4)
-    assert metrics.word_response(moved + 3, torch.full_like(moved, 3), mean_a, mean_b) == pytest.approx(.75)
-    assert metrics.word_response(mean_a, mean_b, mean_a, mean_b) == pytest.approx(1)
-    assert metrics.word_response(mean_b, mean_a, mean_a, mean_b) == pytest.approx(-1)
-
-
 # --- the duel ---
 
 

@@ -355,22 +355,18 @@ def test_grade_of_nothing_and_speed():
     assert time.process_time() - start < 1.5            # 2,048 images: measured 1.3 s on one core
 
 
-def test_contradiction_and_order():
-    a, b = torch.tensor([1, 0, -1, -1, 2]), torch.tensor([[-1, 0, 3, 1, -1], [0, 0, 3, 1, -1], [-1] * 5])
-    assert shapes.contradicts(a, b).tolist() == [False, True, False]
+def test_graded_rows_are_told_in_the_order_of_the_codes():
     left, right_of = (torch.tensor([shapes.parse(text, 2)]) for text in (
         "red circle left of blue square on black", "blue square right of red circle on black"))
-    assert torch.equal(shapes.swap(left), right_of)
-    assert not shapes.contradicts(left, right_of).any()                 # one scene, told two ways
-    assert shapes.contradicts(left, torch.tensor([shapes.parse("red shape right of shape", 2)])).all()
-    assert not shapes.contradicts(left, torch.tensor([shapes.parse("square right of shape", 2)])).any()
-    assert torch.equal(shapes.align(right_of, left), left) and torch.equal(shapes.align(left, left), left)
+    assert torch.equal(shapes.swap(left), right_of)                     # one scene, told two ways
+    assert torch.equal(shapes.align(right_of, left), left)
+    assert torch.equal(shapes.align(left, left), left)
     assert torch.equal(shapes.align(torch.full((1, 8), -1), left), torch.full((1, 8), -1))
     scenes, images = draw(24, (256, 256), 2, seed=7)
     graded = shapes.grade(images, 2)
-    assert (graded[:, 1] < graded[:, 5]).all() and not shapes.contradicts(graded, scenes.attributes).any()
-    prompts = torch.tensor([[3], [4]])                                  # other data: codes are prompt numbers
-    assert shapes.contradicts(prompts, torch.tensor([[3], [5]])).tolist() == [False, True]
+    assert (graded[:, 1] < graded[:, 5]).all()
+    found = shapes.align(graded, scenes.attributes)
+    assert ((found == scenes.attributes) | (found < 0) | (scenes.attributes < 0)).all()
 
 
 @pytest.mark.parametrize("call", [
