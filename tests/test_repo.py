@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 # DESIGN section 2: a file in ladd imports only files before it in this list, and kernels
@@ -78,6 +79,13 @@ def test_triton_is_imported_only_under_a_guard(path):
 def test_triton_is_required_on_linux_alone():
     lines = [line for line in REQUIREMENTS if line.startswith("triton")]
     assert len(lines) == 1 and re.search(r"; *(platform_system|sys_platform) == .[Ll]inux.$", lines[0])
+
+
+@pytest.mark.parametrize("torch, triton", [("2.11.0", "3.6.0"), ("2.12.1", "3.7.1"), ("2.13.0", "3.7.1"),
+                                           ("2.14.1", "3.8.0"), ("2.15.0", "3.9.0")])
+def test_each_torch_is_admitted_with_the_triton_that_it_requires(torch, triton):
+    admitted = {line.name: line.specifier for line in map(Requirement, REQUIREMENTS)}
+    assert torch in admitted["torch"] and triton in admitted["triton"]
 
 
 def test_what_is_imported_is_required():
