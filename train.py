@@ -396,6 +396,7 @@ def main(argv: list[str]) -> None:
         config.micro(world, teacher=True)
     if config.dry_run:
         return dry_run(config, device) if rank == 0 else None
+    ops_of(config)                     # before anything is made: --kernels triton may end here
     for name in ("teacher", "base", "data", "pairs"):
         path, what = getattr(config, name), f"--{name}"
         if name == "base" and teacher_of(config).exists():

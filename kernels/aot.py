@@ -136,7 +136,7 @@ def cases() -> Iterator[tuple[str, str, Callable[[], None]]]:
             yield "modulation", f"width {d}", modulate
             yield "heads", f"{n} taps of {d}, student's step", lambda f=judge: f(True)
             yield "heads", f"{n} taps of {d}, heads' step", lambda f=judge: f(False)
-        if model == "sd3.5-large":          # boxes of several rows: other code for the weights
+        if model == "sd3.5-large":          # another grid: the same code as for a square one
             yield ("heads", f"5 taps of {d}, 52x76, heads' step",
                    lambda f=judge: f(False, k=5, grid=(52, 76)))
 

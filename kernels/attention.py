@@ -516,7 +516,7 @@ def _there(x: Tensor | None) -> bool:
 
 def _pair(function, txt: Tensor | None, img: Tensor | None, *args) -> tuple:
     """The function's result for both streams. A stream without a tensor, which no kernel reads, gets the
-    other's: Triton 3.6 cannot pass on a None inside a tuple."""
+    other's, so that both have one type."""
     txt, img = function(txt, *args), function(img, *args)
     return txt or img, img or txt
 
@@ -540,7 +540,8 @@ if triton is not None:
 
 
 def _tiles(x: Tensor | None, rows: int) -> "tuple | _Tile | None":
-    """The same by tiles [rows, dh]: a descriptor where the hardware copies by them, else pointers.
+    """[b, l, ...] as tiles [rows, dh] of rows [b, l, columns]: a descriptor where the hardware copies by
+    them, else the pointers of _rows; None for no tensor.
 
     Raises ValueError where base and strides are not multiples of 16 bytes.
     """
@@ -554,8 +555,8 @@ def _tiles(x: Tensor | None, rows: int) -> "tuple | _Tile | None":
                          f"{x.storage_offset()}; start and strides in multiples of 16 bytes accepted")
     if not _tma(x.device):
         return pointers
-    if stride_b == 0 or stride_b % stride_l:
-        # expanded samples, or samples that start within a row: no tensor map describes them
+    if stride_b < l * stride_l or stride_b % stride_l:
+        # expanded or overlapping samples, or some that start within a row: no tensor map describes them
         return _tiles(x.contiguous(), rows)
     shape = x.shape
     return _Tile(x, (shape[0], l, math.prod(shape[2:])), (stride_b, stride_l, 1), (1, rows, shape[-1]))
@@ -572,7 +573,7 @@ def _qkv_tiles(qk: tuple, qkv: tuple, m: int, keys: int) -> tuple[tuple, tuple, 
 def _readable(x: Tensor) -> bool:
     """Whether tiles of it can be read in place."""
     aligned = x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:2])
-    return aligned and x.stride()[2:] == (x.shape[3], 1)
+    return aligned and x.stride()[2:] == (x.shape[3], 1) and x.stride(1) < 2 ** 31 // ROWS
 
 
 def prepare(qkv_txt: Tensor | None, qkv_img: Tensor, wq_txt: Tensor | None, wk_txt: Tensor | None,
@@ -766,6 +767,13 @@ def _gradients(ctx, g_txt: Tensor | None, g_img: Tensor | None, _):
 
 torch.library.register_autograd("ladd::joint_attention_forward", _gradients, setup_context=_setup,
                                 lib=_LIBRARY)
+
+
+def _no_second_derivative(ctx, *_):
+    raise RuntimeError("attention: the backward pass has no derivative of its own (got create_graph=True)")
+
+
+torch.library.register_autograd("ladd::joint_attention_backward", _no_second_derivative, lib=_LIBRARY)
 
 
 def _check(qkv_txt: Tensor | None, qkv_img: Tensor, norm_txt, norm_img) -> None:

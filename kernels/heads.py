@@ -115,7 +115,7 @@ if triton is not None:
 
     @triton.jit
     def _tokens(first, l, w, COUNT: tl.constexpr):
-        """Tokens of COUNT positions from `first` on, and which of the positions hold a token."""
+        """Return the tokens of COUNT positions from `first` on, and which positions hold a token."""
         i = first + tl.arange(0, COUNT)
         row, x = i // (w + 1), i % (w + 1)
         return row * w + x, (x < w) & (row * w + x < l)
@@ -239,14 +239,14 @@ if triton is not None:
 
     @triton.jit
     def _store_positions(out_ptr, x, kb, first, l, w, n, c, R: tl.constexpr):
-        """x [R, channels n] to out [k b, positions, c] from position `first` on."""
+        """Store x [R, channels n] in out [k b, positions, c] from position `first` on."""
         count, i = l + l // w - 1, first + tl.arange(0, R)
         tl.store(out_ptr + kb.to(tl.int64) * count * c + (i[:, None] * c + n[None]),
                  x.to(out_ptr.dtype.element_ty), (i < count)[:, None] & (n < c)[None])
 
     @triton.jit
     def _load_positions(y_ptr, kb, rows, l, w, n, c):
-        """y [k b, positions, c] at tokens `rows` and channels n."""
+        """Load y [k b, positions, c] at tokens `rows` and channels n."""
         at, here = (rows + rows // w)[:, None] * c + n[None], (rows < l)[:, None] & (n < c)[None]
         return tl.load(y_ptr + kb.to(tl.int64) * (l + l // w - 1) * c + at, here, 0.0)
 
@@ -351,13 +351,13 @@ class Tiles(NamedTuple):
     w_stages: int
 
 
-# (architecture, class) -> Tiles. Nothing is measured on a GPU. All rows compile without spills (Triton 3.7.1;
-# a product on sm_120 spills 8 bytes).
+# (architecture, class) -> Tiles. Nothing is measured on a GPU. No row spills but one product on sm_120,
+# 8 bytes (Triton 3.7.1).
 # The comments give the cycles of the products beside what bounds a pass of the inner loop, by
 # python -m kernels.aot: products / bound (resource).
 TABLE = {
     (0, "any"):      Tiles(64, 32, 64, 4, 1, 64, 32, 64, 4, 1),        # the interpreter
-    # loads wait for memory before sm_90, where a descriptor becomes plain loads
+    # before sm_90 a descriptor becomes plain loads: each step waits for memory
     (80, "wide"):    Tiles(128, 128, 32, 8, 2, 128, 128, 32, 8, 2),    # 512 / 734 to 1380 (issue)
     (80, "narrow"):  Tiles(64, 64, 32, 4, 2, 64, 64, 32, 4, 2),
     (80, "fp32"):    Tiles(64, 32, 16, 4, 2, 32, 64, 16, 4, 2),        # no tensor cores
@@ -414,10 +414,12 @@ def _dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype, "tl.dtype"]:
 
 
 def _positions(h: int, w: int) -> int:
+    """Return how many positions a grid has: a zero follows each row but the last."""
     return h * (w + 1) - 1
 
 
 def _tile_of(x: Tensor, *block: int) -> "TensorDescriptor":
+    """Return a descriptor of x [n, rows, columns] that reads `block` rows and columns of one of n."""
     return TensorDescriptor(x, x.shape, x.stride(), (1, *block))
 
 

@@ -137,7 +137,7 @@ class Heads(torch.autograd.Function):
         copied = feats[0].new_empty(k, *feats[0].shape)
         u, v, y = (feats[0].new_empty(k, *feats[0].shape[:2], weights[0].shape[2]) for _ in range(3))
         stats = [weights[0].new_empty(k, len(feats[0]), 2, u.shape[3] // GROUP_SIZE) for _ in range(2)]
-        kept = [copied] * any(ctx.needs_input_grad[2 + k:])
+        kept = [copied] if any(ctx.needs_input_grad[2 + k:]) else []
         ctx.save_for_backward(u, v, *stats, *kept, *(weights[i] for i in (0, 2, 3, 4, 6, 7, 8)))     # no bias
         ctx.shapes = [(t.shape, t.dtype) for t in inputs]
         return weights[0].new_empty(k, len(feats[0]), *grid)

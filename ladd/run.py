@@ -45,7 +45,7 @@ def pick_kernels(name: str, device: str, precision: str = "auto") -> kernels.Ker
     """Return the operations called auto, triton or torch for the device of that name. auto is torch
     on the CPU, whatever else the machine has, and where fp32 is computed in, which the kernels on a
     GPU do not do: it was asked for, or the GPU has no bf16. InputError where they cannot run."""
-    gpu = device != "cpu" and torch.cuda.is_available()
+    gpu = torch.cuda.is_available()
     why = ""
     if device == "cpu":
         why = "--device cpu"

@@ -255,7 +255,7 @@ def host_memory(like: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a tensor on the host for each of `like`, pinned if one of them is a GPU's."""
     pin, out = any(tensor.is_cuda for tensor in like.values()), {}
     for size, names in packed({name: tensor.nbytes for name, tensor in like.items()}):
-        block, first = torch.empty(size, dtype=torch.uint8, pin_memory=pin), 0
+        block, first = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pin), 0
         for name in names:
             tensor = like[name]
             part = block[first:first + tensor.nbytes]

@@ -408,7 +408,8 @@ def test_rows_beyond_32_bit_offsets():
         attention.joint_attention(None, too_far)
 
 
-@pytest.mark.parametrize("stride_b", [0, 5 * 192 - 64], ids=["expanded", "within a row"])
+@pytest.mark.parametrize("stride_b", [0, 5 * 192 - 64, 2 * 192],
+                         ids=["expanded", "within a row", "overlapping"])
 def test_samples_that_no_tensor_map_describes(stride_b):
     base = torch.randn(1, 20 * 192, generator=rng(1))
     view = base.as_strided((2, 5, 3, 1, 64), (stride_b, 192, 64, 64, 1))
@@ -417,6 +418,14 @@ def test_samples_that_no_tensor_map_describes(stride_b):
     whole = view.contiguous()
     for a, e in zip(attention.joint_attention(view, view), attention.joint_attention(whole, whole)):
         assert torch.equal(a, e)
+
+
+def test_a_second_derivative_is_refused():
+    x = torch.randn(1, 4, 3, 1, 64, requires_grad=True)
+    out = attention.joint_attention(None, x)[1]
+    first, = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="attention: the backward pass has no derivative"):
+        first.square().sum().backward()
 
 
 def test_refuses_what_it_does_not_take():

@@ -133,6 +133,21 @@ def test_every_kernel_passes_its_self_check():
     assert kernels.failures(torch.device("cpu")) == {}
 
 
+def test_the_self_check_does_not_depend_on_its_caller(monkeypatch):
+    """A network is built on "meta", a benchmark on a GPU, sampling happens without gradients."""
+    kept = {"gate": kernels.samples(torch.device("cpu"), torch.float32)["gate"]}
+    samples = kernels.samples
+    for context in (torch.device("meta"), torch.no_grad(), torch.inference_mode()):
+        kernels.failures.cache_clear()
+        seen = []
+        monkeypatch.setattr(kernels, "samples", lambda *args: seen.append(samples(*args)) or kept)
+        with context:
+            assert kernels.failures(torch.device("cpu")) == {}
+        assert all(t.device.type == "cpu" and not t.is_inference()
+                   for _, leaves in seen[0].values() for t in leaves)
+    kernels.failures.cache_clear()
+
+
 def test_a_kernel_that_ends_the_gpu_ends_the_run(monkeypatch):
     kept = {"gate": kernels.samples(torch.device("cpu"), torch.float32)["gate"]}
     monkeypatch.setattr(kernels, "samples", lambda device, dtype: kept)
@@ -151,6 +166,8 @@ def test_the_cpu_is_for_the_references_even_beside_a_gpu(monkeypatch, gpu):
     assert pick_kernels("auto", "auto", "fp32") == kernels.load("torch")
     with pytest.raises(InputError, match="must be auto or torch for --precision fp32 .got triton"):
         pick_kernels("triton", "auto", "fp32")
+    with pytest.raises(InputError, match="must be auto or torch for --device cpu .got triton"):
+        pick_kernels("triton", "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="--kernels: found 'triton', but no CUDA device"):
         pick_kernels("triton", "auto")
