@@ -39,9 +39,9 @@ from ladd.mmdit import MMDiT, shrunk
 from ladd.parallel import Watch, agree, ranks
 from ladd.run import (Health, Log, Stopped, Stopper, compute_dtype, device_name, memory_gb, open_run,
                       pick_device, progress)
-from ladd.step import (Layout, calibrate, check_lora, distill_config, heads_step, inference, kept, lay_out,
-                       lcm_step, learning_rate, make_players, moments, network, on_meta, ops_of,
-                       plan_in_words, refresh, save_network, step_keys, step_parts, student_step,
+from ladd.step import (Layout, calibrate, check_lora, distill_config, inference, kept, ladd_step,
+                       lay_out, lcm_step, learning_rate, make_players, moments, network, on_meta,
+                       ops_of, plan_in_words, refresh, save_network, step_keys, step_parts,
                        tokens_of, trained)
 
 
@@ -193,7 +193,7 @@ def make_data(config: Config, run: Path, teacher: MMDiT, pairs: data.Latents | N
 
 def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, shown: list[Prompts],
             domain: Domain, layout: Layout, stopper: Stopper) -> None:
-    """LADD: heads' steps and student steps in turn; writes checkpoints/student.safetensors,
+    """LADD, step by step; writes checkpoints/student.safetensors,
     the best by the metric while training, the last where there is no metric (real prompts).
     `shown`: of the grids."""
     out, device, (rank, world) = run / "checkpoints" / "student.safetensors", layout.device, ranks()
@@ -262,26 +262,20 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, shown
 
             p.opt_g.param_groups[0]["lr"] = config.lr * learning_rate(config, step, max(step, 0))
             p.opt_d.param_groups[0]["lr"] = config.heads_lr * learning_rate(config, step, it)
-            losses, norms = {}, {}
-            for j in range(turns):
-                share, parts = step >= 0 and j == turns - 1, next(batches)
+            for j in range(turns):     # each has its own batch; the last updates the student too
+                parts = next(batches)
                 watch.reach(it)
-                if not lcm:
-                    losses["loss_d"], norms_d, stats, fakes = heads_step(config, dc, p, parts, share)
-                    norms["heads"] = p.heads, norms_d
-            if step >= 0:
-                stats_g, norms_g = (lcm_step(config, p, parts, null) if lcm
-                                    else student_step(config, dc, p, parts, fakes))
-                losses |= {k: v for k, v in stats_g.items() if k.startswith("loss")}
-                norms["student"] = p.student, norms_g
+                stats, norms = (lcm_step(config, p, parts, null) if lcm
+                                else ladd_step(config, dc, p, parts, step >= 0 and j == turns - 1))
+            losses = {k: v for k, v in stats.items() if k.startswith("loss")}
 
             bar.update()
-            health.note(it + 1, losses, norms)
+            health.note(it + 1, losses, {name: (getattr(p, name), n) for name, n in norms.items()})
             if (it + 1) % config.log_every == 0:
                 look(health, saver)
                 line = {k: v.item() for k, v in losses.items()}
                 line |= {f"norm_{'d' if name == 'heads' else 'g'}": n.total.item()
-                         for name, (_, n) in norms.items()}
+                         for name, n in norms.items()}
                 line = parallel.mean(line) | ({} if lcm else duel_line(stats))
                 line |= pace.line(stream.waited, config.log_every)
                 alarms = evaluate.alarms(line) if step >= 0 else []
@@ -327,7 +321,7 @@ def duel_line(stats: dict[str, Tensor]) -> dict[str, float]:
     margins, accuracies = metrics.active_margins(real, fake), metrics.accuracy(real, fake)
     line = {"margin_real": margins[0], "margin_fake": margins[1],
             "accuracy_real": accuracies[0], "accuracy_fake": accuracies[1],
-            "gap": real.mean() - fake.mean(), "loss_r1": stats["loss_r1"]}
+            "gap": real.mean() - fake.mean()}
     if (wrong := stats["logits_misaligned"]) is not None:
         right = (wrong < 0).float().mean((0, 2, 3))                         # [m] of the samples
         line |= {"accuracy_misaligned": right.sum(), "misaligned": len(right)}

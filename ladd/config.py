@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 SAMPLERS = ("euler", "renoise")
-SCHEDULES = ("one-forward", "simultaneous", "two-forward")
 
 
 class InputError(ValueError):
@@ -128,9 +127,6 @@ class Config:
     taps:            tuple[int, ...] = option((0, 1, 2), "teacher blocks that the heads read")
     head_width:      int = option(64, "channels inside a head, a multiple of 16", low=16)
     teacher_fp8:     bool = option(False, "products of the frozen teacher in fp8 while distilling")
-    schedule:        str = option(
-        "one-forward", "fakes of the student's step: the heads' own, which micro-batches must make anew; the "
-        "heads' own, read by the heads before their step, in micro-batches too; made anew", SCHEDULES)
     heads_steps:     int = option(2, "heads' steps a student step", low=1)
     heads_first:     int = option(40, "heads-only steps at the start", low=0)
     misaligned:      float = option(
@@ -188,12 +184,6 @@ class Config:
             raise InputError(f"--micro-batch: found {self.micro_batch}, a divisor of each process's share of "
                              f"{flag}, {share}, expected")
         return micro
-
-    def schedule_of(self, world: int) -> str:
-        """The schedule as it is run on `world` devices: with accumulation one-forward would keep a graph a
-        micro-batch, the memory that accumulation saves."""
-        split = self.micro(world) * world < self.batch
-        return "two-forward" if self.schedule == "one-forward" and split else self.schedule
 
     @property
     def beside(self) -> int:

@@ -17,7 +17,7 @@ from ladd.sampler import evaluations
 
 
 def step_cost(student: MMDiT, teacher: MMDiT, heads: Discriminator, latent: tuple[int, int, int],
-              context: tuple[int, int], batch: int, config: DistillConfig, schedule: str = "one-forward",
+              context: tuple[int, int], batch: int, config: DistillConfig,
               checkpoint: str = "none", ops: Kernels | None = None) -> dict[str, int]:
     """Of one LADD step of `batch` samples the FLOPs, the bytes kept for backward and the bytes of weights;
     FLOPs of a further step of the heads, of one teacher training step, of one evaluation (flops_v, a sample).
@@ -26,7 +26,7 @@ def step_cost(student: MMDiT, teacher: MMDiT, heads: Discriminator, latent: tupl
     torch counts in the references, those made again by a checkpoint too; bytes kept are those of `ops`, the
     references' by default.
     """
-    step = Step(student, teacher, heads, latent, context, batch, config, schedule, checkpoint)
+    step = Step(student, teacher, heads, latent, context, batch, config, checkpoint)
     made = step.made(references(), torch.float32)
     x0, text, wrong, drawn = made.inputs()
 
@@ -89,15 +89,14 @@ def plan(config: Config, student: MMDiT, teacher: MMDiT, heads: Discriminator, d
     latent, micro, gpu = (16, h // 8, w // 8), config.micro(1), config.real or device.type == "cuda"
     ops = fused() if gpu and config.kernels != "torch" else references()
     networks = student, teacher, heads, latent, (tokens, sizes.context_dim)
-    costs = step_cost(*networks, micro, dc, config.schedule_of(1), config.checkpoint, ops)
+    costs = step_cost(*networks, micro, dc, config.checkpoint, ops)
     distills, loaded = config.objective != "flow", config.teacher or config.real and config.task == "text"
     yield f"parameters: teacher {count(teacher):,}" + (
         f", student {count(student):,}" + f" ({count(student, True):,} in its LoRA)" * bool(config.lora)
         + f", heads {count(heads):,}") * distills
     worlds = ((1, 8 * config.replicas) if config.real else (1,)) if distills else ()
     for gpus in [n for n in worlds if config.batch % n == 0]:
-        part = Step(*networks, config.micro(gpus), dc, config.schedule_of(gpus), config.checkpoint,
-                    not config.teacher_fp8)
+        part = Step(*networks, config.micro(gpus), dc, config.checkpoint, not config.teacher_fp8)
         shard, shared, found = placed(memory, gpus, config.replicas if gpus > 1 else 1, partial(
             memory_plan, part, ops, gpus, accumulate=config.batch // gpus // part.batch,
             device="cuda" if gpu else "cpu"), *((config.parallel, config.shard_teacher) if gpus > 1 else ()))

@@ -7,9 +7,9 @@
     loss_d     = mean relu(1 - D(feats_real)) + mean relu(1 + D(feats_fake.detach()))
     loss_g     = - mean D(feats_fake)
 
-One step: `fake_pass`, `heads_loss` and the heads' optimizer, then `student_loss` with the same fake features
-and the student's optimizer. The fake teacher forward thus serves both losses; its gradients equal those of
-two forwards. Source: Sauer et al. 2024, Sec. 3.
+One step: `fake_pass`, then `heads_loss` and `student_loss` with the same fake features, then both
+optimizers. One student forward and one teacher forward of the fake serve both losses; the gradients
+equal those of separate forwards. Source: Sauer et al. 2024, Sec. 3.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass

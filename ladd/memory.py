@@ -184,7 +184,6 @@ class Step(NamedTuple):
     context: tuple[int, int]         # (l, dim)
     batch: int
     config: DistillConfig
-    schedule: str = "one-forward"
     checkpoint: str = "none"
     shared: bool = False             # one process has one copy of what is frozen in student and teacher
 
@@ -223,15 +222,13 @@ class Step(NamedTuple):
 
     def run(self, look: Callable[[str], None] = lambda name: None) -> None:
         """A step without optimizers, as it is trained. look(name) precedes the fakes, the heads' loss, the
-        student's loss (fakes made anew) and its backward."""
+        student's loss and its backward."""
         x0, text, wrong, drawn = self.inputs()
         look("fakes")
-        fake = self.fakes(x0, text, drawn, self.schedule != "two-forward")
+        fake = self.fakes(x0, text, drawn, True)
         look("heads")
         self.heads_backward(x0, text, wrong, drawn, fake)
         look("student")
-        if self.schedule == "two-forward":
-            fake = self.fakes(x0, text, drawn, True)
         loss = student_loss(self.heads, text, fake, drawn, self.config, grid_of(self.teacher, x0))[0]
         look("backward")
         loss.backward(inputs=[p for p in self.student.parameters() if p.requires_grad])
@@ -266,17 +263,15 @@ def peak(step: Step, ops: Kernels, world: int = 1, shard: int = 1, teacher_shard
         nonlocal kept
         kept = live.now
         live.gathered = always + (world > 1 and name != "heads") * gathered(made.student)
-        if name == "fakes" and step.schedule == "simultaneous" or name == "student":
-            live.gradients = (accumulate > 1) * 4 * n // shard     # of the micro-batches before
-        if name == "student":
-            live.note((world > 1) * 8 * count(made.heads))         # their gradients flat, and the mean
 
     for p in (p for p in made.student.parameters() if p.requires_grad):
         p.register_post_accumulate_grad_hook(take)
     for p in made.heads.parameters():
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    live.gradients = (accumulate > 1) * 4 * n // shard     # of the micro-batches before
     with live:
         made.run(look)
+    live.note((world > 1) * 8 * count(made.heads))     # the heads' gradients flat, and their mean
     return kept, live.peak
 
 

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from ladd import cost, parallel, report
-from ladd.config import SCHEDULES, Config
+from ladd.config import Config
 from ladd.data import Latents
 from ladd.feed import Feed
 from ladd.memory import fused
 from ladd.mmdit import MMDiT, MMDiTConfig
 from ladd.run import device_name, memory_gb
-from ladd.step import (Layout, calibrate, distill_config, heads_step, make_players, on_meta, ops_of,
-                       step_parts, student_step, teacher_config, tokens_of)
+from ladd.step import (Layout, calibrate, distill_config, ladd_step, make_players, no_lap,
+                       on_meta, ops_of, step_parts, teacher_config, tokens_of)
 
 # dense bf16 TFLOP/s with fp32 sums, from NVIDIA's data sheets; names without memory and socket
 PEAKS = {"H100": 989, "H100 PCIe": 756, "H100 NVL": 835, "H200": 989, "H200 NVL": 835, "H800": 989,
@@ -76,27 +76,13 @@ def forwards(**models: nn.Module) -> Iterator[dict[str, int]]:
             hook.remove()
 
 
-def interleaved(steps: dict[str, Callable[[int], None]], count: int, device: torch.device,
-                warm: int = 2) -> dict[str, float]:
-    """Seconds of a call of each; they take turns, so that what slows the machine slows all of them."""
-    seconds = dict.fromkeys(steps, 0.0)
-    for i in range(-warm, count):
-        for name, step in steps.items():
-            wait(device)
-            start = time.perf_counter()
-            step(i + warm)
-            wait(device)
-            seconds[name] += (time.perf_counter() - start) * (i >= 0)
-    return {name: total / count for name, total in seconds.items()}
-
-
-def step_flops(config: Config, sizes: MMDiTConfig, latent: tuple[int, int, int], device: torch.device,
-               schedule: str) -> tuple[int, int]:
+def step_flops(config: Config, sizes: MMDiTConfig, latent: tuple[int, int, int],
+               device: torch.device) -> tuple[int, int]:
     """(FLOPs of a step over all processes, bytes kept for backward by a micro-batch)."""
     world = parallel.ranks()[1]
     micro = config.micro(world)
     costs = cost.step_cost(*on_meta(config, sizes, device), latent, (tokens_of(config), sizes.context_dim),
-                           micro, distill_config(config), schedule, config.checkpoint,
+                           micro, distill_config(config), config.checkpoint,
                            fused() if device.type == "cuda" and config.kernels != "torch" else None)
     flops = costs["flops_step"] + (config.heads_steps - 1) * costs["flops_heads_step"]
     return flops * config.batch // micro, costs["bytes_saved"]
@@ -113,8 +99,7 @@ class Pace:
                  device: torch.device):
         self.config, self.device, peak = config, device, peak_flops(device_name(device))
         world = parallel.ranks()[1]                         # share: of the peak, at one step a second
-        self.share = peak and step_flops(config, sizes, latent, device, config.schedule_of(world))[0] / (
-            peak * world)
+        self.share = peak and step_flops(config, sizes, latent, device)[0] / (peak * world)
         self.began = self.since = time.perf_counter()
         self.idle = self.waited = 0.0
 
@@ -135,8 +120,8 @@ class Pace:
 
 
 def bench(config: Config, layout: Layout) -> None:
-    """Times --bench-steps LADD steps of random networks on random latents, under all schedules in turn; gain
-    is over two-forward."""
+    """Time --bench-steps LADD steps of random networks on random latents and print rates, FLOPs,
+    memory and the share of each stage as JSON."""
     (h, w), n, device = config.hw[0], 2 * config.batch, layout.device
     torch.manual_seed(config.seed)
     with torch.device(device if layout.mesh is None else "cpu"):
@@ -155,32 +140,35 @@ def bench(config: Config, layout: Layout) -> None:
     made = partial(step_parts, replace(config, heads_first=0), dc, latents)
     batches = iter(Feed(made, keys, device))                               # beside the steps, as in a run
 
-    def step(schedule: str, it: int, lap: Callable[[str], None] = lambda name: None) -> None:
-        run = replace(config, schedule=schedule)
-        for j in range(run.heads_steps):
+    def step(lap: Callable[[str], None] = no_lap) -> None:
+        for j in range(config.heads_steps):
             parts = next(batches)
             lap("batch and noise")
-            fakes = heads_step(run, dc, p, parts, j == run.heads_steps - 1, lap)[-1]
-        student_step(run, dc, p, parts, fakes, lap)
+            ladd_step(config, dc, p, parts, j == config.heads_steps - 1, lap)
 
-    seconds = interleaved({s: partial(step, s) for s in SCHEDULES}, config.bench_steps, device)
-    peak, world, rows = peak_flops(device_name(device)), parallel.ranks()[1], []
-    for schedule in SCHEDULES:
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        with forwards(student=p.student, teacher=p.teacher) as count:
-            laps = Laps(device)
-            step(schedule, 0, laps)
-        flops, saved = step_flops(config, c, latent, device,
-                                  replace(config, schedule=schedule).schedule_of(world))
-        rows.append({"schedule": schedule, "pairs_per_second": config.batch / seconds[schedule],
-                     "seconds": seconds[schedule], "flops": flops,
-                     "mfu": flops / seconds[schedule] / (peak * world) if peak else None, "forwards": count,
-                     "memory_gb": memory_gb(device), "bytes_saved": saved,
-                     "stages": {k: v / sum(laps.seconds.values()) for k, v in laps.seconds.items()}})
-    gain = {row["schedule"]: row["pairs_per_second"] / rows[-1]["pairs_per_second"] for row in rows[:-1]}
-    if parallel.ranks()[0] == 0:
-        print(json.dumps({"preset": config.preset, "device": device_name(device), "world_size": world,
-                          "versions": report.versions(), "commit": report.commit(), "batch": config.batch,
-                          "micro_batch": config.micro(world), "size": config.sizes[0], "gain": gain,
-                          "rows": rows}, indent=1))
+    for _ in range(2):              # not counted: they compile, allocate and make Adam's moments
+        step()
+    wait(device)
+    start = time.perf_counter()
+    for _ in range(config.bench_steps):
+        step()
+    wait(device)
+    seconds = (time.perf_counter() - start) / config.bench_steps
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with forwards(student=p.student, teacher=p.teacher) as count:
+        laps = Laps(device)
+        step(laps)                  # not one of those above: each lap waits for the device
+    flops, saved = step_flops(config, c, latent, device)
+    rank, world = parallel.ranks()
+    peak = peak_flops(device_name(device))
+    if rank == 0:
+        found = {"preset": config.preset, "device": device_name(device), "world_size": world,
+                 "versions": report.versions(), "commit": report.commit(), "batch": config.batch,
+                 "micro_batch": config.micro(world), "size": config.sizes[0],
+                 "pairs_per_second": config.batch / seconds, "seconds": seconds, "flops": flops,
+                 "mfu": flops / seconds / (peak * world) if peak else None, "forwards": count,
+                 "memory_gb": memory_gb(device), "bytes_saved": saved,
+                 "stages": {k: v / sum(laps.seconds.values()) for k, v in laps.seconds.items()}}
+        print(json.dumps(found, indent=1))

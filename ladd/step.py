@@ -1,4 +1,4 @@
-"""Networks, optimizers and the two updates of a LADD step as they are run, in micro-batches and processes.
+"""Networks, optimizers and one LADD step as it is run, in micro-batches and processes.
 
 The algebra is ladd/distill.py's; what lies sharded over processes, ladd/parallel.py's.
 """
@@ -18,7 +18,7 @@ from ladd import checkpoint, feed, flow, lora, parallel, shapes, state, tasks
 from ladd.config import Config, InputError
 from ladd.data import Latents
 from ladd.discriminator import Discriminator, DiscriminatorConfig, channel_moments
-from ladd.distill import (DistillConfig, Fake, Text, fake_pass, grid_of, heads_loss, student_loss,
+from ladd.distill import (DistillConfig, Text, fake_pass, grid_of, heads_loss, student_loss,
                           taps_of)
 from ladd.feed import Part, moved
 from ladd.fp8 import in_fp8
@@ -284,7 +284,7 @@ def memory_plan_of(config: Config, sizes: MMDiTConfig,
     (h, w), world, cuda = config.hw[0], parallel.ranks()[1], device.type == "cuda"
     teacher, student, heads = on_meta(config, sizes, device)
     step = Step(student, teacher, heads, (16, h // 8, w // 8), (tokens_of(config), sizes.context_dim),
-                config.micro(world), distill_config(config), config.schedule_of(world), config.checkpoint,
+                config.micro(world), distill_config(config), config.checkpoint,
                 not config.teacher_fp8)
     return partial(memory_plan, step, fused() if cuda and config.kernels != "torch" else references(), world,
                    accumulate=config.batch // world // step.batch, device=device.type)
@@ -327,68 +327,60 @@ def joined(stats: Sequence[dict[str, Tensor | None]]) -> dict[str, Tensor | None
             else torch.stack([s[name] for s in stats]).mean() for name, first in stats[0].items()}
 
 
-def heads_step(config: Config, dc: DistillConfig, p: Players, parts: list[Part], share: bool,
-               lap: Callable[[str], None] = lambda name: None):
-    """(loss_d, gradient norms, stats, fakes) of one step of the heads on the micro-batches `parts`.
+def no_lap(name: str) -> None:
+    """Do nothing: nobody measures the time of each stage."""
 
-    With `share` the student's step follows on the same fakes: one teacher forward serves both losses. Of a
-    single batch their graphs stay alive until then (one-forward). Of several that would cost the memory that
-    accumulation saves: the student's step makes its own, as in the common schedule (two-forward), or its
-    gradients are taken here, by the heads as they are before their step (simultaneous).
+
+def ladd_step(config: Config, dc: DistillConfig, p: Players, parts: list[Part],
+              update_student: bool, lap: Callable[[str], None] = no_lap
+              ) -> tuple[dict[str, Tensor | None], dict[str, Norms]]:
+    """Run one LADD step on the micro-batches `parts`; return (stats, gradient norms by network).
+
+    One student forward and one teacher forward of the fake serve both losses of a micro-batch. Both
+    are computed with the heads as they are before their optimizer's step: no graph outlives its
+    micro-batch, and none is computed again. Without `update_student` only the heads train.
+    stats: `loss_d`, and what `heads_loss` and `student_loss` return.
     """
-    schedule = "two-forward" if config.schedule == "one-forward" and len(parts) > 1 else config.schedule
-    share = share and schedule != "two-forward"
+    def backward(part: Part, last: bool) -> dict[str, Tensor | None]:
+        x0, text, wrong, draws = part
 
-    def backward(part: Part) -> tuple[Tensor, dict[str, Tensor], Fake | dict[str, Tensor] | None]:
-        with torch.set_grad_enabled(share):
-            fake = fake_pass(p.student, p.teacher, p.heads, part.x0, part.text, part.draws, dc)
-        lap("fake, forward")
-        loss_d, stats = heads_loss(p.teacher, p.heads, part.x0, part.text, part.wrong, fake.feats, part.draws,
-                                   dc)
+        # 1. generate: student, renoising, frozen teacher; the student's gradient flows through it
+        with torch.set_grad_enabled(update_student):
+            fake = fake_pass(p.student, p.teacher, p.heads, x0, text, draws, dc)
+        lap("generate")
+
+        # 2. discriminator loss: gradients of the heads alone, the fake features are detached
+        loss_d, stats = heads_loss(p.teacher, p.heads, x0, text, wrong, fake.feats, draws, dc)
         (loss_d / len(parts)).backward()
-        lap("real forward, heads")
-        if share and schedule == "simultaneous":
-            fake = student_backward(dc, p, part, fake, len(parts), part is parts[-1], lap)
-        return loss_d.detach(), stats, fake if share else None
+        stats = {"loss_d": loss_d.detach()} | stats
+        lap("discriminator loss")
 
-    losses, stats, fakes = zip(*map(backward, parts))       # a function: what a part leaves is freed
+        # 3. student loss: gradients of the student alone, the heads' parameters are detached
+        if update_student:
+            loss_g, stats_g = student_loss(p.heads, text, fake, draws, dc, grid_of(p.teacher, x0))
+            parallel.accumulate(p.student, last)
+            (loss_g / len(parts)).backward()
+            stats |= stats_g
+            lap("student loss")
+        return stats
+
+    # one call for each micro-batch: its features and graphs are freed before the next one starts
+    stats = joined([backward(part, part is parts[-1]) for part in parts])
+
+    # 4. optimizers, then the EMA
     parallel.average_gradients(p.heads)
-    norms = parallel.clip(p.heads, config.clip)
+    norms = {"heads": parallel.clip(p.heads, config.clip)}
     p.opt_d.step()
     p.opt_d.zero_grad()
     lap("heads' optimizer")
-    return sum(losses) / len(parts), norms, joined(stats), list(fakes)
-
-
-def student_backward(dc: DistillConfig, p: Players, part: Part, fake: Fake, parts: int, last: bool,
-                     lap: Callable[[str], None]) -> dict[str, Tensor]:
-    """Stats of the student's loss on one of `parts` micro-batches; adds its gradients to the student's."""
-    loss_g, stats = student_loss(p.heads, part.text, fake, part.draws, dc, grid_of(p.teacher, part.x0))
-    parallel.accumulate(p.student, last)
-    (loss_g / parts).backward()
-    lap("heads again, backward to the student")
-    return stats
-
-
-def student_step(config: Config, dc: DistillConfig, p: Players, parts: list[Part],
-                 fakes: list[Fake | dict[str, Tensor] | None],
-                 lap: Callable[[str], None] = lambda name: None):
-    """(stats, gradient norms) of the student's step on the micro-batches of the last heads' step, which takes
-    their `fakes` away: graphs, or stats where the gradients are there, or nothing; moves the average too."""
-    def backward(part: Part, last: bool) -> dict[str, Tensor]:
-        fake = fakes.pop(0)
-        if isinstance(fake, dict):
-            return fake
-        fake = fake or fake_pass(p.student, p.teacher, p.heads, part.x0, part.text, part.draws, dc)
-        lap("fake, forward")
-        return student_backward(dc, p, part, fake, len(parts), last, lap)
-
-    stats = joined([backward(part, part is parts[-1]) for part in parts])
-    return stats, student_update(config, p, lap)
+    if update_student:
+        norms["student"] = student_update(config, p)
+        lap("student's optimizer, EMA")
+    return stats, norms
 
 
 def lcm_step(config: Config, p: Players, parts: list[Part], null: Text):
-    """(stats, gradient norms) of a consistency step on the micro-batches; moves the average too."""
+    """Run one consistency step on the micro-batches; return (stats, gradient norms by network)."""
     levels = flow.euler_levels(config.lcm_steps, config.shift).to(parts[0].x0.device)
 
     def backward(part: Part) -> dict[str, Tensor]:
@@ -399,16 +391,15 @@ def lcm_step(config: Config, p: Players, parts: list[Part], null: Text):
         return stats
 
     stats = joined([backward(part) for part in parts])
-    return stats, student_update(config, p)
+    return stats, {"student": student_update(config, p)}
 
 
-@torch.no_grad()                                            # or the average would keep each step's graph
-def student_update(config: Config, p: Players, lap: Callable[[str], None] = lambda name: None) -> Norms:
-    """Clips the student's gradients, steps, moves the average; the norms before."""
+@torch.no_grad()                        # or the EMA would keep each step's graph
+def student_update(config: Config, p: Players) -> Norms:
+    """Clip the student's gradients, step its optimizer, update the EMA; return the norms before."""
     norms = parallel.clip(p.student, config.clip)
     p.opt_g.step()
-    p.opt_g.zero_grad()                                     # here: no gradients beside the next fakes
+    p.opt_g.zero_grad()                 # to None: no gradients in memory during the next forward
     moved = [pair for pair in zip(p.ema.parameters(), p.student.parameters()) if pair[1].requires_grad]
     torch._foreach_lerp_(*map(list, zip(*moved)), 1 - config.ema)
-    lap("student's optimizer, average")
     return norms

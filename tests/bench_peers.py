@@ -13,6 +13,7 @@ import copy
 import csv
 import math
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +36,7 @@ class Peer(NamedTuple):
     """How a pair of steps is made."""
     heads: str              # ours, stylegan, strided, film
     student: int            # forwards: 1 if both losses share one sample
-    shared_fake: bool       # one teacher forward of the fake for both losses
+    shared_fake: bool       # one teacher forward of the fake for both losses, then both optimizers
     early_exit: bool        # the teacher stops at its last tap
 
 
@@ -148,7 +149,8 @@ def make_pair(peer: Peer, student: MMDiT, teacher: MMDiT, heads: nn.Module, taps
         opt_d.zero_grad()
         hinge_d(logits_of(heads, real, sigma_r, text.pooled, grid),
                 logits_of(heads, [f.detach() for f in feats], sigma, text.pooled, grid)).backward()
-        opt_d.step()
+        if not peer.shared_fake:          # else both losses are computed before the optimizers step
+            opt_d.step()
         # the student's
         if peer.student == 2:
             fake = sample()
@@ -156,9 +158,25 @@ def make_pair(peer: Peer, student: MMDiT, teacher: MMDiT, heads: nn.Module, taps
             feats, sigma = features(fake)
         opt_g.zero_grad()
         (-logits_of(heads, feats, sigma, text.pooled, grid).mean()).backward(inputs=params)
+        if peer.shared_fake:
+            opt_d.step()
         opt_g.step()
 
     return pair
+
+
+def interleaved(steps: dict[str, Callable[[int], None]], count: int, device: torch.device,
+                warm: int = 2) -> dict[str, float]:
+    """Return the seconds of a call of each. They take turns: what slows the machine slows all."""
+    seconds = dict.fromkeys(steps, 0.0)
+    for i in range(-warm, count):
+        for name, step in steps.items():
+            speed.wait(device)
+            start = time.perf_counter()
+            step(i + warm)
+            speed.wait(device)
+            seconds[name] += (time.perf_counter() - start) * (i >= 0)
+    return {name: total / count for name, total in seconds.items()}
 
 
 def compare(width: int, depth: int, grid: int, batch: int, rounds: int, device: torch.device,
@@ -178,7 +196,7 @@ def compare(width: int, depth: int, grid: int, batch: int, rounds: int, device: 
             pairs[name](0)
         size = sum(p.numel() for p in heads.parameters())
         rows.append({"schedule": name, **count, "heads_parameters": size})
-    seconds = speed.interleaved(pairs, rounds, device)
+    seconds = interleaved(pairs, rounds, device)
     for row in rows:
         row |= {"pairs_per_second": batch / seconds[row["schedule"]],
                 "ours_is_faster": seconds[row["schedule"]] / seconds["ours"]}

@@ -444,7 +444,7 @@ def test_eval_batch_bounds_what_is_sampled_at_once(home):
 ELSEWHERE = {"preset": test_preset_decides_the_sizes, "tflops": test_tflops_decide_the_hours,
              "pooled_dim": test_text_of_real_prompts_decides_sizes_and_costs,
              "t5_tokens": test_text_of_real_prompts_decides_sizes_and_costs,
-             **dict.fromkeys(("schedule", "bench_steps"), "tests/test_speed.py"),
+             "bench_steps": "tests/test_speed.py",
              **dict.fromkeys(("parallel", "replicas", "shard_teacher", "checkpoint", "timeout",
                               "on_collapse"), "tests/test_torchrun.py"),
              **dict.fromkeys(("encoders", "prompts", "eval_prompts", "t5", "pairs"), "tests/test_real.py"),

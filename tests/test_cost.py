@@ -23,7 +23,7 @@ from ladd.discriminator import Discriminator, DiscriminatorConfig
 from ladd.distill import DistillConfig, Text, Wrong, draw
 from ladd.feed import Part
 from ladd.mmdit import MMDiT, MMDiTConfig
-from ladd.step import Players, distill_config, heads_step, on_meta, student_step, teacher_config
+from ladd.step import Players, distill_config, ladd_step, on_meta, teacher_config
 
 ROOT = Path(__file__).parent.parent
 STEP = DistillConfig((1.0, 0.5), (0.5, 0.5), 0, 1.0, 0.0, 1.0, False, 0.5, "teacher", 0.0, 0.05, 0.0)
@@ -47,7 +47,6 @@ def allocator_peak(run) -> int:
 class Case(NamedTuple):
     """What is trained: half of the memory is activations without checkpoints, a third with them."""
     checkpoint: str = "none"
-    schedule: str = "one-forward"
     accumulate: int = 1
     replicas: int = 1
 
@@ -61,7 +60,7 @@ class Case(NamedTuple):
     def step(self) -> memory.Step:
         with torch.device("meta"):
             return memory.Step(*self.networks(), (16, 24, 24), (12, 64), 4 // self.accumulate, STEP,
-                             self.schedule, self.checkpoint)
+                             self.checkpoint)
 
     def plan(self, **layout: int) -> dict[str, int]:
         return memory.memory_plan(self.step(), memory.references(), accumulate=self.accumulate, device="cpu",
@@ -78,11 +77,9 @@ class Case(NamedTuple):
             parallel.shard(model, mesh)
         opt_g, opt_d = (torch.optim.AdamW(m.parameters(), 1e-4, fused=True) for m in (student, heads))
         players = Players(student, ema, teacher, heads, opt_g, opt_d)
-        config = SimpleNamespace(schedule=self.schedule, clip=1.0, ema=0.99)
+        config = SimpleNamespace(clip=1.0, ema=0.99)
         for i in range(2):
-            parts = self.parts(i)
-            fakes = heads_step(config, STEP, players, parts, True)[-1]
-            student_step(config, STEP, players, parts, fakes)
+            ladd_step(config, STEP, players, self.parts(i), True)
 
     def parts(self, i: int) -> list[Part]:
         b, g = 4 // self.accumulate, rng(i)
@@ -96,8 +93,7 @@ class Case(NamedTuple):
 
 @pytest.mark.parametrize("case", [Case(), Case("selective"), Case("full"), *(
     pytest.param(case, marks=pytest.mark.slow)
-    for case in (Case(accumulate=2, schedule="two-forward"), Case(accumulate=2, schedule="simultaneous"),
-                 Case("full", "two-forward")))])
+    for case in (Case(accumulate=2), Case("full", accumulate=2)))])
 def test_the_plan_is_the_allocators_peak(case):
     """Of one process, to 2 %: what operators take and give back inside is not in the plan."""
     found = allocator_peak(case.train)
@@ -254,6 +250,6 @@ def test_a_dry_run_counts_what_editing_adds(monkeypatch):
 
 if __name__ == "__main__":
     parallel.start(torch.device("cpu"), 60)
-    checkpoint, schedule, *counts = sys.argv[1:]
-    print(allocator_peak(Case(checkpoint, schedule, *map(int, counts)).train))
+    checkpoint, *counts = sys.argv[1:]
+    print(allocator_peak(Case(checkpoint, *map(int, counts)).train))
     parallel.finish()

@@ -17,7 +17,7 @@ from ladd.checkpoint import load_metadata, load_mmdit
 from ladd.config import parse_config
 from ladd.data import Latents
 from ladd.mmdit import MMDiT, shrunk, widened
-from ladd.step import Layout, heads_step, make_players, student_step
+from ladd.step import Layout, ladd_step, make_players
 
 CPU, RANK = torch.device("cpu"), 4
 REUSE = "--teacher t.safetensors --data runs/whole/data"
@@ -65,8 +65,7 @@ def test_a_step_moves_the_matrices_and_nothing_else(precision, targets, alpha):
     frozen = {k: t.clone() for k, t in p.teacher.state_dict().items()}
     before = {k: t.detach().clone() for k, t in p.tensors().items()}
     for _ in range(2):                                                # A moves once B is not zero
-        fakes = heads_step(config, dc, p, parts, True)[-1]
-        student_step(config, dc, p, parts, fakes)
+        ladd_step(config, dc, p, parts, True)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     student, ema = p.student.state_dict(), p.ema.state_dict()
     for key, t in p.teacher.state_dict().items():
@@ -90,7 +89,7 @@ def test_a_step_moves_the_matrices_and_nothing_else(precision, targets, alpha):
 def test_the_average_follows_what_trains_and_keeps_no_graph(flags):
     config, dc, p, parts = setting(f"--ema .75 {flags}")
     before, names = {k: t.detach().clone() for k, t in p.ema.named_parameters()}, step.trained(p.student)
-    student_step(config, dc, p, parts, heads_step(config, dc, p, parts, True)[-1])
+    ladd_step(config, dc, p, parts, True)
     for k, t in p.ema.named_parameters():
         assert not t.requires_grad and t.grad_fn is None
         assert_close(k, t, torch.lerp(before[k], p.student.get_parameter(k).detach(), 0.25 * (k in names)))
@@ -196,7 +195,7 @@ def test_a_teacher_starts_from_a_base_that_stays(home, task):
 # the plan
 
 @pytest.mark.parametrize("flags", ["--lora 8", pytest.param(
-    "--lora 8 --checkpoint full --schedule two-forward", marks=pytest.mark.slow)])
+    "--lora 8 --checkpoint full", marks=pytest.mark.slow)])
 def test_the_plan_is_the_allocators_peak(flags):
     """From the making of the networks on, to 0.5 %; the frozen weights count once."""
     line = f"--device cpu --precision fp32 --batch 4 --depth 3 --heads-steps 1 --text-dim 64 {flags}"
@@ -210,7 +209,7 @@ def test_the_plan_is_the_allocators_peak(flags):
         p = make_players(config, base, Layout(CPU))
         for i in range(2):
             parts = step.step_parts(config, dc, latents, i, 0)
-            student_step(config, dc, p, parts, heads_step(config, dc, p, parts, True)[-1])
+            ladd_step(config, dc, p, parts, True)
 
     found, plan = allocator_peak(run), step.memory_plan_of(config, base.config, CPU)()
     gone = plan["heads (weights, gradients, Adam)"] / 4            # their gradients, which it always counts

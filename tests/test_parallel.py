@@ -31,8 +31,8 @@ from ladd.mmdit import MMDiT, MMDiTConfig
 
 ROOT = Path(__file__).parents[1]
 CPU, TAPS, GRID, BATCH, STEPS = torch.device("cpu"), (0, 1), (3, 5), 4, 2
-BASE = dict(replicas=1, teacher="sharded", heads_steps=1, two_forward=False, accumulate=1, keep="none",
-            compiled=False, dtype="float64", compute="float64")
+BASE = dict(replicas=1, teacher="sharded", heads_steps=1, accumulate=1, keep="none", compiled=False,
+            dtype="float64", compute="float64")
 
 
 # the network of each process: built on meta, sharded, filled
@@ -84,14 +84,14 @@ def play(case: dict) -> dict[str, Tensor]:
     assert world == 1 or all(isinstance(p, DTensor) for p in opt_g.param_groups[0]["params"])
     out, losses = {}, {}
     for it, j in product(range(STEPS), range(case["heads_steps"])):
-        share = j == case["heads_steps"] - 1
+        update_student = j == case["heads_steps"] - 1
         joined, size = batch(it, j, case), BATCH // world // case["accumulate"]
         mine = [{k: v[start:start + size] for k, v in joined.items()}
                 for start in range(rank * BATCH // world, (rank + 1) * BATCH // world, size)]
-        opt_d.zero_grad()
-        parts, losses = [], Counter()
-        for d in mine:
-            with torch.set_grad_enabled(share and not case["two_forward"]):
+        opt_d.zero_grad(), student.zero_grad()
+        frozen, losses = {k: p.detach() for k, p in heads.named_parameters()}, Counter()
+        for i, d in enumerate(mine):
+            with torch.set_grad_enabled(update_student):
                 fake = fakes(student, teacher, d)
             with torch.no_grad():
                 xt = flow.noised(d["x0"], d["eps_r"], d["sigma_r"])
@@ -101,22 +101,19 @@ def play(case: dict) -> dict[str, Tensor]:
                     + F.relu(1 + heads([f.detach() for f in fake], d["sigma_d"], d["pooled"], GRID)).mean())
             (loss / len(mine)).backward()
             losses["loss_d"] += loss.item() / len(mine)
-            parts.append(fake)
-        parallel.average_gradients(heads)
-        losses["norm_d"] = parallel.clip(heads, 0.5).total.item()
-        opt_d.step()
-        if share:
-            student.zero_grad()
-            frozen = {k: p.detach() for k, p in heads.named_parameters()}
-            for i, (d, fake) in enumerate(zip(mine, parts)):
-                fake = fakes(student, teacher, d) if case["two_forward"] else fake
+            if update_student:
                 parallel.accumulate(student, i == len(mine) - 1)
-                logits = torch.func.functional_call(heads, frozen, (fake, d["sigma_d"], d["pooled"], GRID))
+                logits = torch.func.functional_call(heads, frozen,
+                                                    (fake, d["sigma_d"], d["pooled"], GRID))
                 loss = -logits.mean()
                 (loss / len(mine)).backward()
                 losses["loss_g"] += loss.item() / len(mine)
                 early = world > 1 and i < len(mine) - 1        # gradients wait for the last micro-batch
                 assert not early or all(p.grad is None for p in student.parameters())
+        parallel.average_gradients(heads)
+        losses["norm_d"] = parallel.clip(heads, 0.5).total.item()
+        opt_d.step()
+        if update_student:
             with torch.no_grad():                              # a sample between backward and step
                 student(d["x0"], d["sigma_s"], d["context"], d["pooled"])
                 ema(d["x0"], d["sigma_s"], d["context"], d["pooled"])
@@ -139,7 +136,7 @@ def play(case: dict) -> dict[str, Tensor]:
 
 SHORT = {
     "ddp, teacher whole, accumulated": dict(replicas=0, teacher="whole", accumulate=2),
-    "fsdp, two forwards, selective": dict(two_forward=True, keep="selective"),
+    "fsdp, selective": dict(keep="selective"),
 }
 LONG = {
     "ddp": dict(replicas=0),
@@ -147,11 +144,11 @@ LONG = {
     "fsdp": {},
     "fsdp, teacher whole": dict(teacher="whole"),
     "fsdp, two heads' steps": dict(heads_steps=2),
-    "ddp, two forwards, full": dict(replicas=0, two_forward=True, keep="full"),
+    "ddp, full": dict(replicas=0, keep="full"),
     "compiled, selective, accumulated": dict(compiled=True, keep="selective", accumulate=2),
     "compiled, full, ddp": dict(replicas=0, compiled=True, keep="full"),
 }
-FOUR = {"replicas": dict(replicas=2), "replicas, two forwards": dict(replicas=2, two_forward=True)}
+FOUR = {"replicas": dict(replicas=2), "replicas, selective": dict(replicas=2, keep="selective")}
 BF16 = dict(dtype="float32", compute="bfloat16")
 HALF = {"fsdp": BF16, "ddp": dict(replicas=0, **BF16), "fsdp, accumulated": dict(accumulate=2, **BF16),
         "ddp, accumulated": dict(replicas=0, accumulate=2, **BF16)}

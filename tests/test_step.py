@@ -11,7 +11,7 @@ from test_feed import latents
 from test_train import TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ladd import distill, parallel, step
+from ladd import distill, parallel, speed, step
 from ladd.config import parse_config
 from ladd.mmdit import MMDiT, MMDiTConfig
 
@@ -48,23 +48,21 @@ def setting(flags: str = "", beside: bool = False):
 
 @pytest.mark.parametrize("flags", ["--misaligned .5", "--misaligned .5 --misaligned-at heads",
                                    "--micro-batch 2",
-                                   "--r1-weight 1 --distill-weight 1", "--schedule two-forward",
-                                   "--schedule simultaneous --micro-batch 2"])
+                                   "--r1-weight 1 --distill-weight 1"])
 def test_a_step_reads_nothing_back(flags):
     config, dc, players, parts = setting(flags)
     with Calls() as calls:
-        fakes = step.heads_step(config, dc, players, parts, True)[-1]
-        step.student_step(config, dc, players, parts, fakes)
+        step.ladd_step(config, dc, players, parts, True)
     assert sum(calls.count.values()) > 500 and not WAITS & set(calls.count)
     with Calls() as calls:                                              # it would be seen
         torch.ones(1).item(), torch.ones(2).nonzero()
     assert set(calls.count) >= {"aten::_local_scalar_dense", "aten::nonzero"}
 
 
-@pytest.mark.parametrize("flags, most", [("", 2), ("--micro-batch 2", 2), ("--schedule two-forward", 2),
-                                         ("--schedule simultaneous --micro-batch 2", 2)])
-def test_features_are_freed_when_nobody_needs_them(monkeypatch, flags, most):
-    """Alive at once at most the real ones and the fakes of one micro-batch; after the student's step none."""
+@pytest.mark.parametrize("flags", ["", "--micro-batch 2"])
+def test_features_are_freed_when_nobody_needs_them(monkeypatch, flags):
+    """Alive at once at most the real ones and the fakes of one micro-batch; none when a micro-batch
+    starts, and none after the step."""
     config, dc, players, parts = setting(flags)
     alive, held, tapped = weakref.WeakSet(), [], distill.__dict__["taps_of"]
 
@@ -75,24 +73,22 @@ def test_features_are_freed_when_nobody_needs_them(monkeypatch, flags, most):
         feats = tapped(*args)
         feats[0].tag = Tag()
         alive.add(feats[0].tag)
-        held.append(len(alive))
+        held.append(len(alive))                         # 1: the fakes; 2: the real ones as well
         return feats
     monkeypatch.setitem(distill.__dict__, "taps_of", noted)
     gc.disable()
     try:
         for _ in range(2):
-            fakes = step.heads_step(config, dc, players, parts, True)[-1]
-            assert len(alive) == (0 if flags else 1)              # the student's step shares the fakes
-            step.student_step(config, dc, players, parts, fakes)
-            assert not alive and not fakes
+            step.ladd_step(config, dc, players, parts, True)
+            assert not alive
     finally:
         gc.enable()
-    assert len(held) >= 4 and max(held) == most
+    assert held == [1, 2] * 2 * len(parts)
 
 
 def test_gradients_are_dropped_not_filled_with_zeros():
     config, dc, players, parts = setting()
-    step.student_step(config, dc, players, parts, step.heads_step(config, dc, players, parts, True)[-1])
+    step.ladd_step(config, dc, players, parts, True)
     with Calls() as calls:
         players.opt_g.zero_grad(), players.opt_d.zero_grad()
     assert not any(name.startswith("aten") for name in calls.count)
@@ -106,9 +102,9 @@ def test_gradients_are_clipped_network_by_network(monkeypatch):
     for name, optimizer, net in (("d", players.opt_d, players.heads), ("g", players.opt_g, players.student)):
         take = lambda name=name, net=net: seen.update({name: float(norm(net))})
         monkeypatch.setattr(optimizer, "step", take)
-    _, norms_d, _, fakes = step.heads_step(config, dc, players, parts, True)
-    norms_g = step.student_step(config, dc, players, parts, fakes)[1]
-    assert min(norms_d.total, norms_g.total) > 0.01                    # before clipping
+    norms = step.ladd_step(config, dc, players, parts, True)[1]
+    assert norms.keys() == {"heads", "student"}
+    assert min(n.total for n in norms.values()) > 0.01                 # before clipping
     assert seen == {"d": pytest.approx(1e-3, rel=.01), "g": pytest.approx(1e-3, rel=.01)}
 
 
@@ -141,31 +137,94 @@ def test_processes_and_micro_batches_share_the_calibration(monkeypatch):
 def student_after(flags: str, beside: bool = False) -> torch.Tensor:
     """All weights of the student after a step."""
     config, dc, players, parts = setting(flags, beside)
-    fakes = step.heads_step(config, dc, players, parts, True)[-1]
-    step.student_step(config, dc, players, parts, fakes)
+    step.ladd_step(config, dc, players, parts, True)
     return torch.cat([p.detach().flatten() for p in players.student.parameters()])
 
 
-def test_schedules_differ_in_which_heads_the_student_meets():
-    """Of one batch, one-forward and two-forward are the same step; simultaneous meets the heads before their
-    step, so that it is the same one where they do not move. In micro-batches it is what it is in one."""
-    far, still = "--heads-lr 0.1 --beta1 0 --lr 1e-3", "--heads-lr 0 --lr 1e-3"
-    one, two, before = (student_after(f"{far} --schedule {s}") for s in (
-        "one-forward", "two-forward", "simultaneous"))
-    start = student_after("--lr 0")
-    moved = (one - start).norm()
-    assert torch.equal(one, two) and (one - before).norm() > 0.05 * moved > 0
-    assert torch.equal(student_after(f"{still} --schedule simultaneous"), student_after(still))
-    assert torch.equal(student_after(f"{still} --schedule simultaneous"), before)
-    parts = student_after(f"{far} --schedule simultaneous --micro-batch 2")
-    assert (parts - before).norm() < 0.02 * moved      # Adam magnifies rounding where gradients are near zero
-
-
 def test_micro_batches_bring_their_own_images():
-    """A step on them is that on the whole batch, the captions that do not fit among them: the student meets
-    the heads that these have moved."""
-    flags = "--heads-lr 0.1 --beta1 0 --lr 1e-3 --misaligned .5 --schedule two-forward"
+    """A step on micro-batches is that on the whole batch, images and mismatched captions too."""
+    flags = "--lr 1e-3 --misaligned .5"
     start, whole, split = (student_after(f"{flags} {more}", True)
                            for more in ("--lr 0", "", "--micro-batch 2"))
     moved = (whole - start).norm()
+    # Adam magnifies rounding where gradients are near zero
     assert moved > 0.1 and (split - whole).norm() < 0.02 * moved
+
+
+def gradients(monkeypatch, players: step.Players) -> dict[str, dict[str, torch.Tensor]]:
+    """Gradients of heads and student by name, filled in when their optimizers step, which then do
+    not move anything."""
+    found = {}
+
+    def keep(name, net):
+        def taken():
+            found[name] = {k: p.grad.clone() for k, p in net.named_parameters()
+                           if p.grad is not None}
+        return taken
+
+    monkeypatch.setattr(players.opt_d, "step", keep("heads", players.heads))
+    monkeypatch.setattr(players.opt_g, "step", keep("student", players.student))
+    return found
+
+
+@pytest.mark.parametrize("flags", ["", "--misaligned .5 --r1-weight 1 --distill-weight 1"])
+@pytest.mark.parametrize("micro", [8, 2])
+def test_gradients_equal_those_of_separate_forwards(monkeypatch, flags, micro):
+    """The discriminator loss from a student and a teacher forward without a graph, the student loss
+    from another student and another teacher forward, both of the whole batch."""
+    flags = f"--clip 1e9 --misaligned 0 {flags}"
+    _, dc, players, (whole,) = setting(flags)
+    x0, text, wrong, draws = whole
+    nets = players.student, players.teacher, players.heads
+    with torch.no_grad():
+        fake = distill.fake_pass(*nets, x0, text, draws, dc)
+    distill.heads_loss(*nets[1:], x0, text, wrong, fake.feats, draws, dc)[0].backward()
+    expected = {"heads": {k: p.grad for k, p in players.heads.named_parameters()}}
+    fake = distill.fake_pass(*nets, x0, text, draws, dc)
+    distill.student_loss(nets[2], text, fake, draws, dc, distill.grid_of(nets[1], x0))[0].backward()
+    expected["student"] = {k: p.grad for k, p in players.student.named_parameters()
+                           if p.grad is not None}
+
+    config, dc, players, parts = setting(f"{flags} --micro-batch {micro}")
+    found = gradients(monkeypatch, players)
+    step.ladd_step(config, dc, players, parts, True)
+    assert len(parts) == 8 // micro
+    for name, grads in expected.items():
+        assert found[name].keys() == grads.keys() and len(grads) > 10
+        for key, grad in grads.items():
+            assert_close(f"{name}, {key}", found[name][key], grad, 1e-4)
+
+
+@pytest.mark.parametrize("update_student", [True, False])
+@pytest.mark.parametrize("flags", ["", "--micro-batch 2 --misaligned .5 --r1-weight 1"])
+def test_a_micro_batch_takes_one_student_forward_and_two_teacher_forwards(flags, update_student):
+    """The teacher's: of the fake, for both losses; of all that needs no gradient, together."""
+    config, dc, players, parts = setting(f"--misaligned 0 {flags}")
+    with speed.forwards(student=players.student, teacher=players.teacher) as count:
+        step.ladd_step(config, dc, players, parts, update_student)
+    assert count == {"student": len(parts), "teacher": 2 * len(parts)}
+
+
+def test_only_the_heads_train_without_update_student():
+    config, dc, players, parts = setting("--micro-batch 2")
+    before = {k: t.detach().clone() for k, t in players.tensors().items()}
+    stats, norms = step.ladd_step(config, dc, players, parts, False)
+    after = players.tensors()
+    changed = {name for name, t in before.items() if not t.equal(after[name])}
+    assert {name.split(".")[0] for name in changed} == {"heads", "opt_d"}      # .step counts
+    assert not players.opt_g.state and all(p.grad is None for p in players.student.parameters())
+    assert norms.keys() == {"heads"} and "loss_d" in stats and "loss_g" not in stats
+
+
+def test_the_student_reads_the_heads_before_their_step():
+    """So a step of the heads, however large, changes nothing in the student's step."""
+    near, far = (student_after(f"--lr 1e-3 --beta1 0 --heads-lr {lr}") for lr in ("0", "0.1"))
+    assert torch.equal(near, far) and not torch.equal(near, student_after("--lr 0"))
+
+
+def test_only_the_last_micro_batch_reduces_the_students_gradients(monkeypatch):
+    config, dc, players, parts = setting("--micro-batch 2")
+    seen = []
+    monkeypatch.setattr(parallel, "accumulate", lambda net, last: seen.append((net, last)))
+    step.ladd_step(config, dc, players, parts, True)
+    assert seen == [(players.student, last) for last in (False, False, False, True)]

@@ -381,15 +381,14 @@ def test_learning_rates_rise_stay_and_fall_and_are_never_negative():
 
 def test_each_network_is_given_its_own_learning_rate(home, base, monkeypatch):
     """heads-first 2, warm-up over 4 steps, no decay: the heads' rate rises from their own first step."""
-    seen, heads_step, student_step = {"d": [], "g": []}, train.heads_step, train.student_step
+    seen, ladd_step = {"d": [], "g": []}, train.ladd_step
 
-    def spied(name, function):
-        def call(config, dc, p, *rest):
-            seen[name].append((p.opt_d if name == "d" else p.opt_g).param_groups[0]["lr"])
-            return function(config, dc, p, *rest)
-        return call
-    monkeypatch.setattr(train, "heads_step", spied("d", heads_step))
-    monkeypatch.setattr(train, "student_step", spied("g", student_step))
+    def spied(config, dc, p, parts, update_student):
+        seen["d"].append(p.opt_d.param_groups[0]["lr"])
+        if update_student:
+            seen["g"].append(p.opt_g.param_groups[0]["lr"])
+        return ladd_step(config, dc, p, parts, update_student)
+    monkeypatch.setattr(train, "ladd_step", spied)
     main(home, f"--name rates {REUSE} {QUIET} --warmup 4 --decay 0 --lr 4e-3 --heads-lr 8e-3")
     assert seen == {"d": pytest.approx([2e-3, 4e-3, 6e-3, 8e-3, 8e-3, 8e-3]),
                     "g": pytest.approx([1e-3, 2e-3, 3e-3, 4e-3])}
