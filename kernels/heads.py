@@ -373,12 +373,17 @@ ELEMENTS = dict(R=64, C=128, num_warps=8, num_stages=1)
 REDUCE = dict(R=16, C=128, num_warps=8, num_stages=1)
 
 
+@functools.cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def _arch(device: torch.device) -> int:
     """major * 10 + minor of the GPU that is compiled for, 0 for the interpreter."""
     if ARCH or INTERPRET:
         return ARCH or 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return _capability(device)
 
 
 @functools.cache
