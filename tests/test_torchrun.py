@@ -290,7 +290,7 @@ def test_each_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch):
 def test_out_of_memory_says_what_the_plan_was_and_what_helps(home, whole, monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    monkeypatch.setattr(step, "student_backward", full)
+    monkeypatch.setattr(step, "student_loss", full)
     with pytest.raises(InputError) as error:
         main(home, f"--name full {REUSE} {QUIET} --save-every 1")
     said = str(error.value)
