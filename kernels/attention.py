@@ -127,7 +127,8 @@ if triton is not None:
 
     @triton.jit
     def _prepare(qkv, qk, w_txt, w_img, maxima, n, blocks_txt, blocks, EPS: tl.constexpr,
-                 SCALE: tl.constexpr, TXT: tl.constexpr, FOLD: tl.constexpr, R: tl.constexpr, DH: tl.constexpr, ACC: tl.constexpr):
+                 SCALE: tl.constexpr, TXT: tl.constexpr, FOLD: tl.constexpr, R: tl.constexpr,
+                 DH: tl.constexpr, ACC: tl.constexpr):
         """Norms of rows -> maxima [b, n, 2, blocks]; if FOLD, normalised scaled q and normalised k -> qk."""
         head, block, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         if TXT:
@@ -586,8 +587,8 @@ def prepare(qkv_txt: Tensor | None, qkv_img: Tensor, wq_txt: Tensor | None, wk_t
     blocks, blocks_txt = maxima.shape[3], maxima.shape[3] - _cdiv(qkv_img.shape[1], ROWS)
     _prepare[(n, blocks, b)](
         _pair(_rows, qkv_txt, qkv_img), _pair(_rows, qk_txt, qk_img), (wq_txt, wk_txt), (wq_img, wk_img),
-        maxima, n, blocks_txt, blocks, EPS=eps, SCALE=_score_scale(qkv_img), TXT=blocks_txt > 0, FOLD=qk_img.numel() > 0,
-        R=ROWS, DH=dh, ACC=_acc(qkv_img), num_warps=8, num_stages=1)
+        maxima, n, blocks_txt, blocks, EPS=eps, SCALE=_score_scale(qkv_img), TXT=blocks_txt > 0,
+        FOLD=qk_img.numel() > 0, R=ROWS, DH=dh, ACC=_acc(qkv_img), num_warps=8, num_stages=1)
     return qk_txt, qk_img, maxima
 
 
