@@ -248,7 +248,7 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, shown
                     bar.write(f"step {step:5d}  " + "  ".join(
                         f"{k} {v:.3f}" for k, v in values.items() if k.startswith(("fd_", "prompt", "auc"))))
                     meta["first"] = meta["first"] or values
-                    warn(config, bar, saver, step, alarms)
+                    warn(bar, step, alarms)
                     score = values["fd_1"] + values[f"fd_{len(config.levels)}"] if reference else math.inf
                     if score < meta["best"]:
                         meta["best"] = score
@@ -282,7 +282,7 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, shown
                 log.write(it + 1, **line, **({"alarms": alarms} if alarms else {}))
                 bar.set_postfix({k: f"{line[k]:.2f}" for k in ("loss_d", "loss_g") if k in line},
                                 gb=f"{line['gb']:.1f}")
-                warn(config, bar, saver, step, alarms)
+                warn(bar, step, alarms)
             save_every(config, saver, health, it + 1, it + 1 - start, stopper, p.tensors, meta)
         look(health, saver)
         saver.finish()
@@ -302,16 +302,11 @@ def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, shown
     agree()
 
 
-def warn(config: Config, bar, saver: state.Saver, step: int, alarms: list[str]) -> None:
-    """Says what looks like a collapse, above the progress line, whose name shows that something was said;
-    stops there if --on-collapse says so."""
+def warn(bar, step: int, alarms: list[str]) -> None:
+    """Print collapse warnings above the progress bar, whose name shows that there was one."""
     for alarm in alarms:
         bar.write(f"step {step}: warning: {alarm}")
         bar.set_description("distill!")
-    if alarms and config.on_collapse == "stop":
-        saver.finish()
-        raise Stopped(f"step {step}: {alarms[0]}; --on-collapse stop ends the run, the last checkpoint "
-                      "is intact")
 
 
 def duel_line(stats: dict[str, Tensor]) -> dict[str, float]:

@@ -114,7 +114,7 @@ if triton is not None:
         for i in tl.static_range(2):                                     # q, k
             x = _load(qkv, b, row, (i * n + head) * DH, R, DH).to(ACC)
             if w[i] is not None:
-                # one factor after the other: their product spilled 8 bytes a thread on sm_90 with fp32 weights
+                # one factor after the other: for their product sm_90 spilled 8 bytes a thread (fp32 weights)
                 x *= tl.rsqrt(tl.sum(x * x, 1) / DH + EPS)[:, None]
                 x *= tl.load(w[i] + tl.arange(0, DH)).to(ACC)[None, :]
             if i == 0:

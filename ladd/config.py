@@ -131,10 +131,7 @@ class Config:
     heads_first:     int = option(40, "heads-only steps at the start", low=0)
     misaligned:      float = option(
         0.5, "share of the batch that is also fake under a caption that does not fit", low=0, high=1)
-    misaligned_at:   str = option("teacher", "who reads that caption", ("teacher", "heads"))
-    shared_noise:    bool = option(False, "one noise and level for real and fake")
     r1_weight:       float = option(0.0, "approximate R1 on the renoised real sample", low=0)
-    r1_sigma:        float = option(0.05, "its perturbation", low=0)
     distill_weight:  float = option(0.0, "the paper's distillation loss, for its ablation", low=0)
     # processes (torchrun) and memory
     parallel:        str = option("auto", "copies of the student, or shards; auto: copies where they fit",
@@ -145,7 +142,6 @@ class Config:
     checkpoint:      str = option("none", "activations kept for backward: all; of a block its inputs and "
                                   "attentions; its inputs", ("none", "selective", "full"))
     timeout:         float = option(1800.0, "seconds after which a process that hangs ends the run", low=1)
-    on_collapse:     str = option("warn", "what a sign of collapse does", ("warn", "stop"))
     # evaluation
     n:               int = option(2048, "images of each row of the report", low=6)
     eval_n:          int = option(256, "images of an evaluation while training", low=6)
@@ -198,7 +194,7 @@ class Config:
 
 # may differ when a run resumes
 PROCESS_FIELDS = ("micro_batch", "parallel", "replicas", "shard_teacher", "checkpoint", "timeout",
-                  "on_collapse", "stop_after", "dry_run", "bench_steps", "tflops", "profile")
+                  "stop_after", "dry_run", "bench_steps", "tflops", "profile")
 
 # refused where they would do nothing: those of the built-in world, of a teacher's training, of real prompts,
 # of editing, of a LoRA

@@ -24,6 +24,9 @@ from ladd.discriminator import Discriminator
 from ladd.mmdit import MMDiT
 
 
+R1_SIGMA = 0.05      # size of R1's perturbation. Our choice
+
+
 @dataclass(frozen=True)
 class DistillConfig:
     """What one step computes.
@@ -35,13 +38,9 @@ class DistillConfig:
     d_mean: float                  # sigma_d ~ LogitNormal(d_mean, d_std), final values:
                                    # the shift is not applied again
     d_std: float
-    shared_noise: bool             # one (sigma_d, eps) for real and fake, else independent draws
     misaligned: float              # share of the batch that also counts as fake
                                    # under a caption that does not fit
-    misaligned_at: str             # "teacher": the other caption goes through the teacher;
-                                   # "heads": into the heads' conditioning alone
     r1_weight: float               # approximate R1 on the renoised real sample
-    r1_sigma: float                # its perturbation
     distill_weight: float          # the paper's distillation loss, 0 with synthetic data
 
 
@@ -66,7 +65,7 @@ class Draws(NamedTuple):
     eps_d: Tensor
     sigma_r: Tensor    # [b] level of the renoised real sample
     eps_r: Tensor
-    eps_r1: Tensor     # direction of the R1 perturbation
+    eps_r1: Tensor | None    # direction of R1's perturbation, None without R1
 
 
 class Wrong(NamedTuple):
@@ -95,12 +94,12 @@ def draw(x0: Tensor, step: int, config: DistillConfig, key: Sequence[int], first
     probs = flow.student_probs(step, config.probs, config.easy_steps)
     sigma_s = flow.shift(flow.student_levels(n, config.levels, probs, g), config.shift)[part]
     sigma_d, sigma_r = (flow.logit_normal(n, config.d_mean, config.d_std, g)[part] for _ in range(2))
-    eps = torch.stack([torch.randn(4, *x0.shape[1:], generator=flow.generator(*key, i))
+    count = 4 if config.r1_weight else 3                 # noise that no option uses is not drawn
+    eps = torch.stack([torch.randn(count, *x0.shape[1:], generator=flow.generator(*key, i))
                        for i in range(first, first + len(x0))], 1)
-    eps_s, eps_d, eps_r, eps_r1 = eps
-    if config.shared_noise:
-        sigma_r, eps_r = sigma_d, eps_d
-    return Draws(*(t.to(x0.device) for t in (sigma_s, eps_s, sigma_d, eps_d, sigma_r, eps_r, eps_r1)))
+    eps_s, eps_d, eps_r, *eps_r1 = eps.to(x0.device)
+    sigma_s, sigma_d, sigma_r = (t.to(x0.device) for t in (sigma_s, sigma_d, sigma_r))
+    return Draws(sigma_s, eps_s, sigma_d, eps_d, sigma_r, eps_r, eps_r1[0] if eps_r1 else None)
 
 
 def grid_of(teacher: MMDiT, x: Tensor) -> tuple[int, int]:
@@ -158,19 +157,16 @@ def heads_loss(teacher: MMDiT, heads: Discriminator, x0: Tensor, text: Text, wro
     xt, sigma = flow.noised(x0, draws.eps_r, draws.sigma_r), draws.sigma_r
     passes, read = [(xt, sigma, *text)], [(sigma, text.pooled)]         # through the teacher; by the heads
     if wrong is not None:
+        passes.append((xt[wrong.rows], sigma[wrong.rows], *wrong.text))
         read.append((sigma[wrong.rows], wrong.text.pooled))
-        if config.misaligned_at == "teacher":
-            passes.append((xt[wrong.rows], sigma[wrong.rows], *wrong.text))
     if config.r1_weight:
         # the RENOISED sample is perturbed, at the same level:
-        # ||D(xt) - D(xt + r1_sigma n)||^2 (Lin et al. 2025, Sec. 3.3)
-        passes.append((xt + config.r1_sigma * draws.eps_r1, sigma, *text))
+        # ||D(xt) - D(xt + R1_SIGMA n)||^2 (Lin et al. 2025, Sec. 3.3)
+        passes.append((xt + R1_SIGMA * draws.eps_r1, sigma, *text))
         read.append((sigma, text.pooled))
     together = [torch.cat(parts) for parts in zip(*passes)]
     with torch.no_grad():                                                       # real features need no graph
         feats = taps_of(teacher, heads, *together[:2], type(text)(*together[2:]))
-        if wrong is not None and config.misaligned_at == "heads":
-            feats = [torch.cat([f[:b], f[wrong.rows], f[b:]]) for f in feats]
     logits = heads(feats, *(torch.cat(parts) for parts in zip(*read)), grid)
     logits_real, logits_wrong = logits[:, :b], None
     if wrong is not None:

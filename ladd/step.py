@@ -54,11 +54,10 @@ def distill_config(config: Config) -> DistillConfig:
     if config.objective == "lcm":
         n = config.lcm_steps
         levels = tuple((n - i) / n for i in range(n))
-        return DistillConfig(levels, (1 / n,) * n, 0, config.shift, 0.0, 1.0, False, 0.0, "heads",
-                             0.0, 0.0, 0.0)
+        return DistillConfig(levels, (1 / n,) * n, 0, config.shift, 0.0, 1.0, 0.0, 0.0, 0.0)
     return DistillConfig(config.levels, config.probs, config.easy_steps, config.shift,
-                         config.d_mean, config.d_std, config.shared_noise, config.misaligned,
-                         config.misaligned_at, config.r1_weight, config.r1_sigma, config.distill_weight)
+                         config.d_mean, config.d_std, config.misaligned, config.r1_weight,
+                         config.distill_weight)
 
 
 def compiled(model: MMDiT, config: Config, device: torch.device) -> MMDiT:

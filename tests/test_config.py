@@ -46,11 +46,11 @@ def test_presets_differ_and_name_only_fields():
 
 
 def test_json_round_trip():
-    config = parse_config(["--lr", "1e-5", "--taps", "0,2", "--sizes", "32x64", "--shared-noise"], "tiny")
+    config = parse_config(["--lr", "1e-5", "--taps", "0,2", "--sizes", "32x64", "--qk-norm"], "tiny")
     stored = json.loads(to_json(config))
     back = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
     assert back == config and list(stored) == list(FIELDS)
-    assert stored["taps"] == [0, 2] and stored["shared_noise"] is True
+    assert stored["taps"] == [0, 2] and stored["qk_norm"] is True
     check_same(config, stored)
 
 
@@ -152,7 +152,6 @@ BAD = {
     "--seed -1": ("--seed", "-1", "0 to"),
     "--objects 3": ("--objects", "3", "1, 2"),
     "--sampler ddim": ("--sampler", "'ddim'", "euler, renoise"),
-    "--misaligned-at student": ("--misaligned-at", "'student'", "teacher, heads"),
     "--device tpu": ("--device", "'tpu'", "auto, cpu, cuda"),
     "--precision fp8": ("--precision", "'fp8'", "auto, fp32, bf16"),
     "--name a/b": ("--name", "'a/b'", "folder name"),
@@ -320,7 +319,6 @@ CASES = {    # field: (what changes, in which stage, with which value, beside wh
     "heads_steps":    [("log", "student", "2")],
     "heads_first":    [("log", "student", "2")],
     "misaligned":     [("log", "student", "0")],
-    "misaligned_at":  [("log", "student", "heads")],
     "task":           [("weights", "teacher", "edit"), ("weights", "teacher", "inpaint")],
     "base":           [("weights", "teacher", "t.safetensors")],
     "image_dropout":  [("weights", "teacher", "0.9", "--task edit --text-dropout .95")],
@@ -330,9 +328,7 @@ CASES = {    # field: (what changes, in which stage, with which value, beside wh
     "objective":      [("log", "student", "lcm")],
     "lcm_steps":      [("log", "student", "4", "--objective lcm")],
     "teacher_fp8":    [("log", "student", "on", "--precision bf16")],
-    "shared_noise":   [("log", "student", "on")],
     "r1_weight":      [("log", "student", "1"), ("weights", "student", "2", "--r1-weight 1")],
-    "r1_sigma":       [("log", "student", "0.5", "--r1-weight 1")],
     "distill_weight": [("log", "student", "1"), ("weights", "student", "2", "--distill-weight 1")],
     "eval_n":         [("log", "student", "16", "--eval-every 3")],
     "eval_every":     [("log", "student", "3")],
@@ -445,8 +441,8 @@ ELSEWHERE = {"preset": test_preset_decides_the_sizes, "tflops": test_tflops_deci
              "pooled_dim": test_text_of_real_prompts_decides_sizes_and_costs,
              "t5_tokens": test_text_of_real_prompts_decides_sizes_and_costs,
              "bench_steps": "tests/test_speed.py",
-             **dict.fromkeys(("parallel", "replicas", "shard_teacher", "checkpoint", "timeout",
-                              "on_collapse"), "tests/test_torchrun.py"),
+             **dict.fromkeys(("parallel", "replicas", "shard_teacher", "checkpoint", "timeout"),
+                             "tests/test_torchrun.py"),
              **dict.fromkeys(("encoders", "prompts", "eval_prompts", "t5", "pairs"), "tests/test_real.py"),
              "name": test_name_decides_the_folder,
              "device": test_device_cuda_is_refused_where_there_is_none,

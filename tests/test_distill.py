@@ -20,8 +20,7 @@ from ladd.distill import DistillConfig, Draws, Text, TextImage, Wrong
 
 LEVELS = (1.0, 0.75, 0.5, 0.25)
 CONFIG = DistillConfig(levels=LEVELS, probs=(0.25,) * 4, easy_steps=0, shift=1.0, d_mean=0.0, d_std=1.0,
-                       shared_noise=False, misaligned=0.0, misaligned_at="teacher", r1_weight=0.0,
-                       r1_sigma=0.1, distill_weight=0.0)
+                       misaligned=0.0, r1_weight=0.0, distill_weight=0.0)
 B, TAPS = 4, (0, 1)
 
 
@@ -46,7 +45,7 @@ def misfit(text: Text | TextImage, share: float, weight: tuple[float, ...] = ())
 
 
 def to(dtype: torch.dtype, draws: Draws) -> Draws:
-    return Draws(*(t.to(dtype) for t in draws))
+    return Draws(*(t if t is None else t.to(dtype) for t in draws))
 
 
 def mix(x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
@@ -113,7 +112,8 @@ def stand_ins(config: DistillConfig = CONFIG, gain: float = 0.5):
     """(student, teacher, heads, x0, text, wrong, draws) of one step."""
     x0, text = batch()
     wrong = misfit(text, config.misaligned) if config.misaligned else None
-    draws = to(torch.float64, distill.draw(x0, 0, config, (3,)))
+    # R1's noise is there too: tests switch R1 on and off for the same draws
+    draws = to(torch.float64, distill.draw(x0, 0, replace(config, r1_weight=1.0), (3,)))
     return AffineStudent(), PatchTeacher(), LinearHeads(gain), x0, text, wrong, draws
 
 
@@ -129,20 +129,22 @@ def hinge(real: Tensor, fake: Tensor) -> Tensor:
 
 # --- random draws ---
 
+ALL = replace(CONFIG, r1_weight=1.0)       # every random number is used
+
 def test_draws_are_the_generators_and_of_the_stated_shapes():
     x0 = torch.zeros(B, 4, 4, 6)
-    draws = distill.draw(x0, 0, CONFIG, (1,))
-    assert all(torch.equal(a, b) for a, b in zip(draws, distill.draw(x0, 0, CONFIG, (1,))))
-    assert not torch.equal(draws.eps_s, distill.draw(x0, 0, CONFIG, (2,)).eps_s)
+    draws = distill.draw(x0, 0, ALL, (1,))
+    assert all(torch.equal(a, b) for a, b in zip(draws, distill.draw(x0, 0, ALL, (1,))))
+    assert not torch.equal(draws.eps_s, distill.draw(x0, 0, ALL, (2,)).eps_s)
     for name, t in draws._asdict().items():
         assert t.shape == (x0.shape if name.startswith("eps") else (B,)) and t.dtype == torch.float32, name
 
 
 def test_a_samples_draws_do_not_depend_on_who_shares_its_batch():
     x0 = torch.zeros(6, 4, 4, 6)
-    whole = distill.draw(x0, 0, CONFIG, (1, 2))
+    whole = distill.draw(x0, 0, ALL, (1, 2))
     for first, last in ((0, 6), (0, 2), (2, 5), (5, 6)):
-        part = distill.draw(x0[first:last], 0, CONFIG, (1, 2), first, 6)
+        part = distill.draw(x0[first:last], 0, ALL, (1, 2), first, 6)
         for name, t in part._asdict().items():
             assert torch.equal(t, getattr(whole, name)[first:last]), name
     noises = torch.stack([t.flatten(1) for t in whole[1::2]], 1).flatten(0, 1)[:, :64]     # no two alike
@@ -157,7 +159,7 @@ def test_draws_have_the_stated_distributions():
         found = Counter(round(s, 6) for s in distill.draw(x0, step, config, (0,)).sigma_s.tolist())
         assert all(abs(found[level] / n - p) < 0.01 for level, p in zip((1, 0.9, 0.75, 0.5), probs))
         assert len(found) == sum(p > 0 for p in probs)
-    draws = distill.draw(x0, 10, config, (0,))
+    draws = distill.draw(x0, 10, replace(config, r1_weight=1.0), (0,))
     for sigma in (draws.sigma_d, draws.sigma_r):
         u = torch.logit(sigma)
         assert abs(u.mean() + 0.5) < 0.02 and abs(u.std() - 0.8) < 0.02
@@ -166,12 +168,12 @@ def test_draws_have_the_stated_distributions():
     assert abs(torch.corrcoef(torch.stack([draws.sigma_d, draws.sigma_r]))[0, 1]) < 0.02
 
 
-def test_shared_noise_is_one_draw_for_real_and_fake():
+def test_noise_of_r1_is_drawn_only_with_r1():
+    """And the other draws are the same with and without it."""
     x0 = torch.zeros(B, 4, 4, 6)
-    apart, shared = (distill.draw(x0, 0, replace(CONFIG, shared_noise=s), (0,)) for s in (False, True))
-    assert torch.equal(shared.sigma_d, shared.sigma_r) and torch.equal(shared.eps_d, shared.eps_r)
-    assert not torch.equal(apart.sigma_d, apart.sigma_r) and not torch.equal(apart.eps_d, apart.eps_r)
-    assert not torch.equal(shared.eps_s, shared.eps_d)               # the student's own noise stays its own
+    without, with_r1 = (distill.draw(x0, 0, replace(CONFIG, r1_weight=w), (0,)) for w in (0.0, 1.0))
+    assert without.eps_r1 is None and with_r1.eps_r1.shape == x0.shape
+    assert all(torch.equal(a, b) for a, b in zip(without[:-1], with_r1[:-1]))
 
 
 # --- the hinge ---
@@ -251,9 +253,8 @@ def test_student_loss_is_linear_in_the_logits():
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
-@pytest.mark.parametrize("at", ["teacher", "heads"])
-def test_misaligned_captions_count_as_fake(at, share):
-    config = replace(CONFIG, misaligned=share, misaligned_at=at)
+def test_misaligned_captions_count_as_fake(share):
+    config = replace(CONFIG, misaligned=share)
     student, teacher, heads, x0, text, wrong, draws = stand_ins(config)
     before = [t.clone() for t in (x0, *text, *wrong.text)]
     fake = distill.fake_pass(student, teacher, heads, x0, text, draws, config)
@@ -263,27 +264,26 @@ def test_misaligned_captions_count_as_fake(at, share):
     rows = wrong.rows
     assert len(rows) == stats["logits_misaligned"].shape[1] == share * B    # twice the share, twice as many
     xt, sigma = mix(x0, draws.eps_r, draws.sigma_r), draws.sigma_r
-    read = wrong.text.context if at == "teacher" else text.context[rows]
-    misaligned = logits_of(heads, xt[rows], sigma[rows], read, wrong.text.pooled)
+    misaligned = logits_of(heads, xt[rows], sigma[rows], *wrong.text)
     real = logits_of(heads, xt, sigma, *text)
     made = logits_of(heads, mix(fake.x0_hat, draws.eps_d, draws.sigma_d), draws.sigma_d, *text)
     assert_close("misaligned", stats["logits_misaligned"].flatten(2), misaligned)
     assert_close("loss_d", loss, hinge(real, torch.cat([made, misaligned], 1)))
     assert abs(loss - plain) > 1e-3
-    assert len(teacher.seen) == B + (len(rows) if at == "teacher" else 0)    # in the heads alone: free
+    assert len(teacher.seen) == B + len(rows)
     assert all(torch.equal(a, b) for a, b in zip((x0, *text, *wrong.text), before))
     # with R1 beside them each reads its own part of the one pass
     config = replace(config, r1_weight=2.0)
     both, stats = distill.heads_loss(teacher, heads, x0, text, wrong, fake.feats, draws, config)
-    response = torch.stack([(k + 1) * 0.1 * patches(draws.eps_r1) @ w for k, w in zip(TAPS, heads.w)])
+    response = distill.R1_SIGMA * torch.stack(
+        [(k + 1) * patches(draws.eps_r1) @ w for k, w in zip(TAPS, heads.w)])
     assert_close("with R1", both, loss + 2 * response.square().mean(), 1e-10)
     assert_close("misaligned", stats["logits_misaligned"].flatten(2), misaligned)
 
 
-@pytest.mark.parametrize("at", ["teacher", "heads"])
-def test_every_pass_reads_the_samples_own_image(at):
+def test_every_pass_reads_the_samples_own_image():
     """The student; the teacher on its fakes, on the reals, on these under another caption, and perturbed."""
-    config = replace(CONFIG, misaligned=0.5, misaligned_at=at, r1_weight=2.0, distill_weight=1.5)
+    config = replace(CONFIG, misaligned=0.5, r1_weight=2.0, distill_weight=1.5)
     student, teacher, heads, x0, text, _, draws = stand_ins()
     text = with_image(text)
     image, wrong = text.image, misfit(text, 0.5)
@@ -298,9 +298,9 @@ def test_every_pass_reads_the_samples_own_image(at):
     made = logits_of(heads, xt_fake + image, draws.sigma_d, *text[:2])
     real = logits_of(heads, xt_real + image, draws.sigma_r, *text[:2])
     rows = wrong.rows
-    read = wrong.text.context if at == "teacher" else text.context[rows]
-    bad = logits_of(heads, (xt_real + image)[rows], draws.sigma_r[rows], read, wrong.text.pooled)
-    response = torch.stack([(k + 1) * 0.1 * patches(draws.eps_r1) @ w for k, w in zip(TAPS, heads.w)])
+    bad = logits_of(heads, (xt_real + image)[rows], draws.sigma_r[rows], *wrong.text[:2])
+    response = distill.R1_SIGMA * torch.stack(
+        [(k + 1) * patches(draws.eps_r1) @ w for k, w in zip(TAPS, heads.w)])
     for name, expected in (("real", real), ("fake", made), ("misaligned", bad)):
         assert_close(name, stats[f"logits_{name}"].flatten(2), expected.detach())
     penalty = 2 * response.square().mean()
@@ -328,8 +328,8 @@ def test_a_sample_without_misfit_weighs_nothing():
     assert abs(loss(some) - loss(all_)) > 1e-3
 
 
-def test_r1_compares_one_level_and_has_its_value():
-    """D's answer to the perturbed renoised real sample at its level: here (k + 1) r1_sigma patches(n) w_k."""
+def test_r1_compares_one_level_and_has_its_value(monkeypatch):
+    """D's answer to the perturbed renoised real sample at its level: here (k + 1) R1_SIGMA patches(n) w_k."""
     student, teacher, heads, x0, text, wrong, draws = stand_ins()
     fake = distill.fake_pass(student, teacher, heads, x0, text, draws, CONFIG)
     args = (teacher, heads, x0, text, wrong, fake.feats, draws)
@@ -337,7 +337,8 @@ def test_r1_compares_one_level_and_has_its_value():
     response = torch.stack([(k + 1) * patches(draws.eps_r1) @ w for k, w in zip(TAPS, heads.w)])
     for weight, sigma in ((1.0, 0.1), (1.0, 0.2), (7.0, 0.1), (1.0, 0.0)):
         teacher.seen.clear()
-        loss, stats = distill.heads_loss(*args, replace(CONFIG, r1_weight=weight, r1_sigma=sigma))
+        monkeypatch.setattr(distill, "R1_SIGMA", sigma)
+        loss, stats = distill.heads_loss(*args, replace(CONFIG, r1_weight=weight))
         expected = (sigma * response).square().mean()
         assert_close("loss_r1", stats["loss_r1"], expected.detach(), 1e-10)
         assert_close("loss_d", loss, plain + weight * expected, 1e-10)
@@ -346,6 +347,7 @@ def test_r1_compares_one_level_and_has_its_value():
         assert not any(grad for *_, grad in teacher.seen)
         if sigma == 0:
             assert stats["loss_r1"] == 0
+    monkeypatch.setattr(distill, "R1_SIGMA", 0.1)
     grad_with, grad_without = (torch.autograd.grad(distill.heads_loss(*args, c)[0], heads.w)[0]
                                for c in (replace(CONFIG, r1_weight=1.0), CONFIG))
     penalty = (0.1 * response).square().mean()
@@ -452,9 +454,9 @@ def test_gradients_reach_the_right_network_only(beside):
 
 
 @pytest.mark.parametrize("changes", [
-    {}, dict(misaligned=0.5), dict(misaligned=1.0, misaligned_at="heads"), dict(r1_weight=3.0),
+    {}, dict(misaligned=0.5), dict(misaligned=1.0), dict(r1_weight=3.0),
     dict(distill_weight=2.0), dict(beside=3, misaligned=0.5, r1_weight=1.0),
-    dict(shared_noise=True, shift=3.0, misaligned=0.5, r1_weight=1.0, distill_weight=1.0)], ids=str)
+    dict(shift=3.0, misaligned=0.5, r1_weight=1.0, distill_weight=1.0)], ids=str)
 def test_gradients_equal_those_of_separate_forwards(changes):
     """The naive step computes a student sample and a full teacher forward for each loss."""
     beside = changes.get("beside", 0)
@@ -480,10 +482,10 @@ def test_gradients_equal_those_of_separate_forwards(changes):
         made = teacher(mix(x0_hat, draws.eps_d, draws.sigma_d), draws.sigma_d, *text, taps=TAPS)[1]
         xt = mix(x0, draws.eps_r, draws.sigma_r)
         real = teacher(xt, draws.sigma_r, *text, taps=TAPS)[1]
-        near = teacher(xt + config.r1_sigma * draws.eps_r1, draws.sigma_r, *text, taps=TAPS)[1]
+        noise = 0.0 if draws.eps_r1 is None else distill.R1_SIGMA * draws.eps_r1
+        near = teacher(xt + noise, draws.sigma_r, *text, taps=TAPS)[1]
         rows, other = (wrong.rows, wrong.text) if wrong else ([], None)
-        whose = other if config.misaligned_at == "teacher" else type(text)(*(t[rows] for t in text))
-        bad = teacher(xt[rows], draws.sigma_r[rows], *whose, taps=TAPS)[1] if wrong else []
+        bad = teacher(xt[rows], draws.sigma_r[rows], *other, taps=TAPS)[1] if wrong else []
     d_real = heads(real, draws.sigma_r, text.pooled, (2, 3))
     d_fake = [heads(made, draws.sigma_d, text.pooled, (2, 3))]
     if len(rows):
@@ -529,9 +531,8 @@ def test_the_student_pays_one_forward_and_the_teacher_two():
 # the other must not.
 LIVE = {"levels": ({}, (0.9, 0.6, 0.4, 0.2), "dg"), "probs": ({}, (0.0, 0.0, 0.0, 1.0), "dg"),
         "easy_steps": ({}, 10, "dg"), "shift": ({}, 3.0, "dg"), "d_mean": ({}, 1.0, "dg"),
-        "d_std": ({}, 0.5, "dg"), "shared_noise": ({}, True, "d"), "misaligned": ({}, 0.5, "d"),
-        "misaligned_at": (dict(misaligned=0.5), "heads", "d"), "r1_weight": ({}, 1.0, "d"),
-        "r1_sigma": (dict(r1_weight=1.0), 0.5, "d"), "distill_weight": ({}, 1.0, "g")}
+        "d_std": ({}, 0.5, "dg"), "misaligned": ({}, 0.5, "d"), "r1_weight": ({}, 1.0, "d"),
+        "distill_weight": ({}, 1.0, "g")}
 
 
 @pytest.mark.parametrize("field", [f.name for f in fields(DistillConfig)])

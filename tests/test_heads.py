@@ -265,8 +265,7 @@ def test_compiled_equals_eager_without_graph_breaks():
 def test_the_discriminator_takes_the_same_steps():
     """Heads' loss with misaligned samples and R1, and the student's loss back through the teacher."""
     dc = distill.DistillConfig(levels=(1.0, 0.5), probs=(0.5, 0.5), easy_steps=0, shift=1.0, d_mean=0.0,
-                               d_std=1.0, shared_noise=False, misaligned=0.5, misaligned_at="teacher",
-                               r1_weight=1.0, r1_sigma=0.1, distill_weight=0.0)
+                               d_std=1.0, misaligned=0.5, r1_weight=1.0, distill_weight=0.0)
     teacher, student = (tiny(dtype=torch.float32, seed=s) for s in (0, 1))
     teacher.requires_grad_(False)
     g = rng(7)

@@ -46,8 +46,7 @@ def setting(flags: str = "", beside: bool = False):
     return config, dc, players, step.step_parts(config, dc, data, 0, 0)
 
 
-@pytest.mark.parametrize("flags", ["--misaligned .5", "--misaligned .5 --misaligned-at heads",
-                                   "--micro-batch 2",
+@pytest.mark.parametrize("flags", ["--misaligned .5", "--micro-batch 2",
                                    "--r1-weight 1 --distill-weight 1"])
 def test_a_step_reads_nothing_back(flags):
     config, dc, players, parts = setting(flags)

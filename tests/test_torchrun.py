@@ -365,7 +365,7 @@ def test_alarms(values, said):
     assert len(found) == bool(said) and all(said in text for text in found)
 
 
-def test_on_collapse_decides_whether_a_run_goes_on(home, whole, monkeypatch):
+def test_a_sign_of_collapse_is_printed_and_logged(home, whole, monkeypatch):
     monkeypatch.setattr(evaluate, "alarms", lambda values, before={}: ["all is grey"] * ("auc" in values))
     flags = f"{REUSE} --eval-every 2 --grid-every 0"
     said = main(home, f"--name warned {flags}")
@@ -373,10 +373,6 @@ def test_on_collapse_decides_whether_a_run_goes_on(home, whole, monkeypatch):
     lines = [json.loads(line) for line in (home / "runs/warned/log.jsonl").read_text().splitlines()]
     assert [line.get("alarms") for line in lines if line["stage"] == "eval"] == [["all is grey"]] * 3
     assert (home / "runs/warned/checkpoints/student.safetensors").exists()
-    said = main(home, f"--name stopped {flags} --on-collapse stop")
-    assert "step 0: all is grey; --on-collapse stop ends the run" in said
-    assert not (home / "runs/stopped/checkpoints/student.safetensors").exists()
-    assert state.open_state(home / "runs/stopped/checkpoints/distill").step == 2
 
 
 def test_a_state_is_the_newest_before_the_next_is_begun(home, whole, monkeypatch):
