@@ -1,4 +1,4 @@
-"""Trains a teacher on the built-in world, lets it generate latents, distills a student by LADD, and reports.
+"""Train a teacher on the toy dataset, generate latents with it, distill a student by LADD, report.
 
     python train.py                              preset tiny, on every device
     python train.py --preset tiny --seed 1 --name tiny-1
@@ -10,62 +10,75 @@ With an SD3 checkpoint the teacher is loaded, and prompts come from a file:
 
 On several GPUs or nodes, the same under torchrun:
 
-    torchrun --nproc-per-node 8 train.py --preset sd3.5-large ...
+    torchrun --nproc-per-node 8 -- train.py --preset sd3.5-large ...
 
-Everything lies in runs/<name>/. Stages that are done are skipped;
-the same command again resumes, on any number of processes; Ctrl-C saves first.
-The file reads top to bottom: teacher, synthetic data, distillation, report. The step itself: ladd/step.py.
+Everything is written to runs/NAME/. Finished stages are skipped; the same command again resumes, on
+any number of processes; Ctrl-C saves first.
 """
 import math
 import os
 import time
-from dataclasses import asdict
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ladd import (checkpoint, cost, data, encode, evaluate, flow, metrics, parallel, speed, state,
-                  synthesize)
-from ladd.config import Config, InputError, parse_config, run_script
-from ladd.distill import Text, TextImage, flow_loss
-from ladd.domain import Domain, sd3_domain, world_domain
-from ladd.evaluate import (BEST, VALIDATION, Prompts, draw_prompts, make_reference, shown_prompts,
-                           world_latents)
-from ladd.feed import Feed
-from ladd.inputs import load_data, load_pairs, load_teacher, sizes_of, start_of, teacher_of
-from ladd.mmdit import MMDiT, shrunk
-from ladd.parallel import Watch, agree, ranks
-from ladd.run import (Health, Log, Stopped, Stopper, compute_dtype, device_name, memory_gb, open_run,
-                      pick_device, progress)
-from ladd.step import (Layout, calibrate, check_lora, distill_config, inference, kept, ladd_step,
-                       lay_out, lcm_step, learning_rate, make_players, moments, network, on_meta,
-                       ops_of, plan_in_words, refresh, save_network, step_keys, step_parts,
-                       tokens_of, trained)
+from ladd import bench
+from ladd.build import (batching_of, compute_of, heads_of, needs_of, networks_on_meta, plan_of,
+                        student_lora, teacher_lora, toy_of)
+from ladd.cli import InputError, must, run_script
+from ladd.config import Config, check_same, least_data, parse_config, to_json
+from ladd.core import flow
+from ladd.core.losses import flow_loss
+from ladd.core.mmdit import MMDiT, MMDiTConfig, Text, shrunk
+from ladd.data import files
+from ladd.data.batches import Prefetch
+from ladd.data.prompts import (Codec, Prompts, given_prompts, held_out, pairs_plan, prompt_plan,
+                               read_prompts)
+from ladd.data.shards import Latents
+from ladd.engine import generate, parallel, state
+from ladd.engine.inputs import Needs, load_data, load_pairs, load_teacher, start_of, teacher_sizes
+from ladd.engine.networks import (Compute, check_lora, distribute, inference, checkpoint_tensors,
+                                  network, refresh, save_network, trainable)
+from ladd.engine.parallel import Watch, any_rank, ranks
+from ladd.engine.run import (Health, Log, Stopped, Stopper, device_name, memory_gb, open_run,
+                             progress)
+from ladd.engine.step import (CLIP, Optim, calibrate, ladd_step, learning_rate, make_networks,
+                              moments, step_keys, step_parts)
+from ladd.report import evaluate, speed
+from ladd.report.evaluate import Sizes, make_reference
+from ladd.sd3 import checkpoint, encoders
+from ladd.sd3.encoders import sd3_codec
+from ladd.toy.prompts import BEST, VALIDATION, draw_prompts, toy_codec, toy_latents, toy_plan
 
 
-def save_every(config: Config, saver: state.Saver, health: Health, step: int, done: int, stopper: Stopper,
-               tensors, meta) -> None:
-    """Saves at the interval, and on a signal or --stop-after before it raises Stopped. `done`: steps of this
-    process. What is saved has been looked at: a loss or gradient that is no number stops the run instead."""
+def save_every(config: Config, saver: state.Saver, health: Health, step: int, done: int,
+               stopper: Stopper, tensors, meta) -> None:
+    """Save at the interval, and on a signal or stop_after, then raise Stopped. `done` counts the
+    steps of this process. Losses and gradients are checked first: NaN or inf ends the run
+    instead."""
+    # a checkpoint that was written in the background becomes the newest once all have written it
     wish = bool(stopper) or bool(config.stop_after and done >= config.stop_after)
-    stop, unwritten = agree((wish, not saver.written))
+    stop, unwritten = any_rank((wish, not saver.written))
     if not unwritten:
         saver.publish()
     if stop or step % config.save_every == 0:
-        look(health, saver)
+        check_health(health, saver)
         saver.begin(step, tensors(), meta)
     if stop:
         saver.finish()
-        reason = stopper.signal or ("--stop-after" if done == config.stop_after else "a signal elsewhere")
+        reason = stopper.signal or ("stop_after" if done == config.stop_after
+                                    else "a signal elsewhere")
         raise Stopped(f"{reason}: saved step {step} in {saver.folder}; the same command resumes")
 
 
-def look(health: Health, saver: state.Saver) -> None:
-    """Stops a run whose losses or gradients are no numbers, the state before them on disk."""
+def check_health(health: Health, saver: state.Saver) -> None:
+    """End a run whose losses or gradients are NaN or inf, with the checkpoint before them on
+    disk."""
     try:
-        health.look()
+        health.check()
     except FloatingPointError:
         saver.finish()
         raise
@@ -73,233 +86,283 @@ def look(health: Health, saver: state.Saver) -> None:
 
 # --- stage 1: teacher ---
 
-def train_teacher(config: Config, run: Path, pairs: data.Latents | None, layout: Layout,
+def train_teacher(config: Config, run: Path, needs: Needs, pairs: Latents | None, compute: Compute,
                   stopper: Stopper) -> MMDiT:
-    """Flow matching on renders or `pairs`; AdamW with a cosine schedule.
-    Skipped where the run has its teacher or --teacher names one."""
-    done, device, (rank, world) = teacher_of(config), layout.device, ranks()
-    if done.exists():
-        return load_teacher(config, done)
-    sizes, untrained = start_of(config)
-    model = network(sizes, untrained, config, layout, torch.float32, True, rank=config.teacher_lora,
-                    also="x_embedder" if config.beside else "")
-    optimizer = torch.optim.AdamW(trained(model).values(), config.teacher_lr, betas=(0.9, 0.99),
+    """Return the teacher, trained by flow matching on renders or `pairs`; AdamW with a cosine
+    schedule. Skipped where the run has its teacher or --teacher names one."""
+    path, device = config.teacher_file, compute.device
+    rank, world = ranks()
+    if path.exists():
+        return load_teacher(path, needs, compute.ops)
+    sizes, untrained = start_of(needs, config.base, config.seed, compute.ops)
+    # x_embedder has new input channels for the image, so it trains next to a LoRA
+    reads_image = "x_embedder" if config.task != "text" else ""
+    model = network(sizes, untrained, compute, torch.float32, True, adapter=teacher_lora(config),
+                    also=reads_image)
+    optimizer = torch.optim.AdamW(trainable(model).values(), config.teacher_lr, betas=(0.9, 0.99),
                                   weight_decay=0.01, fused=True)
 
     def tensors(saved: state.State | None = None) -> dict[str, Tensor]:
-        weights = {f"model.{k}": v for k, v in kept(model, model).items()}
+        """Return what a checkpoint holds: weights and the optimizer's moments."""
+        weights = {f"model.{k}": v for k, v in checkpoint_tensors(model, model).items()}
         return weights | moments(optimizer, model, "opt.", saved)
 
-    saver, start = state.Saver(run / "checkpoints" / "teacher", rank, world, agree), 0
+    saver = state.Saver(run / "checkpoints" / "teacher", rank, world, any_rank)
+    start = 0
     meta = {"base": checkpoint.fingerprint(config.base) if config.base else ""}
     if saved := state.open_state(saver.folder):
         start = saved.step
-        if saved.meta != meta:
-            raise InputError(f"--base {config.base}: found another file than {saver.folder} began with; that "
-                             "one or another --name accepted")
+        must(saved.meta == meta, f"--base must be the file that {saver.folder} began with (got "
+             f"{config.base}), or take another --name")
         state.fill(saved, tensors(saved))
-    latents = pairs or world_latents(config, config.teacher_images, config.seed)
+    latents = pairs or toy_latents(toy_of(config), config.teacher_images, config.seed)
     exclude = latents.holdout if pairs else 0
-    null = Text(*(t.to(device) for t in latents.null))
-    share, micro = config.teacher_batch // world, config.micro(world, teacher=True)
+    null = Text(*latents.null).to(device)
+    micro = config.micro(world, teacher=True)
+    share = config.teacher_batch // world
     mine = slice(rank * share, (rank + 1) * share)
 
     def make(step: int) -> list[Tensor]:
-        """x0, noise, levels, what decides who loses the text, and text, of this process's part of a step."""
-        batch = latents.batch(0 if config.overfit_one_batch else step, config.teacher_batch, config.seed,
-                              exclude)
-        g, n = flow.generator(config.seed, 1, step), len(batch.x0)
+        """Return x0, noise, noise levels, dropout draws and text of this process's share of a
+        step."""
+        batch = latents.batch(step, config.teacher_batch, config.seed, exclude)
+        n = len(batch.x0)
+        g = flow.generator(config.seed, 1, step)
         dropped = torch.rand(n, generator=g)
         sigma = flow.logit_normal_mixture(n, config.teacher_means, 1.0, g)
         eps = torch.randn(batch.x0.shape, generator=g)
-        return [t[mine] for t in (batch.x0, eps, sigma, dropped, *batch.text)]
+        return [t[mine] for t in (batch.x0, eps, sigma, dropped, *batch.text) if t is not None]
 
     def loss_of(x0: Tensor, eps: Tensor, sigma: Tensor, dropped: Tensor, *text: Tensor) -> Tensor:
-        empty, bare = dropped < config.text_dropout, dropped < config.image_dropout
-        text = (torch.where(empty[:, None, None], null.context, text[0]),
-                torch.where(empty[:, None], null.pooled, text[1]), *text[2:])
-        if config.task == "text":
-            return flow_loss(model, x0, eps, sigma, Text(*text)).mean()
-        text = TextImage(*text)
+        """Return the mean loss of a micro-batch, with text and source images dropped."""
+        # one draw for both: samples that lose the image are among those that lose the caption
+        empty, no_image = dropped < config.text_dropout, dropped < config.image_dropout
+        text = Text(torch.where(empty[:, None, None], null.context, text[0]),
+                    torch.where(empty[:, None], null.pooled, text[1]), *text[2:])
         if config.task == "edit":
-            text = text._replace(image=text.image.masked_fill(bare[:, None, None, None], 0))
+            text = text._replace(image=text.image.masked_fill(no_image[:, None, None, None], 0))
         return flow_loss(model, x0, eps, sigma, text).mean()
 
-    log, health = Log(run, "teacher", start), Health()
-    bar, since = progress("teacher", config.teacher_steps, start, quiet=rank), time.perf_counter()
+    log = Log(run, "teacher", start)
+    health = Health()
+    bar = progress("teacher", config.teacher_steps, start, quiet=rank)
+    since = time.perf_counter()
     steps = range(start, config.teacher_steps)
-    feed = Feed(make, ((i,) for i in steps), device)
+    feed = Prefetch(make, ((i,) for i in steps), device)
     with Watch("teacher", config.timeout) as watch:
         for step, batch in zip(steps, feed):
-            watch.reach(step)
-            parts, loss = [*zip(*(t.split(micro) for t in batch))], 0.0
+            watch.heartbeat(step)
+            # 1. loss and gradients, micro-batch by micro-batch
+            parts = [*zip(*(t.split(micro) for t in batch))]
+            loss = 0.0
             for i, part in enumerate(parts, 1):
                 parallel.accumulate(model, i == len(parts))
                 part_loss = loss_of(*part) / len(parts)
                 part_loss.backward()
                 loss += part_loss.detach()
+
+            # 2. optimizer: linear warm-up, then a cosine to 0
             rate = (min(1, (step + 1) / max(1, config.warmup))
                     * (1 + math.cos(math.pi * step / config.teacher_steps)) / 2)
             optimizer.param_groups[0]["lr"] = config.teacher_lr * rate
-            norms = parallel.clip(model, config.clip)
+            norms = parallel.clip(model, CLIP)
             optimizer.step()
             optimizer.zero_grad()
+
+            # 3. once in a while: log, save
             bar.update()
             health.note(step + 1, {"loss": loss}, {"": (model, norms)})
             if (step + 1) % config.log_every == 0:
-                look(health, saver)
+                check_health(health, saver)
                 line = parallel.mean({"loss": loss.item(), "grad_norm": norms.total.item()})
                 log.write(step + 1, **line, seconds=time.perf_counter() - since)
                 bar.set_postfix(loss=f"{line['loss']:.3f}", gb=f"{memory_gb(device):.1f}")
             save_every(config, saver, health, step + 1, step + 1 - start, stopper, tensors, meta)
-        look(health, saver)
+        check_health(health, saver)
         saver.finish()
     bar.close()
-    also = f" of {sizes.in_channels} input channels, with x_embedder of teacher.safetensors"
-    save_network(model, untrained, done, describe(config, "teacher"),
-                 Path(config.base).name + also * bool(config.beside))
-    return load_teacher(config, done)
+    base = Path(config.base).name
+    if config.task != "text":
+        base += f" of {sizes.in_channels} input channels, with x_embedder of teacher.safetensors"
+    save_network(model, untrained, path, config.recipe.metadata("teacher", config.real), base)
+    return load_teacher(path, needs, compute.ops)
 
 
 # --- stage 2: synthetic data ---
 
-def make_data(config: Config, run: Path, teacher: MMDiT, pairs: data.Latents | None, domain: Domain,
-              device: torch.device, stopper: Stopper) -> data.Latents:
-    """Latents that the teacher generates with guidance, from captions of the world, the run's prompts, or
-    the sources and instructions of `pairs`; skipped where --data names a folder."""
+def make_data(config: Config, run: Path, teacher: MMDiT, pairs: Latents | None, codec: Codec,
+              compute: Compute, stopper: Stopper) -> Latents:
+    """Return latents that the teacher generates with guidance, from captions of the toy dataset,
+    from --prompts, or from the sources and instructions of `pairs`; --data takes others instead."""
+    toy, size, shard, seed = toy_of(config), config.data_size, config.shard_size, config.seed
+    if config.data == "toy":
+        return toy_latents(toy, size, seed + 1)
     if config.data:
-        return load_data(config, Path(config.data), teacher.config, config.batch)
-    if config.data_from == "world":
-        return world_latents(config, config.data_size, config.seed + 1)
+        return load_data(Path(config.data), teacher.config, config.task, config.batch)
     if pairs:
-        plan = synthesize.pairs_plan(pairs, config.data_size, config.data_batch, config.seed)
-    elif config.real:
-        prompts, _ = encode.read_prompts(config.prompts)
-        plan = synthesize.prompt_plan(prompts, config.hw, config.data_size, config.data_batch, config.seed)
+        plan = pairs_plan(pairs, size, shard, seed)
+    elif toy:
+        plan = toy_plan(toy, size, shard, seed)
     else:
-        plan = synthesize.world_plan(config)
+        prompts, _ = read_prompts(config.prompts)
+        plan = prompt_plan(prompts, config.hw, size, shard, seed)
+    dtype, rows = (torch.float32, 1024) if toy else (torch.bfloat16, 256)
     with Watch("data", config.timeout) as watch:
-        whole = synthesize.synthesize(
-            run / "data", plan, teacher, lambda model: inference(model, config, device), domain,
-            config.sample_steps, config.shift, (config.guidance, config.image_guidance), config.eval_batch,
-            *((torch.bfloat16, 256) if config.real else (torch.float32, 1024)), lambda: bool(stopper),
-            watch.reach)
+        whole = generate.generate_latents(run / "data", plan, teacher,
+                                          lambda model: inference(model, compute), codec,
+                                          config.sample_steps, config.shift,
+                                          (config.guidance, config.image_guidance),
+                                          config.sample_batch, dtype, rows, lambda: bool(stopper),
+                                          watch.heartbeat)
     if not whole:
         raise Stopped(f"{stopper.signal}: shards saved in {run / 'data'}; the same command resumes")
-    return load_data(config, run / "data", teacher.config, config.batch)
+    return load_data(run / "data", teacher.config, config.task, config.batch)
 
 
 # --- stage 3: distillation ---
 
-def distill(config: Config, run: Path, base: MMDiT, latents: data.Latents, shown: list[Prompts],
-            domain: Domain, layout: Layout, stopper: Stopper) -> None:
-    """LADD, step by step; writes checkpoints/student.safetensors,
-    the best by the metric while training, the last where there is no metric (real prompts).
-    `shown`: of the grids."""
-    out, device, (rank, world) = run / "checkpoints" / "student.safetensors", layout.device, ranks()
+def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: list[Prompts],
+            codec: Codec, compute: Compute, stopper: Stopper) -> None:
+    """Distill a student of the teacher `base`; write checkpoints/student.safetensors, the best by
+    FD at 1 step plus FD at all steps, the last one for real prompts, which have no metric. `shown`:
+    prompts of the sample grids."""
+    out = run / "checkpoints" / "student.safetensors"
+    device = compute.device
+    rank, world = ranks()
     if out.exists():
         return
-    torch.manual_seed(config.seed + 1)
-    dc, p, lcm = distill_config(config), make_players(config, base, layout), config.objective == "lcm"
+    torch.manual_seed(config.seed + 1)                          # the heads' initial weights
+    dc, recipe = config.ladd, config.recipe
+    batching, optim = batching_of(config), config.group(Optim)
+    p = make_networks(base, compute, optim, heads_of(config, base.config), config.student_depth,
+                      student_lora(config), config.teacher_fp8)
     _, untrained = shrunk(base, config.student_depth or base.config.depth)
-    origin = (Path(config.teacher or "teacher.safetensors").name
-              + f", {config.student_depth} of its blocks taken evenly" * bool(config.student_depth))
+    origin = config.teacher_file.name
+    if config.student_depth:
+        origin += f", {config.student_depth} of its blocks taken evenly"
 
-    # resume: every random draw is a function of the step,
-    # so weights, optimizers and the best value are all there is
-    saver, start = state.Saver(run / "checkpoints" / "distill", rank, world, agree), 0
-    meta = {"best": math.inf, "first": {}}       # the best distances yet; the first evaluation
+    # resume: every random number is a function of the step, so that weights, optimizers and the
+    # metrics in `meta` are all that a checkpoint needs
+    saver = state.Saver(run / "checkpoints" / "distill", rank, world, any_rank)
+    start = 0
+    # the best score so far and the metrics of the first evaluation
+    meta = {"best": math.inf, "first": {}}
     if saved := state.open_state(saver.folder):
         start, meta = saved.step, saved.meta
         state.fill(saved, p.tensors(saved))
-    elif not lcm:
-        calibrate(config, dc, p.teacher, p.heads, latents)
+    else:
+        calibrate(dc, batching, p.teacher, p.heads, latents)
 
+    toy = toy_of(config)
     reference = None
-    if not config.real:
-        prompts = draw_prompts(config, config.eval_n, BEST)
-        reference = make_reference(config, prompts, config.eval_n, VALIDATION)
-    viewer = p.ema if layout.mesh else inference(p.ema, config, device)
-    first = 0 if lcm else config.heads_first                   # the first steps move the heads alone
-    total, turns = first + config.steps, 1 if lcm else config.heads_steps
-    null = Text(*(t.to(device) for t in latents.null))
-    # the evaluation at `start` comes after its state
-    log, evals, health = Log(run, "distill", start), Log(run, "eval", start - 1), Health()
-    bar, pace = progress("distill", total, start, quiet=rank), speed.Pace(
-        config, base.config, (16, config.hw[0][0] // 8, config.hw[0][1] // 8), device)
-    stream = Feed(partial(step_parts, config, dc, latents), step_keys(start, total, turns), device)
+    if toy:
+        prompts = draw_prompts(toy, config.eval_n, BEST)
+        reference = make_reference(toy, prompts, config.eval_n, VALIDATION)
+    # a sharded EMA is evaluated as it is, otherwise a copy in the compute dtype
+    eval_model = p.ema if compute.mesh else inference(p.ema, compute)
+    # the first iterations train only the heads
+    first = config.heads_first
+    total = first + config.steps
+    log = Log(run, "distill", start)
+    # a resumed run evaluates at `start` again, so the old line of that evaluation is dropped
+    evals = Log(run, "eval", start - 1)
+    health = Health()
+    bar = progress("distill", total, start, quiet=rank)
+    pace = speed.Pace(config.batch, device, world, partial(bench.step_flops, config, base.config,
+                                                           compute.dtype))
+    stream = Prefetch(partial(step_parts, dc, batching, latents),
+                      step_keys(start, total, config.heads_steps), device)
     batches = iter(stream)
+
+    def evaluated(it: int, step: int) -> None:
+        """Evaluate, save a grid of samples, keep the best student."""
+        if eval_model is not p.ema:
+            refresh(eval_model, p.ema, untrained)
+        evaluate.save_grid(recipe, codec, eval_model, shown, config.sample_batch,
+                           run / "samples" / f"{step:06d}.png")
+        values = {}
+        if reference:
+            values = evaluate.quality(recipe, codec, eval_model, prompts, reference,
+                                      config.sample_batch)
+        values |= evaluate.discriminator_metrics(eval_model, p.teacher, p.heads, latents, dc,
+                                                 config.sample_batch)
+        # equal except for rounding; the mean makes all processes choose the same best student
+        values = parallel.mean(values)
+        found = evaluate.collapse_warnings(values, meta["first"] or values)
+        evals.write(it, **values, **alarms_column(found))
+        bar.write(f"step {step:5d}  " + "  ".join(
+            f"{k} {v:.3f}" for k, v in values.items() if k.startswith(("fd_", "prompt", "auc"))))
+        warn(bar, step, found)
+        meta["first"] = meta["first"] or values
+        score = values["fd_1"] + values[f"fd_{len(config.levels)}"] if reference else math.inf
+        if score < meta["best"]:
+            meta["best"] = score
+            save_network(p.ema, untrained, out.with_name("best.safetensors"),
+                         recipe.metadata("student", config.real), origin)
+
     with Watch("distill", config.timeout) as watch:
         for it in range(start, total + 1):
-            step = it - first                                  # the student's own count
-            every = lambda n: n and (step >= 0 and step % n == 0 or it == total)
-            with pace.paused():
-                if (every(config.grid_every) or every(config.eval_every)) and viewer is not p.ema:
-                    refresh(viewer, p.ema, untrained)
-                if every(config.grid_every):
-                    evaluate.save_grid(config, domain, viewer, shown, run / "samples" / f"{step:06d}.png")
-                if every(config.eval_every):
-                    values = evaluate.quality(config, domain, viewer, prompts, reference) if reference else {}
-                    if not lcm:
-                        values |= evaluate.duel(viewer, p.teacher, p.heads, latents, dc, config.eval_batch)
-                    values = parallel.mean(values)             # equal but for rounding: one for all
-                    alarms = evaluate.alarms(values, meta["first"] or values)
-                    evals.write(it, **values, **({"alarms": alarms} if alarms else {}))
-                    bar.write(f"step {step:5d}  " + "  ".join(
-                        f"{k} {v:.3f}" for k, v in values.items() if k.startswith(("fd_", "prompt", "auc"))))
-                    meta["first"] = meta["first"] or values
-                    warn(bar, step, alarms)
-                    score = values["fd_1"] + values[f"fd_{len(config.levels)}"] if reference else math.inf
-                    if score < meta["best"]:
-                        meta["best"] = score
-                        save_network(p.ema, untrained, out.with_name("best.safetensors"),
-                                     describe(config, "student"), origin)
+            # 1. once in a while: evaluate; `step` counts the student's steps and is negative while
+            # only the discriminator trains
+            step = it - first
+            if config.eval_every and (step >= 0 and step % config.eval_every == 0 or it == total):
+                with pace.paused():
+                    evaluated(it, step)
             if it == total:
                 break
             if config.profile and it == max(start, total - 3):
                 profiler = torch.profiler.profile()
                 profiler.start()
 
-            p.opt_g.param_groups[0]["lr"] = config.lr * learning_rate(config, step, max(step, 0))
-            p.opt_d.param_groups[0]["lr"] = config.heads_lr * learning_rate(config, step, it)
-            for j in range(turns):     # each has its own batch; the last updates the student too
+            # 2. discriminator steps, each with its own batch; the last one updates the student too
+            p.opt_g.param_groups[0]["lr"] = config.lr * learning_rate(optim, step, max(step, 0))
+            p.opt_d.param_groups[0]["lr"] = config.heads_lr * learning_rate(optim, step, it)
+            for j in range(config.heads_steps):
                 parts = next(batches)
-                watch.reach(it)
-                stats, norms = (lcm_step(config, p, parts, null) if lcm
-                                else ladd_step(config, dc, p, parts, step >= 0 and j == turns - 1))
-            losses = {k: v for k, v in stats.items() if k.startswith("loss")}
+                watch.heartbeat(it)
+                update_student = step >= 0 and j == config.heads_steps - 1
+                stats, norms = ladd_step(dc, p, parts, config.ema, update_student)
 
+            # 3. once in a while: log, save
             bar.update()
+            losses = {k: v for k, v in stats.items() if k.startswith("loss")}
             health.note(it + 1, losses, {name: (getattr(p, name), n) for name, n in norms.items()})
             if (it + 1) % config.log_every == 0:
-                look(health, saver)
+                check_health(health, saver)
                 line = {k: v.item() for k, v in losses.items()}
-                line |= {f"norm_{'d' if name == 'heads' else 'g'}": n.total.item()
-                         for name, n in norms.items()}
-                line = parallel.mean(line) | ({} if lcm else duel_line(stats))
+                line |= {f"norm_{'d' if name == 'heads' else 'g'}": n.total.item() for name, n
+                         in norms.items()}
+                line = parallel.mean(line) | evaluate.batch_metrics(stats)
                 line |= pace.line(stream.waited, config.log_every)
-                alarms = evaluate.alarms(line) if step >= 0 else []
-                log.write(it + 1, **line, **({"alarms": alarms} if alarms else {}))
+                found = evaluate.collapse_warnings(line) if step >= 0 else []
+                log.write(it + 1, **line, **alarms_column(found))
                 bar.set_postfix({k: f"{line[k]:.2f}" for k in ("loss_d", "loss_g") if k in line},
                                 gb=f"{line['gb']:.1f}")
-                warn(bar, step, alarms)
+                warn(bar, step, found)
             save_every(config, saver, health, it + 1, it + 1 - start, stopper, p.tensors, meta)
-        look(health, saver)
+        check_health(health, saver)
         saver.finish()
     bar.close()
     if config.profile and start < total:
         profiler.stop()
-        profiler.export_chrome_trace(config.profile + f".{rank}" * bool(rank))
+        profiler.export_chrome_trace(config.profile if rank == 0 else f"{config.profile}.{rank}")
         if rank == 0:
             print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15,
                                                 max_name_column_width=40))
-    save_network(p.ema, untrained, out.with_name("last.safetensors"), describe(config, "student"), origin)
+    save_network(p.ema, untrained, out.with_name("last.safetensors"),
+                 recipe.metadata("student", config.real), origin)
     chosen = "best" if out.with_name("best.safetensors").exists() else "last"
     if rank == 0:
-        for end in ("_lora", ""):              # the student last: once it is there, the stage is done
+        # the student is renamed last: once it exists, the stage is done
+        for end in ("_lora", ""):
             if (made := out.with_name(f"{chosen}{end}.safetensors")).exists():
                 os.replace(made, out.with_name(f"student{end}.safetensors"))
-    agree()
+    any_rank()
+
+
+def alarms_column(found: list[str]) -> dict[str, list[str]]:
+    """Return the column of the log, which exists only with a warning."""
+    return {"warnings": found} if found else {}
 
 
 def warn(bar, step: int, alarms: list[str]) -> None:
@@ -309,150 +372,166 @@ def warn(bar, step: int, alarms: list[str]) -> None:
         bar.set_description("distill!")
 
 
-def duel_line(stats: dict[str, Tensor]) -> dict[str, float]:
-    """The duel on the training batch of all processes: active margins and accuracy of the heads, and the mean
-    logits' gap."""
-    real, fake = stats["logits_real"], stats["logits_fake"]
-    margins, accuracies = metrics.active_margins(real, fake), metrics.accuracy(real, fake)
-    line = {"margin_real": margins[0], "margin_fake": margins[1],
-            "accuracy_real": accuracies[0], "accuracy_fake": accuracies[1],
-            "gap": real.mean() - fake.mean()}
-    if (wrong := stats["logits_misaligned"]) is not None:
-        right = (wrong < 0).float().mean((0, 2, 3))                         # [m] of the samples
-        line |= {"accuracy_misaligned": right.sum(), "misaligned": len(right)}
-    line = parallel.mean({k: float(v) for k, v in line.items()})
-    # its samples lie unevenly: a process, or a small batch, may have none
-    count, right = line.pop("misaligned", 0), line.pop("accuracy_misaligned", 0)
-    return line | ({"accuracy_misaligned": right / count} if count else {})
-
-
-def describe(config: Config, role: str) -> dict[str, str]:
-    """What sampling needs beside the weights; levels are unshifted."""
-    listed = lambda values: ",".join(map(str, values))
-    return {"role": role, "domain": "sd3" if config.real else "world", "levels": listed(config.levels),
-            "shift": str(config.shift),
-            "sampler": config.sampler, "guidance": str(config.guidance),
-            "sample_steps": str(config.sample_steps), "objects": str(config.objects),
-            "text_dim": str(config.text_dim), "sizes": listed(config.sizes), "task": config.task,
-            "image_guidance": str(config.image_guidance)}
-
-
 # --- stage 4: report ---
 
-def write_report(config: Config, run: Path, base: MMDiT, shown: list[Prompts], domain: Domain,
-                 layout: Layout, seconds: dict[str, float]) -> None:
-    """report.json and report.png of the run's student beside its teacher and the untrained student."""
-    start, device = time.perf_counter(), layout.device
-    student = checkpoint.load_mmdit(run / "checkpoints" / "student.safetensors", ops_of(config))
+def write_report(config: Config, run: Path, base: MMDiT, shown: list[Prompts], codec: Codec,
+                 compute: Compute, seconds: dict[str, float]) -> None:
+    """Write report.json and report.png: the student next to its teacher and the untrained
+    student."""
+    start = time.perf_counter()
+    student = checkpoint.load_mmdit(run / "checkpoints" / "student.safetensors", compute.ops)
     weights = ((base.config, base.state_dict()), (student.config, student.state_dict()),
                shrunk(base, student.config.depth))
-    networks = [network(*pair, config, layout, compute_dtype(config.precision, device), False,
-                        layout.shard_teacher) for pair in weights]
+    networks = [network(*pair, compute, compute.dtype, False, compute.shard_teacher)
+                for pair in weights]
     with Watch("report", config.timeout) as watch:
-        evaluate.compare(config, run, shown, domain, *networks, seconds, start, watch.reach)
-
-
-def dry_run(config: Config, device: torch.device) -> None:
-    """Prints the resolved configuration, parameters, memory, FLOPs, hours and disk; allocates nothing."""
-    sizes = sizes_of(config)
-    check_lora(config, sizes)
-    teacher, student, heads = on_meta(config, sizes, device)
-    prompts = encode.read_prompts(config.prompts)[0] if config.prompts else None
-    limit = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 80 * 10 ** 9
-    print("\n".join(f"{k}: {v}" for k, v in asdict(config).items()) + "\n")
-    print("\n".join(cost.plan(config, student, teacher, heads, distill_config(config), tokens_of(config),
-                              len(set(prompts)) if prompts else config.data_size, device, limit)))
+        evaluate.compare(config.recipe, toy_of(config), run, shown, codec, networks,
+                         Sizes(config.n, config.eval_n, config.sample_batch),
+                         {"preset": config.preset, "seeds": [config.seed]}, seconds, start,
+                         watch.heartbeat)
 
 
 # --- main ---
 
+def shown_prompts(config: Config, pairs: Latents | None) -> list[Prompts]:
+    """Return the prompts of sample grids, and for real images of the report."""
+    if toy := toy_of(config):
+        return draw_prompts(toy, 4 * len(config.hw), VALIDATION)
+    if pairs:
+        return held_out(pairs, 8)
+    captions, _ = read_prompts(config.eval_prompts or config.prompts)
+    return given_prompts(config.hw, captions if config.eval_prompts else captions[:8])
+
+
+def check_inputs(config: Config, compute: Compute, needs: Needs, say: Callable) -> MMDiTConfig:
+    """Return the sizes of the teacher. Everything is checked before the run folder is made, so that
+    a refused command leaves none behind."""
+    for name in ("teacher", "base", "data", "pairs"):
+        path = getattr(config, name)
+        # --base is not read any more once the run has its teacher; --data toy is no folder
+        if name == "base" and config.teacher_file.exists() or name == "data" and path == "toy":
+            continue
+        must(not path or Path(path).exists(), f"--{name}: {path} does not exist")
+    for path in filter(None, (config.prompts, config.eval_prompts)):
+        for note in read_prompts(path)[1]:
+            say(note)
+    sizes = teacher_sizes(config.teacher_file, needs, config.base, compute.ops)
+    check_lora(sizes, config.student_depth, teacher_lora(config), student_lora(config))
+    if config.data and config.data != "toy":
+        load_data(Path(config.data), sizes, config.task, config.batch)
+    stored = config.folder / "config.json"
+    if stored.exists():
+        check_same(config, files.read_json(stored))
+    return sizes
+
+
+def read_pairs(config: Config, sizes: MMDiTConfig, codec: Codec) -> Latents | None:
+    """Return the images of --pairs, of which each size gets a batch of generated latents."""
+    if not config.pairs:
+        return None
+    made = {"text": codec.provenance["encoders"],
+            "vae": encoders.fingerprint(config.encoders, ["vae"])}
+    # no teacher is trained with --teacher, so a single pair is enough
+    batch = 1 if config.teacher else config.teacher_batch
+    pairs = load_pairs(Path(config.pairs), sizes, config.task, batch, made)
+    least = least_data(len(pairs.buckets), config.batch, config.shard_size)
+    must(config.data_size >= least or bool(config.data) or not config.steps, "--data-size must be "
+         f"at least {least}, a --batch of each of the {len(pairs.buckets)} sizes of {config.pairs} "
+         f"(got {config.data_size})")
+    return pairs
+
+
 def main(argv: list[str]) -> None:
-    config = parse_config(argv, "tiny", __doc__)
-    device, (rank, world) = pick_device(config.device), ranks()
-    dtype = compute_dtype(config.precision, device)
-    say = print if rank == 0 else lambda *words: None
+    """Run the stages that the flags ask for and that the run folder does not have yet."""
+    config = parse_config(argv, __doc__)
+    rank, world = ranks()
+
+    def say(text: str) -> None:
+        """Print in the first process."""
+        if rank == 0:
+            print(text)
+
+    compute, needs = compute_of(config), needs_of(config)
+    device = compute.device
     if device.type == "cuda" and not any(a.startswith("--preset") for a in argv):
         say("preset tiny: the default on every device; --preset shapes is the larger one for a GPU")
-    if config.teacher_fp8 and dtype != torch.bfloat16:
-        raise InputError(f"--teacher-fp8: found --precision {config.precision} on {device}, bf16 accepted")
-    if config.teacher_fp8 and device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
-        raise InputError(f"--teacher-fp8: found {torch.cuda.get_device_name()}, compute capability 9.0 "
-                         "accepted")
     config.micro(world)
-    if world > 1 and world % config.replicas:
-        raise InputError(f"--replicas: found {config.replicas}, a divisor of the {world} processes accepted")
+    must(world % config.replicas == 0, f"--replicas must divide the {world} processes (got "
+         f"{config.replicas})")
     if (not config.real or config.base) and not config.teacher:
         config.micro(world, teacher=True)
     if config.dry_run:
-        return dry_run(config, device) if rank == 0 else None
-    ops_of(config)                     # before anything is made: --kernels triton may end here
-    for name in ("teacher", "base", "data", "pairs"):
-        path, what = getattr(config, name), f"--{name}"
-        if name == "base" and teacher_of(config).exists():
-            continue                                                         # not read any more
-        if path and not Path(path).exists():
-            raise InputError(f"{what}: {path} does not exist")
-    # all are looked at before the run folder is made: a failed attempt does not take the name from the next
-    for path in filter(None, (config.prompts, config.eval_prompts)):
-        for note in encode.read_prompts(path)[1]:
-            say(note)
-    sizes = sizes_of(config)
-    check_lora(config, sizes)
-    if config.data:
-        load_data(config, Path(config.data), sizes, config.batch)
+        sizes = teacher_sizes(config.teacher_file, needs, config.base, compute.ops)
+        check_lora(sizes, config.student_depth, teacher_lora(config), student_lora(config))
+        prompts = len(set(read_prompts(config.prompts)[0])) if config.prompts else config.data_size
+        return bench.dry_run(config, sizes, compute, prompts) if rank == 0 else None
+    sizes = check_inputs(config, compute, needs, say)
     parallel.start(device, config.timeout)
-    layout = lay_out(config, sizes, device)
-    if config.bench_steps:
-        speed.bench(config, layout)
-        return parallel.finish()
-    domain = (sd3_domain(config.encoders, device, config.t5, config.t5_tokens,
-                         Path("runs") / config.run_name / "text.safetensors") if config.real
-              else world_domain(config))
-    if domain.widths != (sizes.context_dim, sizes.pooled_dim):
-        raise InputError(f"--encoders {config.encoders}: found text of widths {domain.widths}, the "
-                         f"teacher reads {(sizes.context_dim, sizes.pooled_dim)} (tokens, pooled)")
-    pairs = load_pairs(config, sizes, domain)
-    shown = shown_prompts(config, pairs)
-    run, stopper = Path("runs") / config.run_name, Stopper()
-    if rank == 0:
-        open_run(config)
-        if config.real:                                  # one process writes the file of text, all read it
-            domain.embed(["", *(c for p in shown for c in p.captions)])
-            domain.release()
-    agree()                                              # the run folder is there and of this configuration
-    say(f"{run}: {device_name(device)}, {dtype}")
-    clock = run / "seconds.json"
-    seconds = data.read_json(clock) if clock.exists() else {}
 
-    def timed(name: str, stage, *args):
-        """Runs a stage; its seconds add up over all calls of the run."""
+    def plan(**shards: int) -> dict[str, int]:
+        """Return the memory plan, which one process needs only when it runs out of memory."""
+        networks = networks_on_meta(config, sizes, compute.dtype)
+        return plan_of(config, networks, compute, world)(**shards)
+
+    compute = distribute(compute, config.shard, config.replicas, plan)
+    if config.bench_steps:
+        bench.bench(config, compute)
+        return parallel.finish()
+    run = config.folder
+    stopper = Stopper()
+    if config.real:
+        codec = sd3_codec(config.encoders, device, config.t5, config.t5_tokens,
+                          run / "text.safetensors")
+    else:
+        codec = toy_codec(toy_of(config))
+    widths = sizes.context_dim, sizes.pooled_dim
+    must(codec.widths == widths, f"--encoders {config.encoders}: text must have widths {widths} "
+         f"(tokens, pooled), which the teacher reads (got {codec.widths})")
+    pairs = read_pairs(config, sizes, codec)
+    shown = shown_prompts(config, pairs)
+    if rank == 0:
+        open_run(run, to_json(config))
+        # one process writes the file of text, all read it
+        if config.real:
+            codec.embed(["", *(c for p in shown for c in p.captions)])
+            codec.release()
+    # wait until the first process has made the run folder
+    any_rank()
+    say(f"{run}: {device_name(device)}, {compute.dtype}")
+    clock = run / "seconds.json"
+    seconds = files.read_json(clock) if clock.exists() else {}
+
+    def timed(name: str, stage: Callable, *args):
+        """Run a stage; its seconds add up over all calls of the run."""
         start = time.perf_counter()
         try:
             return stage(config, run, *args)
         finally:
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
             if rank == 0:
-                data.publish(clock, lambda path: data.write_json(path, seconds))
+                files.publish(clock, lambda path: files.write_json(path, seconds))
 
     try:
-        teacher = timed("teacher", train_teacher, pairs, layout, stopper)
-        if config.objective == "flow":
-            say(f"--objective flow: the run ends with its teacher, "
-                f"{teacher_of(config)}")
+        teacher = timed("teacher", train_teacher, needs, pairs, compute, stopper)
+        if not config.steps:
+            say(f"--steps 0: the run ends with its teacher, {config.teacher_file}")
             return parallel.finish()
-        latents = timed("data", make_data, teacher, pairs, domain, device, stopper)
-        timed("distill", distill, teacher, latents, shown, domain, layout, stopper)
+        latents = timed("data", make_data, teacher, pairs, codec, compute, stopper)
+        timed("distill", distill, teacher, latents, shown, codec, compute, stopper)
         if not (run / "report.json").exists():
-            if agree(bool(stopper)):
-                raise Stopped(f"{stopper.signal or 'a signal elsewhere'}: the student is saved; the same "
-                              "command reports")
+            if any_rank(bool(stopper)):
+                raise Stopped(f"{stopper.signal or 'a signal elsewhere'}: the student is saved; "
+                              "the same command reports")
             stopper.end()
-            write_report(config, run, teacher, shown, domain, layout, seconds)
+            write_report(config, run, teacher, shown, codec, compute, seconds)
     except torch.OutOfMemoryError as error:
-        raise InputError(f"out of memory on {device} ({str(error).splitlines()[0]}); the plan was, in GiB: "
-                         f"{plan_in_words(config, sizes, layout)}; less take a --micro-batch below "
-                         f"{config.micro(world)}, --checkpoint selective or full, --parallel fsdp, "
-                         "--shard-teacher on") from None
+        shards = compute.mesh["shard"].size() if compute.mesh else 1
+        planned = plan(shard=shards, teacher_shard=shards if compute.shard_teacher else 1)
+        words = ", ".join(f"{name} {size / 2 ** 30:.1f}" for name, size in planned.items())
+        raise InputError(
+            f"out of memory on {device} ({str(error).splitlines()[0]}); the plan was, in GiB: "
+            f"{words}; a --micro-batch below {config.micro(world)}, --recompute selective or full "
+            "and --shard student or all need less") from None
     parallel.finish()
 
 
@@ -460,5 +539,6 @@ if __name__ == "__main__":
     try:
         run_script("train.py", main)
     except Stopped as stopped:
-        print(stopped if ranks()[0] == 0 else "", end="\n" * (ranks()[0] == 0))
+        if ranks()[0] == 0:
+            print(stopped)
         parallel.finish()

@@ -14,8 +14,8 @@ LIMIT = 0.05        # of the largest value: what bf16 may differ by in a self-ch
 
 
 class Kernels(NamedTuple):
-    """One implementation of every operation; a network takes it at construction.
-    Signatures: the reference_* functions."""
+    """Hold one implementation of every operation; a network takes it at construction. The
+    signatures are those of the reference_* functions."""
     joint_attention: Callable
     modulate: Callable
     modulate2: Callable
@@ -39,12 +39,12 @@ def load(name: str = "auto") -> Kernels:
     and for a GPU that a kernel left unusable.
     """
     if name not in NAMES:
-        raise ValueError(f"kernels: found {name!r}, accepted are {', '.join(NAMES)}")
+        raise ValueError(f"kernels must be {', '.join(NAMES[:-1])} or {NAMES[-1]} (got {name!r})")
     lacking, failed = missing(), {}
     interpreted = attention.triton is not None and attention.INTERPRET
     if name == "triton" and lacking and not interpreted:
-        raise ValueError(f"kernels: found 'triton', but {lacking}; TRITON_INTERPRET=1 runs the "
-                         "kernels slowly without one, auto and torch run everywhere")
+        raise ValueError(f"kernels must be auto or torch here (got 'triton', but {lacking}); "
+                         "TRITON_INTERPRET=1 runs the kernels slowly without a GPU")
     if name != "torch" and not lacking:
         failed = failures(torch.device("cuda", torch.cuda.current_device()))
         if failed and name == "triton":
@@ -81,7 +81,7 @@ def announce(line: str) -> None:
 # --- self-check ---
 
 def samples(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Callable, list[Tensor]]]:
-    """Return small inputs of each operation: by name, (call, leaves) for call(function, *leaves)."""
+    """Return small inputs of each operation by name: (call, leaves) for call(function, *leaves)."""
     g = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -137,11 +137,11 @@ def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
 
 @cache
 def failures(device: torch.device) -> dict[str, str]:
-    """Compare each kernel with its reference on the device, forward and backward on small inputs, in
-    bf16 on a GPU and in fp32 under Triton's interpreter. Return what failed as a sentence by
-    operation: it could not run, or a value is wrong. Done once a process.
+    """Compare each kernel with its reference on the device, forward and backward on small inputs,
+    in bf16 on a GPU and in fp32 under Triton's interpreter, once per process. Return a sentence for
+    each operation that failed: it could not run, or a value differs.
 
-    Raises ValueError where a kernel leaves the GPU unusable, so that no reference can run either.
+    Raises ValueError if a kernel leaves the GPU unusable, so that no reference can run either.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if device.type == "cuda":

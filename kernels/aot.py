@@ -225,8 +225,8 @@ class Loop(NamedTuple):
         return " ".join(word if n == 1 else f"{word}x{n}" for word, n in runs)
 
     def overlapped(self) -> bool:
-        """Return whether exponentials follow a product that is not waited for yet; the loop is a
-        circle."""
+        """Return whether exponentials follow a product that is not waited for yet, also from one
+        pass of the loop to the next."""
         words = self.order().split()
         return any(a.startswith("MMA") and b.startswith("EX2")
                    for a, b in zip(words, words[1:] + words[:1]))
@@ -387,7 +387,10 @@ def describe(module: str, case: str, arch: int, name: str, options: dict[str, An
     by_tmem = TMEM // tmem if tmem else gpu.ctas
     ctas = min(by_registers, by_tmem, gpu.shared // (shared + 1024), gpu.threads // (32 * warps),
                gpu.ctas)
-    count = lambda pattern: len(re.findall(rf"\*/\s+(?:@!?U?P\d+ )?{pattern}", sass))
+
+    def count(pattern: str) -> int:
+        return len(re.findall(rf"\*/\s+(?:@!?U?P\d+ )?{pattern}", sass))
+
     config = {k: v for k, v in options.items() if isinstance(v, int | bool)}
     row = {"kernel": f"{module}.{name.lstrip('_')}", "case": case, "arch": arch, "config": config,
            "registers": registers, "spills": stack, "shared": shared, "tmem": tmem, "ctas": ctas,
@@ -396,8 +399,7 @@ def describe(module: str, case: str, arch: int, name: str, options: dict[str, An
     found = loops(sass, reduction(compiled.asm.get("ttgir", ""), count("UTMAREDG")))
     row["hazards"] = sum(len(loop.overwritten()) for loop in found)
     if found:
-        weigh = lambda loop: (loop.count(PRODUCT), len(loop.code))
-        main = max(found, key=weigh)
+        main = max(found, key=lambda loop: (loop.count(PRODUCT), len(loop.code)))
         cycles = main.cycles(gpu, warps, max(1, ctas))
         limit, bound = main.bound(cycles)
         row |= {"instructions": len(main.code), "waits": main.count(WAIT),

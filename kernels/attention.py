@@ -7,20 +7,25 @@ Gradient, with p the softmax and g the gradient of out:
 
     delta = sum(g * out),  ds = p * (g v^T - delta)                          a row, a pair
     dv = p^T g,  dk = ds^T q / sqrt(dh),  dq = ds k / sqrt(dh)
-    of x -> rms(x) w, with r = 1 / rms:  dx = r (g w - x r mean(g w x r)),  dw = sum of g x r over rows
+    of x -> rms(x) w, with r = 1 / rms:
+        dx = r (g w - x r mean(g w x r)),  dw = sum of g x r over rows
 
 Letters: b batch, l tokens of a stream, n heads, dh head width; m queries and n keys of a tile.
-Source: Esser et al. 2024 (SD3), Sec. 4 and Fig. 2; the tiling is that of Dao 2023 (FlashAttention-2).
-FLOPs forward: 4 b n dh (l_txt + l_img)^2, less 4 b n dh l_txt (l_txt + l_img) without text queries; backward
-2.5 times that, 3.5 where torch asks for determinism. Bytes forward: qkv once, out, and with norm weights
-normalised q and k once written and read; backward: the same, out and its gradient, the gradient of qkv, and
-dq in fp32, which every tile of keys adds to.
+Source: Esser et al. 2024 (SD3), Sec. 4 and Fig. 2; the tiling is that of Dao 2023
+(FlashAttention-2).
 
-In the scores, 1 / sqrt(dh) becomes log2(e) / sqrt(dh), so that exp2 serves; with norm weights the pre-pass
-puts it into q. The pre-pass also finds max |q| of 128 rows and max |k| of a head. Where their product, which
-bounds the scores, is small, a program needs no running maximum: exp2 of bounded scores does not overflow.
+FLOPs forward: 4 b n dh (l_txt + l_img)^2, less 4 b n dh l_txt (l_txt + l_img) without text queries;
+backward 2.5 times that, 3.5 where torch asks for determinism. Bytes forward: qkv once, out, and
+with norm weights normalised q and k once written and read; backward: the same, out and its
+gradient, the gradient of qkv, and dq in fp32, which every tile of keys adds to.
+
+In the scores, 1 / sqrt(dh) becomes log2(e) / sqrt(dh), so that exp2 serves; with norm weights the
+pre-pass puts it into q. The pre-pass also finds max |q| of 128 rows and max |k| of a head. Where
+their product, which bounds the scores, is small, a program needs no running maximum: exp2 of
+bounded scores does not overflow.
 """
 import functools
+import itertools
 import math
 import os
 import sys
@@ -48,14 +53,17 @@ def reference_joint_attention(qkv_txt: Tensor | None, qkv_img: Tensor,
                               norm_txt: tuple[Tensor, Tensor] | None = None,
                               norm_img: tuple[Tensor, Tensor] | None = None, eps: float = 1e-6,
                               need_txt: bool = True) -> tuple[Tensor | None, Tensor]:
-    """Attention of both streams over all tokens; text first. Statistics in fp32 (float64 stays float64).
+    """Compute attention of both streams over all tokens, text first.
 
-    qkv_txt, qkv_img: [b, l_*, 3, n, dh], any row stride; qkv_txt None means attention among image tokens
-    only. norm_*: (w_q [dh], w_k [dh]) of the RMS norm, or None. Returns (out_txt, out_img), each
-    [b, l_*, n, dh]; out_txt is None without text or with need_txt=False, which computes no text queries.
+    qkv_txt, qkv_img: [b, l_*, 3, n, dh], any row stride; qkv_txt None means attention among image
+    tokens only. norm_*: (w_q [dh], w_k [dh]) of the RMS norm, or None. Returns (out_txt, out_img),
+    each [b, l_*, n, dh]; out_txt is None without text or with need_txt=False, which computes no
+    text queries. Statistics are computed in fp32, those of float64 in float64.
     """
     acc = torch.float64 if qkv_img.dtype == torch.float64 else torch.float32
-    streams = [(qkv_img, norm_img)] if qkv_txt is None else [(qkv_txt, norm_txt), (qkv_img, norm_img)]
+    streams = [(qkv_img, norm_img)]
+    if qkv_txt is not None:
+        streams.insert(0, (qkv_txt, norm_txt))
     qs, ks, vs = [], [], []
     for qkv, norm in streams:
         q, k, v = qkv.to(acc).transpose(1, 3).unbind(2)                        # [b, n, l, dh]
@@ -65,7 +73,8 @@ def reference_joint_attention(qkv_txt: Tensor | None, qkv_img: Tensor,
     if not need_txt:
         qs = qs[-1:]
     q, k, v = torch.cat(qs, 2), torch.cat(ks, 2), torch.cat(vs, 2)
-    out = F.scaled_dot_product_attention(q, k, v).to(qkv_img.dtype).transpose(1, 2)   # [b, l, n, dh]
+    out = F.scaled_dot_product_attention(q, k, v).to(qkv_img.dtype)
+    out = out.transpose(1, 2)                                              # [b, l, n, dh]
     if len(qs) == 1:
         return None, out
     return out.split([qkv_txt.shape[1], qkv_img.shape[1]], 1)
@@ -79,15 +88,16 @@ if triton is not None:
 
     @triton.jit
     def _at(rows, b, row, col, R: tl.constexpr, DH: tl.constexpr):
-        """Pointers to [R, DH] and the rows that exist; 64-bit up to the tile's first row."""
+        """Return pointers to [R, DH] and the rows that exist; 64-bit up to the first row."""
         start, stride_b, stride_l, length = rows
         start += b.to(tl.int64) * stride_b + row * stride_l.to(tl.int64) + col
         i = tl.arange(0, R)
-        return start + i[:, None] * stride_l + tl.arange(0, DH)[None, :], (row + i < length)[:, None]
+        return (start + i[:, None] * stride_l + tl.arange(0, DH)[None, :],
+                (row + i < length)[:, None])
 
     @triton.jit
     def _load(x, b, row, col, R: tl.constexpr, DH: tl.constexpr):
-        """[R, DH] of x, a descriptor or a tuple from _rows, zero beyond the last row."""
+        """Load [R, DH] of x, a descriptor or a tuple from _rows; zero beyond the last row."""
         if isinstance(x, tl.tensor_descriptor):
             tile = x.load([b, row, col]).reshape(R, DH)
         else:
@@ -114,7 +124,8 @@ if triton is not None:
         for i in tl.static_range(2):                                     # q, k
             x = _load(qkv, b, row, (i * n + head) * DH, R, DH).to(ACC)
             if w[i] is not None:
-                # one factor after the other: for their product sm_90 spilled 8 bytes a thread (fp32 weights)
+                # one factor after the other: with their product and fp32 weights sm_90 spilled
+                # 8 bytes per thread
                 x *= tl.rsqrt(tl.sum(x * x, 1) / DH + EPS)[:, None]
                 x *= tl.load(w[i] + tl.arange(0, DH)).to(ACC)[None, :]
             if i == 0:
@@ -131,19 +142,20 @@ if triton is not None:
     def _prepare(qkv, qk, w_txt, w_img, maxima, n, blocks_txt, blocks, EPS: tl.constexpr,
                  SCALE: tl.constexpr, TXT: tl.constexpr, FOLD: tl.constexpr, R: tl.constexpr,
                  DH: tl.constexpr, ACC: tl.constexpr):
-        """Norms of rows -> maxima [b, n, 2, blocks]; if FOLD, normalised scaled q and normalised k -> qk."""
+        """Store the largest norms of rows in maxima [b, n, 2, blocks]; if FOLD, also the normalised
+        scaled q and the normalised k in qk."""
         head, block, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         if TXT:
             if block < blocks_txt:
-                _prepare_rows(qkv[0], qk[0], w_txt, maxima, b, head, n, block * R, block, blocks, EPS, SCALE,
-                              FOLD, R, DH, ACC)
+                _prepare_rows(qkv[0], qk[0], w_txt, maxima, b, head, n, block * R, block, blocks,
+                              EPS, SCALE, FOLD, R, DH, ACC)
         if block >= blocks_txt:
-            _prepare_rows(qkv[1], qk[1], w_img, maxima, b, head, n, (block - blocks_txt) * R, block, blocks,
-                          EPS, SCALE, FOLD, R, DH, ACC)
+            _prepare_rows(qkv[1], qk[1], w_img, maxima, b, head, n, (block - blocks_txt) * R, block,
+                          blocks, EPS, SCALE, FOLD, R, DH, ACC)
 
     @triton.jit
     def _weigh(s, v, top, total, acc, ONLINE: tl.constexpr, SCALE: tl.constexpr):
-        """Adds a tile of scores s [m, n] and its values v [n, dh] to the softmax so far."""
+        """Add a tile of scores s [m, n] and its values v [n, dh] to the softmax so far."""
         if ONLINE:
             new = tl.maximum(top, tl.max(s, 1) * SCALE)
             p = tl.exp2(s * SCALE - new[:, None])
@@ -156,13 +168,14 @@ if triton is not None:
     @triton.jit
     def _attend(q, keys, values, b, head, n, length, top, total, acc, ONLINE: tl.constexpr,
                 SCALE: tl.constexpr, AHEAD: tl.constexpr, N: tl.constexpr, DH: tl.constexpr):
-        """Adds all keys of a stream. With AHEAD the product of the next tile stands before the exponentials
-        of this one: where products are asynchronous, both run at the same time."""
+        """Add all keys of a stream. With AHEAD the product of the next tile comes before the
+        exponentials of this one: where products are asynchronous, both run at the same time."""
         tiles, col_k, col_v = tl.cdiv(length, N), (n + head) * DH, (2 * n + head) * DH
         if AHEAD:
             s = _product(q, _load(keys, b, 0, col_k, N, DH).T, acc.dtype)
             for j in range(tiles - 1):
-                v = _load(values, b, j * N, col_v, N, DH)        # before the product: waiting is a barrier
+                # v is loaded before the product, because waiting for it is a barrier
+                v = _load(values, b, j * N, col_v, N, DH)
                 ahead = _product(q, _load(keys, b, (j + 1) * N, col_k, N, DH).T, acc.dtype)
                 top, total, acc = _weigh(s, v, top, total, acc, ONLINE, SCALE)
                 s = ahead
@@ -174,19 +187,20 @@ if triton is not None:
             s = _product(q, _load(keys, b, (tiles - 1) * N, col_k, N, DH).T, acc.dtype)
         if length % N != 0:
             s = tl.where(((tiles - 1) * N + tl.arange(0, N) < length)[None, :], s, -float("inf"))
-        return _weigh(s, _load(values, b, (tiles - 1) * N, col_v, N, DH), top, total, acc, ONLINE, SCALE)
+        return _weigh(s, _load(values, b, (tiles - 1) * N, col_v, N, DH), top, total, acc, ONLINE,
+                      SCALE)
 
     @triton.jit
-    def _attend_both(q, k, v, b, head, n, l, ONLINE: tl.constexpr, TXT: tl.constexpr, SCALE: tl.constexpr,
-                     AHEAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DH: tl.constexpr,
-                     ACC: tl.constexpr):
+    def _attend_both(q, k, v, b, head, n, l, ONLINE: tl.constexpr, TXT: tl.constexpr,
+                     SCALE: tl.constexpr, AHEAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+                     DH: tl.constexpr, ACC: tl.constexpr):
         top = tl.full([M], -float("inf") if ONLINE else 0.0, ACC)
         total, acc = tl.zeros([M], ACC), tl.zeros([M, DH], ACC)
-        top, total, acc = _attend(q, k[1], v[1], b, head, n, l[1], top, total, acc, ONLINE, SCALE, AHEAD,
-                                  N, DH)
+        top, total, acc = _attend(q, k[1], v[1], b, head, n, l[1], top, total, acc, ONLINE, SCALE,
+                                  AHEAD, N, DH)
         if TXT:
-            top, total, acc = _attend(q, k[0], v[0], b, head, n, l[0], top, total, acc, ONLINE, SCALE, AHEAD,
-                                      N, DH)
+            top, total, acc = _attend(q, k[0], v[0], b, head, n, l[0], top, total, acc, ONLINE,
+                                      SCALE, AHEAD, N, DH)
         return acc / total[:, None], top + tl.log2(total)
 
     @triton.jit
@@ -194,8 +208,8 @@ if triton is not None:
                  LIMIT: tl.constexpr, SCALE: tl.constexpr, TXT: tl.constexpr, TXT_Q: tl.constexpr,
                  AHEAD: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
                  DH: tl.constexpr, ACC: tl.constexpr):
-        """A tile of queries of either stream -> its rows of out [b, l, n, dh] and lse [b, n, l]."""
-        # descriptors are arguments of their own: inside a tuple Triton 3.6 and 3.7 cannot launch them
+        """Compute a tile of queries of either stream: rows of out [b, l, n, dh], lse [b, n, l]."""
+        # Triton 3.6 and 3.7 cannot launch descriptors inside a tuple: they are single arguments
         q, out = (q_txt, q_img), (out_txt, out_img)
         k = q if k_img is None else (k_txt, k_img)
         v = k if v_img is None else (v_txt, v_img)
@@ -222,9 +236,11 @@ if triton is not None:
             others = i + tl.arange(0, 64)
             largest = tl.maximum(largest, tl.load(norms + blocks + others, others < blocks, 0))
         if tl.load(norms + block) * tl.max(largest) < LIMIT:
-            acc, logs = _attend_both(tile_q, k, v, b, head, n, l, False, TXT, SCALE, AHEAD, M, N, DH, ACC)
+            acc, logs = _attend_both(tile_q, k, v, b, head, n, l, False, TXT, SCALE, AHEAD,
+                                     M, N, DH, ACC)
         else:
-            acc, logs = _attend_both(tile_q, k, v, b, head, n, l, True, TXT, SCALE, AHEAD, M, N, DH, ACC)
+            acc, logs = _attend_both(tile_q, k, v, b, head, n, l, True, TXT, SCALE, AHEAD,
+                                     M, N, DH, ACC)
 
         rows = row + tl.arange(0, M)
         tl.store(lse + rows, logs, rows < length)
@@ -233,7 +249,8 @@ if triton is not None:
     @triton.jit
     def _stats_rows(g, out, lse, stats, dq, b, head, row, length, block, blocks, ZERO: tl.constexpr,
                     R: tl.constexpr, DH: tl.constexpr, ACC: tl.constexpr):
-        delta = tl.sum(_load(g, b, row, head * DH, R, DH).to(ACC) * _load(out, b, row, head * DH, R, DH), 1)
+        delta = tl.sum(_load(g, b, row, head * DH, R, DH).to(ACC)
+                       * _load(out, b, row, head * DH, R, DH), 1)
         rows = tl.arange(0, R)
         logs = tl.load(lse + row + rows, row + rows < length, 0)
         tl.store(stats + block * R + rows, logs)
@@ -245,36 +262,38 @@ if triton is not None:
     @triton.jit
     def _stats(g, out, lse, stats, dq, l, l_lse, n, blocks_txt, blocks, TXT_Q: tl.constexpr,
                ZERO: tl.constexpr, R: tl.constexpr, DH: tl.constexpr, ACC: tl.constexpr):
-        """stats [b, n, 2, rows]: lse and delta by blocks; 0 beyond a stream's end, where q and g are 0."""
+        """Store lse and delta by blocks in stats [b, n, 2, rows]; 0 beyond the end of a stream,
+        where q and g are 0."""
         head, block, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         at = b.to(tl.int64) * n + head
         lse, stats, dq = lse + at * l_lse, stats + at * 2 * blocks * R, dq + at * blocks * R * DH
         if TXT_Q:
             if block < blocks_txt:
-                _stats_rows(g[0], out[0], lse, stats, dq, b, head, block * R, l[0], block, blocks, ZERO, R,
-                            DH, ACC)
+                _stats_rows(g[0], out[0], lse, stats, dq, b, head, block * R, l[0], block, blocks,
+                            ZERO, R, DH, ACC)
         if block >= blocks_txt:
-            _stats_rows(g[1], out[1], lse + l_lse - l[1], stats, dq, b, head, (block - blocks_txt) * R, l[1],
-                        block, blocks, ZERO, R, DH, ACC)
+            _stats_rows(g[1], out[1], lse + l_lse - l[1], stats, dq, b, head,
+                        (block - blocks_txt) * R, l[1], block, blocks, ZERO, R, DH, ACC)
 
     @triton.jit
     def _norm_backward(g, x, w, EPS: tl.constexpr, DH: tl.constexpr):
-        """Gradients of rms(x) w [r, dh] by x and, summed over rows, by w."""
+        """Return the gradients of rms(x) w [r, dh] by x and, summed over rows, by w."""
         r = tl.rsqrt(tl.sum(x * x, 1) / DH + EPS)[:, None]
         x, gw = x * r, g * w[None, :]
         return r * (gw - x * (tl.sum(gw * x, 1) / DH)[:, None]), tl.sum(g * x, 0)
 
     @triton.jit
-    def _queries(tile_k, tile_v, dk, dv, q, g, stats, dq, b, col, length, rows, there, MASK: tl.constexpr,
-                 GRAD: tl.constexpr, DQ: tl.constexpr, SCALE: tl.constexpr, M: tl.constexpr,
-                 DH: tl.constexpr):
-        """Adds what a stream's queries give to dk and dv of a tile of keys, and the tile's share of dq."""
+    def _queries(tile_k, tile_v, dk, dv, q, g, stats, dq, b, col, length, rows, there,
+                 MASK: tl.constexpr, GRAD: tl.constexpr, DQ: tl.constexpr, SCALE: tl.constexpr,
+                 M: tl.constexpr, DH: tl.constexpr):
+        """Add what the queries of a stream give to dk and dv of a tile of keys, and the share of
+        dq that comes from the tile."""
         for i in range(tl.cdiv(length, M)):
             tile_q, tile_g = _load(q, b, i * M, col, M, DH), _load(g, b, i * M, col, M, DH)
             at = stats + i * M + tl.arange(0, M)
             logs, delta = tl.load(at), tl.load(at + rows)
             p = tl.exp2(_product(tile_k, tile_q.T, dk.dtype) * SCALE - logs[None, :])    # [n, m]
-            if MASK:                    # keys beyond the end score 0, which may be far above the others
+            if MASK:      # keys beyond the end score 0, which may be far above the others
                 p = tl.where(there[:, None], p, 0)
             dp = _product(tile_v, tile_g.T, dk.dtype)
             if GRAD:
@@ -288,20 +307,21 @@ if triton is not None:
         return dk, dv
 
     @triton.jit
-    def _both_queries(tile_k, tile_v, q, g, stats, dq, b, head, l, first, rows, there, MASK: tl.constexpr,
-                      GRAD: tl.constexpr, TXT_Q: tl.constexpr, DQ: tl.constexpr, SCALE: tl.constexpr,
-                      M: tl.constexpr, N: tl.constexpr, DH: tl.constexpr, ACC: tl.constexpr):
+    def _both_queries(tile_k, tile_v, q, g, stats, dq, b, head, l, first, rows, there,
+                      MASK: tl.constexpr, GRAD: tl.constexpr, TXT_Q: tl.constexpr, DQ: tl.constexpr,
+                      SCALE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DH: tl.constexpr,
+                      ACC: tl.constexpr):
         dk, dv = tl.zeros([N, DH], ACC), tl.zeros([N, DH], ACC)
-        dk, dv = _queries(tile_k, tile_v, dk, dv, q[1], g[1], stats + first, dq + first * DH, b, head * DH,
-                          l[1], rows, there, MASK, GRAD, DQ[1], SCALE, M, DH)
+        dk, dv = _queries(tile_k, tile_v, dk, dv, q[1], g[1], stats + first, dq + first * DH, b,
+                          head * DH, l[1], rows, there, MASK, GRAD, DQ[1], SCALE, M, DH)
         if TXT_Q:
-            dk, dv = _queries(tile_k, tile_v, dk, dv, q[0], g[0], stats, dq, b, head * DH, l[0], rows, there,
-                              MASK, GRAD, DQ[0], SCALE, M, DH)
+            dk, dv = _queries(tile_k, tile_v, dk, dv, q[0], g[0], stats, dq, b, head * DH, l[0],
+                              rows, there, MASK, GRAD, DQ[0], SCALE, M, DH)
         return dk, dv
 
     @triton.jit
-    def _store_keys(dk, dv, qkv, dqkv, w, parts, b, row, head, n, WEIGHT: tl.constexpr, EPS: tl.constexpr,
-                    N: tl.constexpr, DH: tl.constexpr):
+    def _store_keys(dk, dv, qkv, dqkv, w, parts, b, row, head, n, WEIGHT: tl.constexpr,
+                    EPS: tl.constexpr, N: tl.constexpr, DH: tl.constexpr):
         if w is not None:
             x = _load(qkv, b, row, (n + head) * DH, N, DH).to(dk.dtype)
             dk, dw = _norm_backward(dk, x, tl.load(w + tl.arange(0, DH)).to(dk.dtype), EPS, DH)
@@ -311,13 +331,13 @@ if triton is not None:
         _store(dqkv, b, row, (2 * n + head) * DH, dv, N, DH)
 
     @triton.jit
-    def _backward(q_txt, q_img, g_txt, g_img, k_txt, k_img, qkv_txt, qkv_img, dqkv_txt, dqkv_img, w, parts,
-                  stats, dq, l, n, blocks_txt, blocks, tiles_txt, TXT: tl.constexpr, TXT_Q: tl.constexpr,
-                  GRAD: tl.constexpr, WEIGHT: tl.constexpr, DQ: tl.constexpr, EPS: tl.constexpr,
-                  SCALE: tl.constexpr, DK_SCALE: tl.constexpr, R: tl.constexpr, M: tl.constexpr,
-                  N: tl.constexpr, DH: tl.constexpr, ACC: tl.constexpr):
-        """A tile of keys of either stream -> dk (through the norm), dv and the partial sum of dw_k; what it
-        gives to dq is added to dq [b, n, rows, dh]."""
+    def _backward(q_txt, q_img, g_txt, g_img, k_txt, k_img, qkv_txt, qkv_img, dqkv_txt, dqkv_img, w,
+                  parts, stats, dq, l, n, blocks_txt, blocks, tiles_txt, TXT: tl.constexpr,
+                  TXT_Q: tl.constexpr, GRAD: tl.constexpr, WEIGHT: tl.constexpr, DQ: tl.constexpr,
+                  EPS: tl.constexpr, SCALE: tl.constexpr, DK_SCALE: tl.constexpr, R: tl.constexpr,
+                  M: tl.constexpr, N: tl.constexpr, DH: tl.constexpr, ACC: tl.constexpr):
+        """Compute dk (through the norm), dv and the partial sum of dw_k of a tile of keys of either
+        stream; add what the tile gives to dq to dq [b, n, rows, dh]."""
         q, g, dqkv = (q_txt, q_img), (g_txt, g_img), (dqkv_txt, dqkv_img)
         k = q if k_img is None else (k_txt, k_img)
         qkv = k if qkv_img is None else (qkv_txt, qkv_img)
@@ -336,25 +356,27 @@ if triton is not None:
 
         # all queries
         if row + N <= length:
-            dk, dv = _both_queries(tile_k, tile_v, q, g, stats, dq, b, head, l, first, rows, there, False,
-                                   GRAD[0] or GRAD[1], TXT_Q, DQ, SCALE, M, N, DH, ACC)
+            dk, dv = _both_queries(tile_k, tile_v, q, g, stats, dq, b, head, l, first, rows, there,
+                                   False, GRAD[0] or GRAD[1], TXT_Q, DQ, SCALE, M, N, DH, ACC)
         else:
-            dk, dv = _both_queries(tile_k, tile_v, q, g, stats, dq, b, head, l, first, rows, there, True,
-                                   GRAD[0] or GRAD[1], TXT_Q, DQ, SCALE, M, N, DH, ACC)
+            dk, dv = _both_queries(tile_k, tile_v, q, g, stats, dq, b, head, l, first, rows, there,
+                                   True, GRAD[0] or GRAD[1], TXT_Q, DQ, SCALE, M, N, DH, ACC)
         dk *= DK_SCALE
         if GRAD[0]:
             if tile < tiles_txt:
                 part = parts[0] + (at * tiles_txt + tile) * DH
-                _store_keys(dk, dv, qkv[0], dqkv[0], w[0], part, b, row, head, n, WEIGHT[0], EPS, N, DH)
+                _store_keys(dk, dv, qkv[0], dqkv[0], w[0], part, b, row, head, n, WEIGHT[0],
+                            EPS, N, DH)
         if GRAD[1]:
             if tile >= tiles_txt:
                 part = parts[1] + (at * (tl.num_programs(0) - tiles_txt) + tile - tiles_txt) * DH
-                _store_keys(dk, dv, qkv[1], dqkv[1], w[1], part, b, row, head, n, WEIGHT[1], EPS, N, DH)
+                _store_keys(dk, dv, qkv[1], dqkv[1], w[1], part, b, row, head, n, WEIGHT[1],
+                            EPS, N, DH)
 
     @triton.jit
-    def _keys(tile_q, tile_g, logs, delta, dq, keys, values, b, head, n, length, SCALE: tl.constexpr,
-              N: tl.constexpr, DH: tl.constexpr):
-        """Adds what all keys of a stream give to dq of a tile of queries."""
+    def _keys(tile_q, tile_g, logs, delta, dq, keys, values, b, head, n, length,
+              SCALE: tl.constexpr, N: tl.constexpr, DH: tl.constexpr):
+        """Add what all keys of a stream give to dq of a tile of queries."""
         for j in range(tl.cdiv(length, N)):
             k = _load(keys, b, j * N, (n + head) * DH, N, DH)
             v = _load(values, b, j * N, (2 * n + head) * DH, N, DH)
@@ -365,10 +387,11 @@ if triton is not None:
         return dq
 
     @triton.jit
-    def _backward_q(q_txt, q_img, g_txt, g_img, k_txt, k_img, v_txt, v_img, stats, dq, l, n, blocks_txt,
-                    blocks, tiles_txt, TXT: tl.constexpr, TXT_Q: tl.constexpr, SCALE: tl.constexpr,
-                    R: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DH: tl.constexpr, ACC: tl.constexpr):
-        """A tile of queries of either stream -> its rows of dq, every time summed in the same order."""
+    def _backward_q(q_txt, q_img, g_txt, g_img, k_txt, k_img, v_txt, v_img, stats, dq, l, n,
+                    blocks_txt, blocks, tiles_txt, TXT: tl.constexpr, TXT_Q: tl.constexpr,
+                    SCALE: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+                    DH: tl.constexpr, ACC: tl.constexpr):
+        """Compute the rows of dq of a tile of queries, summed in the same order every time."""
         q, g = (q_txt, q_img), (g_txt, g_img)
         k = q if k_img is None else (k_txt, k_img)
         v = k if v_img is None else (v_txt, v_img)
@@ -378,20 +401,24 @@ if triton is not None:
         if TXT_Q:
             if tile < tiles_txt:
                 queries, grads, row, first = q[0], g[0], tile * M, 0
-        tile_q, tile_g = _load(queries, b, row, head * DH, M, DH), _load(grads, b, row, head * DH, M, DH)
+        tile_q, tile_g = (_load(queries, b, row, head * DH, M, DH),
+                          _load(grads, b, row, head * DH, M, DH))
         rows = first + row + tl.arange(0, M)
         logs, delta = tl.load(stats + 2 * at + rows), tl.load(stats + 2 * at + blocks * R + rows)
         acc = tl.zeros([M, DH], ACC)
         acc = _keys(tile_q, tile_g, logs, delta, acc, k[1], v[1], b, head, n, l[1], SCALE, N, DH)
         if TXT:
-            acc = _keys(tile_q, tile_g, logs, delta, acc, k[0], v[0], b, head, n, l[0], SCALE, N, DH)
+            acc = _keys(tile_q, tile_g, logs, delta, acc, k[0], v[0], b, head, n, l[0],
+                        SCALE, N, DH)
         tl.store(dq + (at + rows)[:, None] * DH + tl.arange(0, DH)[None, :], acc)
 
     @triton.jit
-    def _finish_rows(dq, qkv, dqkv, w, parts, b, head, row, EPS: tl.constexpr, DQ_SCALE: tl.constexpr,
-                     WEIGHT: tl.constexpr, R: tl.constexpr, DH: tl.constexpr, ACC: tl.constexpr):
+    def _finish_rows(dq, qkv, dqkv, w, parts, b, head, row, EPS: tl.constexpr,
+                     DQ_SCALE: tl.constexpr, WEIGHT: tl.constexpr, R: tl.constexpr,
+                     DH: tl.constexpr, ACC: tl.constexpr):
         there = (row + tl.arange(0, R) < qkv[3])[:, None]
-        g = tl.load(dq + tl.arange(0, R)[:, None] * DH + tl.arange(0, DH)[None, :], there, 0) * DQ_SCALE
+        g = tl.load(dq + tl.arange(0, R)[:, None] * DH + tl.arange(0, DH)[None, :],
+                    there, 0) * DQ_SCALE
         if w is not None:
             x = _load(qkv, b, row, head * DH, R, DH).to(ACC)
             g, dw = _norm_backward(g, x, tl.load(w + tl.arange(0, DH)).to(ACC), EPS, DH)
@@ -400,38 +427,40 @@ if triton is not None:
         _store(dqkv, b, row, head * DH, g, R, DH)
 
     @triton.jit
-    def _finish(dq, qkv, dqkv, w, parts, n, blocks_txt, blocks, EPS: tl.constexpr, DQ_SCALE: tl.constexpr,
-                DQ: tl.constexpr, WEIGHT: tl.constexpr, R: tl.constexpr, DH: tl.constexpr, ACC: tl.constexpr):
-        """dq [b, n, rows, dh] -> the q part of dqkv, through the norm, and the partial sums of dw_q."""
+    def _finish(dq, qkv, dqkv, w, parts, n, blocks_txt, blocks, EPS: tl.constexpr,
+                DQ_SCALE: tl.constexpr, DQ: tl.constexpr, WEIGHT: tl.constexpr, R: tl.constexpr,
+                DH: tl.constexpr, ACC: tl.constexpr):
+        """Store dq [b, n, rows, dh], taken through the norm, in the q part of dqkv, and the partial
+        sums of dw_q."""
         head, block, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         at = b.to(tl.int64) * n + head
         dq += (at * blocks + block) * R * DH
         if DQ[0]:
             if block < blocks_txt:
-                _finish_rows(dq, qkv[0], dqkv[0], w[0], parts[0] + (at * blocks_txt + block) * DH, b, head,
-                             block * R, EPS, DQ_SCALE, WEIGHT[0], R, DH, ACC)
+                _finish_rows(dq, qkv[0], dqkv[0], w[0], parts[0] + (at * blocks_txt + block) * DH,
+                             b, head, block * R, EPS, DQ_SCALE, WEIGHT[0], R, DH, ACC)
         if DQ[1]:
             if block >= blocks_txt:
                 block -= blocks_txt
                 part = parts[1] + (at * (blocks - blocks_txt) + block) * DH
-                _finish_rows(dq, qkv[1], dqkv[1], w[1], part, b, head, block * R, EPS, DQ_SCALE, WEIGHT[1], R,
-                             DH, ACC)
+                _finish_rows(dq, qkv[1], dqkv[1], w[1], part, b, head, block * R, EPS, DQ_SCALE,
+                             WEIGHT[1], R, DH, ACC)
 
 
 # --- launchers ---
 
 class Launch(NamedTuple):
-    """How a kernel over tiles starts."""
+    """Hold the launch parameters of a kernel over tiles."""
     m: int           # queries of a tile
     n: int           # keys of a tile
     warps: int
     stages: int      # tiles in flight
 
 
-# (architecture, dh) -> forward, backward, backward_q (the second pass, where torch asks for determinism).
-# Nothing is measured on a GPU. All rows compile without spills (Triton 3.7.1). The comments give, of
-# forward and backward, the cycles of the products in a pass of the inner loop and what bounds that
-# pass, by python -m kernels.aot: products / bound (resource).
+# (architecture, dh) -> forward, backward, backward_q (the second pass, where torch asks for
+# determinism). Nothing is measured on a GPU. All rows compile without spills (Triton 3.7.1). The
+# comments give, of forward and backward, the cycles of the products in a pass of the inner loop and
+# what bounds that pass, by python -m kernels.aot: products / bound (resource).
 TABLE = {
     # before sm_90 16 rows a warp read the other operand again and again from shared memory
     (80, 64):   (Launch(128, 64, 8, 3),  Launch(32, 64, 4, 2),  Launch(64, 64, 4, 2)),
@@ -456,8 +485,10 @@ TABLE = {
     #            1024 / 1296 (shared)    320 / 1264 (shared)
 }
 LIKE = {86: 89, 87: 80, 103: 100, 120: 89, 121: 89}          # take the rows of another architecture
-CONSERVATIVE = Launch(64, 32, 4, 1), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1)       # any other architecture
-INTERPRETED = Launch(64, 32, 4, 1), Launch(32, 64, 4, 1), Launch(32, 32, 4, 1)        # small: several tiles
+# for any other architecture
+CONSERVATIVE = Launch(64, 32, 4, 1), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1)
+# small, so that the short inputs of tests have several tiles
+INTERPRETED = Launch(64, 32, 4, 1), Launch(32, 64, 4, 1), Launch(32, 32, 4, 1)
 announced: set[int] = set()
 
 
@@ -468,26 +499,27 @@ def _capability(device: torch.device) -> int:
 
 
 def _arch(device: torch.device) -> int:
-    """major * 10 + minor of the GPU that is compiled for, 0 for the interpreter."""
+    """Return major * 10 + minor of the GPU to compile for, 0 for the interpreter."""
     if ARCH is not None or INTERPRET:
         return ARCH or 0
     return _capability(device)
 
 
 def _tma(device: torch.device) -> bool:
-    """Whether tiles are copied by descriptors (TMA) and products are asynchronous; the interpreter takes
-    descriptors too. Elsewhere, sm_120 among them, copies by pointers are asynchronous, products are not."""
+    """Return whether tiles are copied by descriptors (TMA) and products are asynchronous; the
+    interpreter takes descriptors too. Elsewhere, also on sm_120, copies by pointers are
+    asynchronous and products are not."""
     return _arch(device) in (0, 90, 100, 103)
 
 
 def _launches(x: Tensor) -> tuple[Launch, Launch, Launch]:
-    """The row of the table for x [b, l, 3, n, dh]."""
+    """Return the row of the table for x [b, l, 3, n, dh]."""
     if INTERPRET:
         return INTERPRETED
     arch = LIKE.get(_arch(x.device), _arch(x.device))
     if (arch, 64) not in TABLE and arch not in announced:
         announced.add(arch)
-        warnings.warn(f"attention: found sm_{arch}, which the launch table does not list; "
+        warnings.warn(f"attention: the launch table does not list sm_{arch}; "
                       "small tiles are used, which are slow")
     return TABLE.get((arch, x.shape[-1]), CONSERVATIVE)
 
@@ -497,13 +529,13 @@ def _acc(x: Tensor):
 
 
 def _score_scale(x: Tensor) -> float:
-    """Of scores, which are in units of log 2."""
+    """Return the scale of the scores, which are in units of log 2."""
     return math.log2(math.e) / math.sqrt(x.shape[-1])
 
 
 def _limit(x: Tensor) -> float:
-    """Bound of the scores under which p needs no running maximum: sums of 2^50 fit bf16 and fp32; 2^8 and
-    2^-8 fit fp16, the latter as a normal number."""
+    """Return the bound of the scores below which p needs no running maximum: sums of 2^50 fit bf16
+    and fp32; 2^8 and 2^-8 fit fp16, the latter as a normal number."""
     return 8.0 if x.dtype == torch.float16 else 50.0
 
 
@@ -516,35 +548,35 @@ def _there(x: Tensor | None) -> bool:
 
 
 def _pair(function, txt: Tensor | None, img: Tensor | None, *args) -> tuple:
-    """The function's result for both streams. A stream without a tensor, which no kernel reads, gets the
-    other's, so that both have one type."""
+    """Return the function's results for both streams. A stream without a tensor, which no kernel
+    reads, gets the result of the other one, so that both have one type."""
     txt, img = function(txt, *args), function(img, *args)
     return txt or img, img or txt
 
 
 def _rows(x: Tensor | None) -> tuple | None:
-    """[b, l, ...] as rows [b, l, columns] for _load and _store by pointers; None for no tensor."""
+    """Return [b, l, ...] as rows [b, l, columns] for _load and _store by pointers, or None."""
     if not _there(x):
         return None
     shape, strides = x.shape, x.stride()
     b, l = shape[0], shape[1]
-    stride_l = strides[1] if l > 1 else math.prod(shape[2:])     # that of one element says nothing
+    stride_l = strides[1] if l > 1 else math.prod(shape[2:])     # torch leaves that of one row open
     return x, strides[0] if b > 1 else l * stride_l, stride_l, l
 
 
 if triton is not None:
     class _Tile(TensorDescriptor):
-        """A descriptor that _tiles has checked: to check it again takes as long as to make it."""
+        """Hold a descriptor that _tiles has checked: a second check would double its cost."""
 
         def __post_init__(self):
             pass
 
 
 def _tiles(x: Tensor | None, rows: int) -> "tuple | _Tile | None":
-    """[b, l, ...] as tiles [rows, dh] of rows [b, l, columns]: a descriptor where the hardware copies by
-    them, else the pointers of _rows; None for no tensor.
+    """Return [b, l, ...] as tiles [rows, dh] of rows [b, l, columns]: a descriptor where the
+    hardware copies by descriptors, else the pointers of _rows; None for no tensor.
 
-    Raises ValueError where base and strides are not multiples of 16 bytes.
+    Raises ValueError if base and strides are not multiples of 16 bytes.
     """
     pointers = _rows(x)
     if pointers is None:
@@ -552,45 +584,51 @@ def _tiles(x: Tensor | None, rows: int) -> "tuple | _Tile | None":
     _, stride_b, stride_l, l = pointers
     size = x.element_size()
     if x.data_ptr() % 16 or stride_l * size % 16 or stride_b * size % 16:
-        raise ValueError(f"attention: found {tuple(x.shape)} of strides {x.stride()} at offset "
-                         f"{x.storage_offset()}; start and strides in multiples of 16 bytes accepted")
+        raise ValueError("attention: start and strides of a tensor must be multiples of 16 bytes "
+                         f"(got {tuple(x.shape)} of strides {x.stride()} at offset "
+                         f"{x.storage_offset()})")
     if not _tma(x.device):
         return pointers
     if stride_b < l * stride_l or stride_b % stride_l:
-        # expanded or overlapping samples, or some that start within a row: no tensor map describes them
+        # no tensor map describes samples that are expanded, overlap or start within a row
         return _tiles(x.contiguous(), rows)
     shape = x.shape
-    return _Tile(x, (shape[0], l, math.prod(shape[2:])), (stride_b, stride_l, 1), (1, rows, shape[-1]))
+    return _Tile(x, (shape[0], l, math.prod(shape[2:])), (stride_b, stride_l, 1),
+                 (1, rows, shape[-1]))
 
 
 def _qkv_tiles(qk: tuple, qkv: tuple, m: int, keys: int) -> tuple[tuple, tuple, tuple]:
-    """Tiles of q [m, dh], of k and of v [keys, dh], pairs of text and image. None stands for the pair
-    before it: each descriptor costs the launch a few microseconds."""
+    """Return tiles of q [m, dh], of k and of v [keys, dh], pairs of text and image. A pair of None
+    stands for the pair before it: each descriptor costs the launch a few microseconds."""
     same = None, None
     return (_pair(_tiles, *qk, m), same if m == keys else _pair(_tiles, *qk, keys),
             same if qk is qkv else _pair(_tiles, *qkv, keys))
 
 
 def _readable(x: Tensor) -> bool:
-    """Whether tiles of it can be read in place."""
-    aligned = x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:2])
+    """Return whether tiles of x can be read in place."""
+    aligned = x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0
+                                             for s in x.stride()[:2])
     return aligned and x.stride()[2:] == (x.shape[3], 1) and x.stride(1) < 2 ** 31 // ROWS
 
 
 def prepare(qkv_txt: Tensor | None, qkv_img: Tensor, wq_txt: Tensor | None, wk_txt: Tensor | None,
-            wq_img: Tensor | None, wk_img: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The pre-pass: (qk_txt, qk_img, maxima).
+            wq_img: Tensor | None, wk_img: Tensor | None,
+            eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the pre-pass; return (qk_txt, qk_img, maxima).
 
-    qk_* [b, l, 2, n, dh]: q in units of the scores, and k, both normalised; empty without norm weights.
-    maxima [b, n, 2, blocks]: the largest norm of q, as it enters the scores, and of k in ROWS rows.
+    qk_* [b, l, 2, n, dh]: q in units of the scores, and k, both normalised; empty without norm
+    weights. maxima [b, n, 2, blocks]: the largest norm of q, as it enters the scores, and of k in
+    ROWS rows.
     """
     qk_txt, qk_img, maxima = prepare_fake(qkv_txt, qkv_img, wq_txt, wk_txt, wq_img, wk_img, eps)
     b, _, _, n, dh = qkv_img.shape
     blocks, blocks_txt = maxima.shape[3], maxima.shape[3] - _cdiv(qkv_img.shape[1], ROWS)
     _prepare[(n, blocks, b)](
-        _pair(_rows, qkv_txt, qkv_img), _pair(_rows, qk_txt, qk_img), (wq_txt, wk_txt), (wq_img, wk_img),
-        maxima, n, blocks_txt, blocks, EPS=eps, SCALE=_score_scale(qkv_img), TXT=blocks_txt > 0,
-        FOLD=qk_img.numel() > 0, R=ROWS, DH=dh, ACC=_acc(qkv_img), num_warps=8, num_stages=1)
+        _pair(_rows, qkv_txt, qkv_img), _pair(_rows, qk_txt, qk_img), (wq_txt, wk_txt),
+        (wq_img, wk_img), maxima, n, blocks_txt, blocks, EPS=eps, SCALE=_score_scale(qkv_img),
+        TXT=blocks_txt > 0, FOLD=qk_img.numel() > 0, R=ROWS, DH=dh, ACC=_acc(qkv_img), num_warps=8,
+        num_stages=1)
     return qk_txt, qk_img, maxima
 
 
@@ -599,34 +637,38 @@ def prepare_fake(qkv_txt, qkv_img, wq_txt, wk_txt, wq_img, wk_img, eps):
     l_txt = 0 if qkv_txt is None else qkv_txt.shape[1]
     fold = wq_txt is not None or wq_img is not None
     qk_txt, qk_img = (qkv_img.new_empty((b, l, 2, n, dh) if fold else (0,)) for l in (l_txt, l_img))
+    blocks = _cdiv(l_txt, ROWS) + _cdiv(l_img, ROWS)
     acc = torch.promote_types(qkv_img.dtype, torch.float32)
-    return qk_txt, qk_img, qkv_img.new_empty((b, n, 2, _cdiv(l_txt, ROWS) + _cdiv(l_img, ROWS)), dtype=acc)
+    return qk_txt, qk_img, qkv_img.new_empty((b, n, 2, blocks), dtype=acc)
 
 
 def forward(qkv_txt: Tensor | None, qkv_img: Tensor, qk_txt: Tensor, qk_img: Tensor, maxima: Tensor,
-            wq_txt: Tensor | None, wk_txt: Tensor | None, wq_img: Tensor | None, wk_img: Tensor | None,
-            eps: float, need_txt: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(out_txt, out_img, lse) from the projections and their pre-pass; out_txt is empty without text queries.
+            wq_txt: Tensor | None, wk_txt: Tensor | None, wq_img: Tensor | None,
+            wk_img: Tensor | None, eps: float, need_txt: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (out_txt, out_img, lse) from the projections and their pre-pass.
 
-    lse [b, n, l]: log2 of the softmax's denominator, text first. The weights are there for their gradients.
+    out_txt is empty without text queries. lse [b, n, l]: log2 of the softmax's denominator, text
+    first. The norm weights are arguments because autograd returns gradients to arguments.
     """
-    out_txt, out_img, lse = forward_fake(qkv_txt, qkv_img, qk_txt, qk_img, maxima, wq_txt, wk_txt, wq_img,
-                                         wk_img, eps, need_txt)
+    out_txt, out_img, lse = forward_fake(qkv_txt, qkv_img, qk_txt, qk_img, maxima, wq_txt, wk_txt,
+                                         wq_img, wk_img, eps, need_txt)
     b, l_img, _, n, dh = qkv_img.shape
-    l_txt, fold, txt_q = qkv_txt.shape[1] if _there(qkv_txt) else 0, qk_img.numel() > 0, out_txt.numel() > 0
+    l_txt = qkv_txt.shape[1] if _there(qkv_txt) else 0
+    fold, txt_q = qk_img.numel() > 0, out_txt.numel() > 0
     m, keys, warps, stages = _launches(qkv_img)[0]
     tiles_txt = _cdiv(l_txt, m) if txt_q else 0
     qkv = qkv_txt, qkv_img
     q, k, v = _qkv_tiles((qk_txt, qk_img) if fold else qkv, qkv, m, keys)
     _forward[(tiles_txt + _cdiv(l_img, m), n, b)](
         *q, *k, *v, *_pair(_tiles, out_txt, out_img, m), lse, maxima, (l_txt, l_img),
-        LIMIT=_limit(qkv_img), SCALE=1.0 if fold else _score_scale(qkv_img), TXT=l_txt > 0, TXT_Q=txt_q,
-        AHEAD=_tma(qkv_img.device), R=ROWS, M=m, N=keys, DH=dh, ACC=_acc(qkv_img),
+        LIMIT=_limit(qkv_img), SCALE=1.0 if fold else _score_scale(qkv_img), TXT=l_txt > 0,
+        TXT_Q=txt_q, AHEAD=_tma(qkv_img.device), R=ROWS, M=m, N=keys, DH=dh, ACC=_acc(qkv_img),
         num_warps=warps, num_stages=stages)
     return out_txt, out_img, lse
 
 
-def forward_fake(qkv_txt, qkv_img, qk_txt, qk_img, maxima, wq_txt, wk_txt, wq_img, wk_img, eps, need_txt):
+def forward_fake(qkv_txt, qkv_img, qk_txt, qk_img, maxima, wq_txt, wk_txt, wq_img, wk_img, eps,
+                 need_txt):
     b, l_img, _, n, dh = qkv_img.shape
     l_txt = qkv_txt.shape[1] if need_txt and qkv_txt is not None else 0
     out_txt, out_img = (qkv_img.new_empty((b, l, n, dh)) for l in (l_txt, l_img))
@@ -636,7 +678,7 @@ def forward_fake(qkv_txt, qkv_img, qk_txt, qk_img, maxima, wq_txt, wk_txt, wq_im
 def attend(qkv_txt: Tensor | None, qkv_img: Tensor, wq_txt: Tensor | None, wk_txt: Tensor | None,
            wq_img: Tensor | None, wk_img: Tensor | None, eps: float,
            need_txt: bool) -> tuple[Tensor, Tensor]:
-    """Both passes, where nothing needs a gradient: (out_txt, out_img)."""
+    """Run both passes where nothing needs a gradient; return (out_txt, out_img)."""
     weights = wq_txt, wk_txt, wq_img, wk_img
     ready = prepare(qkv_txt, qkv_img, *weights, eps)
     return forward(qkv_txt, qkv_img, *ready, *weights, eps, need_txt)[:2]
@@ -648,19 +690,23 @@ def attend_fake(qkv_txt, qkv_img, wq_txt, wk_txt, wq_img, wk_img, eps, need_txt)
     return forward_fake(qkv_txt, qkv_img, *ready, *weights, eps, need_txt)[:2]
 
 
-def backward(g_txt: Tensor | None, g_img: Tensor, qkv_txt: Tensor | None, qkv_img: Tensor, qk_txt: Tensor,
-             qk_img: Tensor, wq_txt: Tensor | None, wk_txt: Tensor | None, wq_img: Tensor | None,
-             wk_img: Tensor | None, out_txt: Tensor, out_img: Tensor, lse: Tensor, eps: float, grad_txt: bool,
-             grad_img: bool, weight_txt: bool, weight_img: bool,
-             deterministic: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dqkv_txt, dqkv_img, dw_q_txt, dw_k_txt, dw_q_img, dw_k_img) from the gradients of out; empty where
-    grad_* (the stream) or weight_* (the norm weights of a stream that has a gradient) is False."""
-    dqkv_txt, dqkv_img, *dw = backward_fake(g_txt, g_img, qkv_txt, qkv_img, qk_txt, qk_img, wq_txt, wk_txt,
-                                            wq_img, wk_img, out_txt, out_img, lse, eps, grad_txt, grad_img,
-                                            weight_txt, weight_img, deterministic)
+def backward(g_txt: Tensor | None, g_img: Tensor, qkv_txt: Tensor | None, qkv_img: Tensor,
+             qk_txt: Tensor, qk_img: Tensor, wq_txt: Tensor | None, wk_txt: Tensor | None,
+             wq_img: Tensor | None, wk_img: Tensor | None, out_txt: Tensor, out_img: Tensor,
+             lse: Tensor, eps: float, grad_txt: bool, grad_img: bool, weight_txt: bool,
+             weight_img: bool, deterministic: bool,
+             ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return (dqkv_txt, dqkv_img, dw_q_txt, dw_k_txt, dw_q_img, dw_k_img) from the gradients of
+    out; empty where grad_* (the stream) or weight_* (the norm weights of a stream that has a
+    gradient) is False."""
+    dqkv_txt, dqkv_img, *dw = backward_fake(
+        g_txt, g_img, qkv_txt, qkv_img, qk_txt, qk_img, wq_txt, wk_txt, wq_img, wk_img, out_txt,
+        out_img, lse, eps, grad_txt, grad_img, weight_txt, weight_img, deterministic)
     b, l_img, _, n, dh = qkv_img.shape
     l = qkv_txt.shape[1] if _there(qkv_txt) else 0, l_img
-    txt, txt_q, fold, atomic = l[0] > 0, l[0] > 0 and _there(g_txt), qk_img.numel() > 0, not deterministic
+    txt = l[0] > 0
+    txt_q = txt and _there(g_txt)
+    fold, atomic = qk_img.numel() > 0, not deterministic
     grad, weight = (grad_txt and txt, grad_img), (weight_txt and txt, weight_img)
     want_q = grad[0] and txt_q, grad_img
     g = [x if not _there(x) or _readable(x) else x.contiguous() for x in (g_txt, g_img)]
@@ -671,35 +717,40 @@ def backward(g_txt: Tensor | None, g_img: Tensor, qkv_txt: Tensor | None, qkv_im
     blocks_txt = _cdiv(l[0], ROWS) if txt_q else 0
     blocks = blocks_txt + _cdiv(l_img, ROWS)
     stats, dq = lse.new_empty((b, n, 2, blocks * ROWS)), lse.new_empty((b, n, blocks * ROWS, dh))
-    # more warps for wider heads: a thread then holds as many numbers
+    # wider heads get more warps, so that a thread holds as many numbers
     _stats[(n, blocks, b)](
-        _pair(_rows, *g), _pair(_rows, out_txt, out_img), lse, stats, dq, l, lse.shape[2], n, blocks_txt,
-        blocks, TXT_Q=txt_q, ZERO=atomic, **rows, num_warps=dh // 8, num_stages=1)
+        _pair(_rows, *g), _pair(_rows, out_txt, out_img), lse, stats, dq, l, lse.shape[2], n,
+        blocks_txt, blocks, TXT_Q=txt_q, ZERO=atomic, **rows, num_warps=dh // 8, num_stages=1)
 
     # dk and dv; where sums may come in any order, dq in the same pass
     _, (m, keys, warps, stages), second = _launches(qkv_img)
     any_q = atomic and any(want_q)
     tiles = [_cdiv(x, keys) if x and (wanted or any_q) else 0 for x, wanted in zip(l, grad)]
-    parts = lambda counts, wanted: tuple(lse.new_empty((b * n * count if want else 0, dh))
-                                         for count, want in zip(counts, wanted))
+
+    def parts(counts, wanted) -> tuple[Tensor, ...]:
+        """Return room for the partial sums of norm weights, for each stream `counts` per head."""
+        return tuple(lse.new_empty((b * n * count if want else 0, dh))
+                     for count, want in zip(counts, wanted))
+
     parts_k = parts(tiles, weight)
     if sum(tiles):
         q, k, v = _qkv_tiles(qk, qkv, m, keys)
+        # ds is the gradient by natural scores; the folded q brings its own scale and log2(e)
+        dk_scale = math.log(2) if fold else dh ** -0.5
         _backward[(sum(tiles), n, b)](
-            *q, *_pair(_tiles, *g, m), *k, *v, *_pair(_tiles, dqkv_txt, dqkv_img, keys), (wk_txt, wk_img),
-            parts_k, stats, dq, l, n, blocks_txt, blocks, tiles[0], TXT=tiles[0] > 0, TXT_Q=txt_q,
-            GRAD=grad, WEIGHT=weight, EPS=eps, SCALE=scale,
-            DQ=(want_q[0] and atomic, want_q[1] and atomic),
-            # ds is the gradient by natural scores; the folded q brings its own scale and log2(e)
-            DK_SCALE=math.log(2) if fold else dh ** -0.5, M=m, N=keys, **rows, num_warps=warps,
-            num_stages=stages)
+            *q, *_pair(_tiles, *g, m), *k, *v, *_pair(_tiles, dqkv_txt, dqkv_img, keys),
+            (wk_txt, wk_img), parts_k, stats, dq, l, n, blocks_txt, blocks, tiles[0],
+            TXT=tiles[0] > 0, TXT_Q=txt_q, GRAD=grad, WEIGHT=weight,
+            DQ=(want_q[0] and atomic, want_q[1] and atomic), EPS=eps, SCALE=scale,
+            DK_SCALE=dk_scale, M=m, N=keys, **rows, num_warps=warps, num_stages=stages)
     if deterministic and any(want_q):
         m, keys, warps, stages = second
         tiles = [_cdiv(x, m) if wanted else 0 for x, wanted in zip(l, want_q)]
         q, k, v = _qkv_tiles(qk, qkv, m, keys)
         _backward_q[(sum(tiles), n, b)](
-            *q, *_pair(_tiles, *g, m), *k, *v, stats, dq, l, n, blocks_txt, blocks, tiles[0], TXT=txt,
-            TXT_Q=want_q[0], SCALE=scale, M=m, N=keys, **rows, num_warps=warps, num_stages=stages)
+            *q, *_pair(_tiles, *g, m), *k, *v, stats, dq, l, n, blocks_txt, blocks, tiles[0],
+            TXT=txt, TXT_Q=want_q[0], SCALE=scale, M=m, N=keys, **rows, num_warps=warps,
+            num_stages=stages)
 
     # dq through the norm into its place
     parts_q = parts((blocks_txt, blocks - blocks_txt), (weight[0] and want_q[0], weight[1]))
@@ -716,17 +767,22 @@ def backward(g_txt: Tensor | None, g_img: Tensor, qkv_txt: Tensor | None, qkv_im
     return dqkv_txt, dqkv_img, *dw
 
 
-def backward_fake(g_txt, g_img, qkv_txt, qkv_img, qk_txt, qk_img, wq_txt, wk_txt, wq_img, wk_img, out_txt,
-                  out_img, lse, eps, grad_txt, grad_img, weight_txt, weight_img, deterministic):
-    empty = lambda x, wanted: qkv_img.new_empty((0,)) if x is None or not wanted else x.new_empty(x.shape)
+def backward_fake(g_txt, g_img, qkv_txt, qkv_img, qk_txt, qk_img, wq_txt, wk_txt, wq_img, wk_img,
+                  out_txt, out_img, lse, eps, grad_txt, grad_img, weight_txt, weight_img,
+                  deterministic):
+    def empty(x: Tensor | None, wanted: bool) -> Tensor:
+        return x.new_empty(x.shape) if wanted and x is not None else qkv_img.new_empty((0,))
+
     return (empty(qkv_txt, grad_txt), empty(qkv_img, grad_img), empty(wq_txt, weight_txt),
             empty(wk_txt, weight_txt), empty(wq_img, weight_img), empty(wk_img, weight_img))
 
 
 # --- registration and autograd ---
-# Opaque operators also on a GPU: torch.library.triton_op traces a launch without its descriptors ("not yet
-# supported in non-dynamo tracing", torch 2.13) and would run compiled code on the tensors of the trace.
-# Registered by hand: torch.library.custom_op adds checks that cost 15 us a call.
+
+# The operators are opaque also on a GPU: torch.library.triton_op traces a launch without its
+# descriptors ("not yet supported in non-dynamo tracing", torch 2.13) and would run compiled code on
+# the tensors of the trace. They are registered by hand because torch.library.custom_op adds checks
+# that cost 15 us a call.
 
 _LIBRARY = torch.library.Library("ladd", "FRAGMENT")
 
@@ -742,7 +798,7 @@ def _register(name: str, function, fake):
 prepare_op = _register("prepare", prepare, prepare_fake)
 forward_op = _register("forward", forward, forward_fake)      # what a selective checkpoint saves
 backward_op = _register("backward", backward, backward_fake)
-attend_op = _register("attend", attend, attend_fake)          # one operator costs the host less than two
+attend_op = _register("attend", attend, attend_fake)          # costs the host less than two
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -763,7 +819,8 @@ def _gradients(ctx, g_txt: Tensor | None, g_img: Tensor | None, _):
                                           needs[1] or weight_img, weight_txt, weight_img,
                                           torch.are_deterministic_algorithms_enabled())
     dw = [g if need else None for g, need in zip(dw, needs[5:9])]
-    return (dqkv_txt if needs[0] else None, dqkv_img if needs[1] else None, None, None, None, *dw, None, None)
+    return (dqkv_txt if needs[0] else None, dqkv_img if needs[1] else None,
+            None, None, None, *dw, None, None)
 
 
 torch.library.register_autograd("ladd::joint_attention_forward", _gradients, setup_context=_setup,
@@ -771,59 +828,65 @@ torch.library.register_autograd("ladd::joint_attention_forward", _gradients, set
 
 
 def _no_second_derivative(ctx, *_):
-    raise RuntimeError("attention: the backward pass has no derivative of its own (got create_graph=True)")
+    raise RuntimeError("attention: the backward pass has no derivative of its own "
+                       "(got create_graph=True)")
 
 
-torch.library.register_autograd("ladd::joint_attention_backward", _no_second_derivative, lib=_LIBRARY)
+torch.library.register_autograd("ladd::joint_attention_backward", _no_second_derivative,
+                                lib=_LIBRARY)
 
 
 def _check(qkv_txt: Tensor | None, qkv_img: Tensor, norm_txt, norm_img) -> None:
     if triton is None or not (qkv_img.is_cuda or INTERPRET or ARCH is not None):
-        raise RuntimeError(f"attention: found tensors on {qkv_img.device}, {'' if triton else 'no '}triton; "
-                           "accepted: triton with tensors on CUDA, or on the CPU with TRITON_INTERPRET=1")
+        missing = "" if triton else ", without Triton"
+        raise RuntimeError("attention: tensors must be on CUDA, or on the CPU with "
+                           f"TRITON_INTERPRET=1 (got {qkv_img.device}{missing})")
     if norm_txt is not None and qkv_txt is None:
-        raise ValueError("attention: found norm_txt without qkv_txt")
+        raise ValueError("attention: norm_txt requires qkv_txt (got None)")
     if qkv_img.ndim != 5 or not qkv_img.numel():
-        raise ValueError(f"attention: found qkv_img {tuple(qkv_img.shape)}; [b, l, 3, n, dh] accepted, "
-                         "at least one token")
-    accepted = (torch.float32, torch.float64) if INTERPRET else (torch.bfloat16, torch.float16)
+        raise ValueError("attention: qkv_img must be [b, l, 3, n, dh] with at least one token "
+                         f"(got {tuple(qkv_img.shape)})")
+    dtypes = (torch.float32, torch.float64) if INTERPRET else (torch.bfloat16, torch.float16)
     b, _, _, n, dh = qkv_img.shape
     for name, x, norm in (("qkv_txt", qkv_txt, norm_txt), ("qkv_img", qkv_img, norm_img)):
         if x is None:
             continue
         shape, strides = x.shape, x.stride()
         if len(shape) != 5 or shape != (b, shape[1], 3, n, dh) or dh not in (64, 128):
-            raise ValueError(f"attention: found {name} {tuple(shape)}, [b, l, 3, n, dh] accepted, dh 64 or "
-                             f"128, b, n and dh as in qkv_img {tuple(qkv_img.shape)}")
-        if x.dtype != qkv_img.dtype or x.dtype not in accepted or x.device != qkv_img.device:
-            raise ValueError(f"attention: found {name} in {x.dtype} on {x.device}, qkv_img in "
-                             f"{qkv_img.dtype} on {qkv_img.device}; both in one of "
-                             f"{', '.join(map(str, accepted))} accepted")
+            raise ValueError(f"attention: {name} must be [b, l, 3, n, dh] with dh 64 or 128 and b, "
+                             f"n and dh as in qkv_img {tuple(qkv_img.shape)} (got {tuple(shape)})")
+        if x.dtype != qkv_img.dtype or x.dtype not in dtypes or x.device != qkv_img.device:
+            raise ValueError(f"attention: {name} and qkv_img must be on one device, both in "
+                             f"{' or '.join(map(str, dtypes))} (got {name} in {x.dtype} on "
+                             f"{x.device}, qkv_img in {qkv_img.dtype} on {qkv_img.device})")
         # offsets within a tile of at most ROWS rows are 32-bit, hence the upper limit
         if strides[2:] != (n * dh, dh, 1) or (
                 shape[1] > 1 and not 3 * n * dh <= strides[1] < 2 ** 31 // ROWS):
             raise ValueError(f"attention: strides of {name} must be (any, {3 * n * dh} to "
                              f"{2 ** 31 // ROWS - 1}, {n * dh}, {dh}, 1) (got {strides})")
         if norm is not None and any(w.shape != (dh,) or w.stride() != (1,) for w in norm):
-            raise ValueError(f"attention: found norm weights {[tuple(w.shape) for w in norm]}; two "
-                             f"contiguous [{dh}] accepted")
+            raise ValueError(f"attention: norm weights of {name} must be two contiguous [{dh}] "
+                             f"(got {[(tuple(w.shape), w.stride()) for w in norm]})")
 
 
-def joint_attention(qkv_txt: Tensor | None, qkv_img: Tensor, norm_txt: tuple[Tensor, Tensor] | None = None,
+def joint_attention(qkv_txt: Tensor | None, qkv_img: Tensor,
+                    norm_txt: tuple[Tensor, Tensor] | None = None,
                     norm_img: tuple[Tensor, Tensor] | None = None, eps: float = 1e-6,
                     need_txt: bool = True) -> tuple[Tensor | None, Tensor]:
-    """reference_joint_attention as Triton kernels; products in the dtype of qkv, sums in fp32.
+    """Compute reference_joint_attention by Triton kernels; products in the dtype of qkv, sums in
+    fp32.
 
-    qkv_*: bf16 or fp16, under Triton's interpreter fp32 or float64; dh 64 or 128; start and strides of rows
-    and samples in multiples of 16 bytes, samples may be expanded. What needs no gradient is not computed.
-    Raises ValueError for what it does not take, RuntimeError where it cannot run.
+    qkv_*: bf16 or fp16, under Triton's interpreter fp32 or float64; dh 64 or 128; start and strides
+    of rows and samples in multiples of 16 bytes, samples may be expanded. What needs no gradient is
+    not computed. Raises ValueError for what it does not take, RuntimeError where it cannot run.
     """
     _check(qkv_txt, qkv_img, norm_txt, norm_img)
     weights = *(norm_txt or (None, None)), *(norm_img or (None, None))
     inputs = qkv_txt, qkv_img, *weights
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         frozen = [None if x is None else x.detach() for x in inputs]
-        out_txt, out_img, _ = forward_op(qkv_txt, qkv_img, *prepare_op(*frozen, eps), *weights, eps, need_txt)
+        out_txt, out_img, _ = forward_op(qkv_txt, qkv_img, *prepare_op(*frozen, eps), *weights, eps,
+                                         need_txt)
     else:
         out_txt, out_img = attend_op(*inputs, eps, need_txt)
     return (out_txt if need_txt and qkv_txt is not None else None), out_img
@@ -832,8 +895,8 @@ def joint_attention(qkv_txt: Tensor | None, qkv_img: Tensor, norm_txt: tuple[Ten
 # --- check and time ---
 
 def milliseconds(run) -> float:
-    """Return the median time of run() on the GPU, which sleeps until the call is queued: most calls are
-    shorter than their Python."""
+    """Return the median time of run() on the GPU, which sleeps until the call is queued: most calls
+    are shorter than their Python."""
     flush, times = torch.empty(2 ** 28, dtype=torch.uint8, device="cuda"), []
     for _ in range(23):                              # three warm up
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -848,23 +911,31 @@ def milliseconds(run) -> float:
 
 
 def main() -> None:
-    """Largest error of out and all gradients against the reference over the largest value; on CUDA also
-    TFLOP/s of useful products, forward and backward."""
+    """Print the largest error of out and all gradients against the reference, relative to the
+    largest value; on CUDA also TFLOP/s of useful products, forward and backward."""
     cuda = torch.cuda.is_available()
     device, dtype, limit = ("cuda", torch.bfloat16, 2e-2) if cuda else ("cpu", torch.float32, 1e-5)
-    shapes = [(2, 154, 4096, 24, 64), (2, 333, 4096, 38, 64), (1, 333, 4095, 12, 128)] if cuda else \
-        [(2, 33, 70, 1, 64), (1, 70, 65, 1, 128)]
-    print(f"{'(b, l_txt, l_img, n, dh)':26} norms    error" + ("  TFLOP/s forward  backward" if cuda else ""))
-    for (b, l_txt, l_img, n, dh), norms in ((shape, norms) for shape in shapes for norms in (False, True)):
+    shapes = [(2, 33, 70, 1, 64), (1, 70, 65, 1, 128)]
+    if cuda:
+        shapes = [(2, 154, 4096, 24, 64), (2, 333, 4096, 38, 64), (1, 333, 4095, 12, 128)]
+    print(f"{'(b, l_txt, l_img, n, dh)':26} norms    error"
+          + ("  TFLOP/s forward  backward" if cuda else ""))
+    for (b, l_txt, l_img, n, dh), norms in itertools.product(shapes, (False, True)):
         g = torch.Generator(device).manual_seed(0)
-        make = lambda *s: torch.randn(s, generator=g, device=device).to(dtype)
-        inputs = [make(b, l, 3, n, dh) for l in (l_txt, l_img)] + [make(dh) for _ in range(4 * norms)]
-        grads = [make(b, l, n, dh) for l in (l_txt, l_img)]
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=g, device=device).to(dtype)
+
+        inputs = [draw(b, l, 3, n, dh) for l in (l_txt, l_img)]
+        if norms:
+            inputs += [draw(dh) for _ in range(4)]
+        grads = [draw(b, l, n, dh) for l in (l_txt, l_img)]
 
         def run(function, inputs):
             inputs = [t.requires_grad_() for t in inputs]
             out = function(*inputs[:2], *((inputs[2:4], inputs[4:]) if norms else (None, None)))
-            return out, lambda: torch.autograd.grad(out, inputs, [x.to(out[0].dtype) for x in grads],
+            return out, lambda: torch.autograd.grad(out, inputs,
+                                                    [x.to(out[0].dtype) for x in grads],
                                                     retain_graph=True)
 
         (out, back), (truth, back_truth) = run(joint_attention, inputs), run(
@@ -879,7 +950,7 @@ def main() -> None:
             line += f"  {flops / ms:15.0f}  {2.5 * flops / milliseconds(back):8.0f}"
         print(line)
         if not error < limit:
-            sys.exit(f"attention: found error {error:.1e}, below {limit:.0e} accepted")
+            sys.exit(f"attention: the error must be below {limit:.0e} (got {error:.1e})")
 
 
 if __name__ == "__main__":

@@ -136,9 +136,12 @@ def attention_work(model: str, batch: int, device: torch.device, small: bool) ->
     """Yield joint attention of a model at 1024 px, forward and backward."""
     n, norm, text = (2, True, 5) if small else MODELS[model]
     tokens, dtype = (24, torch.float32) if small else (TOKENS, torch.bfloat16)
-    make = lambda *shape: torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
-    qkv = [make(batch, l, 3, n, 64) for l in (text, tokens)]
-    norms = [tuple(make(64) for _ in range(2)) for _ in qkv] if norm else [None, None]
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+
+    qkv = [draw(batch, l, 3, n, 64) for l in (text, tokens)]
+    norms = [tuple(draw(64) for _ in range(2)) for _ in qkv] if norm else [None, None]
     inputs = [*qkv, *(w for pair in norms if pair for w in pair)]
     args, l = (*qkv, *norms), text + tokens
     products = 4 * batch * n * 64 * l * l
@@ -166,8 +169,11 @@ def modulation_work(model: str, batch: int, device: torch.device, small: bool) -
     """Yield modulate and gate_modulate of a model's image tokens, forward and backward."""
     d, l = (128, 24) if small else (64 * MODELS[model][0], TOKENS)
     dtype = torch.float32 if small else torch.bfloat16
-    make = lambda *shape: torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
-    x, branch, vector = make(batch, l, d), make(batch, l, d), make(batch, 6 * d)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+
+    x, branch, vector = draw(batch, l, d), draw(batch, l, d), draw(batch, 6 * d)
     shift, scale, gate = vector.chunk(6, -1)[:3]                     # strided views, as in a block
     size, shape = batch * l * d * x.element_size(), f"{model} b{batch} {l}x{d}"
     # arguments, what gets a gradient, tensors [b, l, d] read and written forward and backward
@@ -201,12 +207,15 @@ def heads_work(model: str, batch: int, device: torch.device, small: bool) -> Ite
     n = MODELS[model][0]
     k, d, c, e, grid = (2, 64, 32, 8, (4, 6)) if small else (n, 64 * n, 512, 64, (64, 64))
     dtype, l = torch.float32 if small else torch.bfloat16, grid[0] * grid[1]
-    make = lambda *shape: torch.randn(shape, device=device)
-    feats = [make(batch, l, d).to(dtype) for _ in range(k)]
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device)
+
+    feats = [draw(batch, l, d).to(dtype) for _ in range(k)]
     sizes = ((k, d, c), *3 * [(k, c)], (k, 3, 3, c, c), *3 * [(k, c)], (k, e, c), (k, c), (k,))
     scales = [size[-2] ** -0.5 if len(size) > 2 else 1 for size in sizes]
-    params = heads.HeadParams(*(make(*size) * scale for size, scale in zip(sizes, scales)))
-    cond, shape = make(batch, e), f"{model} b{batch} {k} taps of {d}, {grid[0]}x{grid[1]}"
+    params = heads.HeadParams(*(draw(*size) * scale for size, scale in zip(sizes, scales)))
+    cond, shape = draw(batch, e), f"{model} b{batch} {k} taps of {d}, {grid[0]}x{grid[1]}"
     first, second = (k * batch * l * n for n in (2 * d * c, 18 * c * c))
     reference = heads.reference_discriminator_heads
     contenders = {"ours": heads.discriminator_heads, "eager": reference,
@@ -347,7 +356,9 @@ def copy_bandwidth(flush: Tensor, rounds: int) -> float:
 
 def about(device: torch.device) -> dict[str, str]:
     """Return what the numbers depend on: GPU, driver, versions, commit and date."""
-    run = lambda *command: subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    def run(*command: str) -> str:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
     triton = sys.modules.get("triton")
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     driver = "-"

@@ -2,34 +2,39 @@
 in one batched evaluation.
 
     y_k      = lrelu(GN(F_k W_in + b_in))                       1x1 convolution d -> c
-    z_k      = (y_k + lrelu(GN(conv3x3(y_k)))) / sqrt 2         residual, zero padding at the borders
+    z_k      = (y_k + lrelu(GN(conv3x3(y_k)))) / sqrt 2     residual, zero padding at the borders
     logit_k  = <z_k, w_out + W_cond cond> / sqrt c + b_out      per token; projection conditioning
 
-Letters: k head, b batch, h w token grid, d teacher width, c head width, e conditioning width. GN: group norm
-over the tokens of one sample and GROUP_SIZE channels, so a logit never depends on its batch mates. The family
-is StyleGAN-T's head (Sauer et al. 2023) with 2-D convolutions (Sauer et al. 2024, LADD); widths, group norm
-and the place of the conditioning are our choice.
+Letters: k head, b batch, h w token grid, d teacher width, c head width, e conditioning width. GN:
+group norm over the tokens of one sample and GROUP_SIZE channels, so a logit never depends on its
+batch mates. The family is StyleGAN-T's head (Sauer et al. 2023) with 2-D convolutions (Sauer et al.
+2024, LADD); widths, group norm and the place of the conditioning are our choice.
 
-Gradient, with u = F W_in + b_in, v = conv3x3(y), r = readout / sqrt c, g that of the logits; GN' takes a, the
-gradient of a norm's output, to rstd (gamma a - mean gamma a - xhat mean gamma a xhat), means over the group:
-    dv = GN'(lrelu' g r / sqrt 2);  dy = g r / sqrt 2 + conv3x3^T(dv);  du = GN'(lrelu' dy);  dF = du W_in^T
-    dW_in = F^T du;  dW_conv[shift] = y[tokens + shift]^T dv; sums over tokens and samples
-FLOPs forward: k b h w (2 d c + 18 c^2); backward as many to the features, twice 18 c^2 to the parameters.
+Gradient, with u = F W_in + b_in, v = conv3x3(y), r = readout / sqrt c, g that of the logits; GN'
+takes a, the gradient of a norm's output, to rstd (gamma a - mean gamma a - xhat mean gamma a xhat),
+means over the group:
 
-Launches, each for all heads. Forward: product, activation, product, readout; backward: sums, norm, product,
-norm, then a product for the features, or the activation again and two products for the weights. Normalising
-in a pass of its own leaves the products' loops bare; statistics leave them as partials per tile, which a few
-small kernels of torch merge: no atomics.
+    dv = GN'(lrelu' g r / sqrt 2);  dy = g r / sqrt 2 + conv3x3^T(dv)
+    du = GN'(lrelu' dy);  dF = du W_in^T
+    dW_in = F^T du;  dW_conv[shift] = y[tokens + shift]^T dv        sums over tokens and samples
 
-What the convolution reads, y and dv, is stored with one zero after each row of the grid but the last, the
-padding of two rows at once: positions [h (w + 1) - 1] instead of tokens [h w]. A shift of the convolution is
-then a shift along one axis, and a tile is a run of positions that a descriptor (TMA) reads whatever the grid;
-what lies before the first and after the last position reads as zero.
+FLOPs forward: k b h w (2 d c + 18 c^2); backward as many to the features, twice 18 c^2 to the
+parameters.
+
+Launches, each for all heads. Forward: product, activation, product, readout; backward: sums, norm,
+product, norm, then a product for the features, or the activation again and two products for the
+weights. Normalising in a pass of its own leaves the products' loops bare; statistics leave them as
+partials per tile, which a few small kernels of torch merge: no atomics.
+
+What the convolution reads, y and dv, is stored with one zero after each row of the grid but the
+last, the padding of two rows at once: positions [h (w + 1) - 1] instead of tokens [h w]. A shift of
+the convolution is then a shift along one axis, and a tile is a run of positions that a descriptor
+(TMA) reads whatever the grid; positions before the first and after the last read as zero.
 
 Bytes forward: the features copied once into one tensor (read and written), and in activations of
-k b l c: u, y, v written, u, y, v read, and y nine times by the convolution, mostly from L2. Kept for
-backward: u and v, and for the weights' gradient the copied features. Slower than it should be before
-sm_90 (no TMA, so that loads are not asynchronous) and in fp32 (no tensor cores).
+k b l c: u, y, v written, u, y, v read, and y nine times by the convolution, mostly from L2. Kept
+for backward: u and v, and for the weights' gradient the copied features. Slower than it should be
+before sm_90 (no TMA, so that loads are not asynchronous) and in fp32 (no tensor cores).
 """
 import functools
 import os
@@ -60,7 +65,7 @@ EPS = 1e-5
 
 
 class HeadParams(NamedTuple):
-    """Parameters of all heads, stacked over heads."""
+    """Hold the parameters of all heads, stacked over heads."""
     w_in: Tensor     # [k, d, c]
     b_in: Tensor     # [k, c]
     gamma1: Tensor   # [k, c]
@@ -75,8 +80,8 @@ class HeadParams(NamedTuple):
 
 
 def _norm_act(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    """lrelu(GN(x)) of x [k, b, l, c]: statistics per head, sample and group over (l, GROUP_SIZE)."""
-    g = x.unflatten(-1, (-1, GROUP_SIZE))                                      # [k, b, l, groups, GROUP_SIZE]
+    """Return lrelu(GN(x)) of x [k, b, l, c]; statistics per head, sample and group."""
+    g = x.unflatten(-1, (-1, GROUP_SIZE))                     # [k, b, l, groups, GROUP_SIZE]
     var, mean = torch.var_mean(g, (2, 4), correction=0, keepdim=True)
     g = ((g - mean) * torch.rsqrt(var + EPS)).flatten(-2)
     return F.leaky_relu(torch.addcmul(beta[:, None, None], g, gamma[:, None, None]), SLOPE)
@@ -84,22 +89,22 @@ def _norm_act(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
 
 def reference_discriminator_heads(feats: list[Tensor], params: HeadParams, cond: Tensor,
                                   grid: tuple[int, int]) -> Tensor:
-    """Logits [k, b, h, w] of all heads.
-    feats: k tensors [b, h*w, d]; cond [b, e]; computed in fp32 or better.
+    """Compute the logits [k, b, h, w] of all heads, in fp32 or better.
 
-    Raises ValueError where the number of taps, the grid or the widths do not fit.
+    feats: k tensors [b, h*w, d]; cond [b, e]. Raises ValueError if the number of taps, the grid or
+    the widths do not fit.
     """
     (h, w), (k, d, c) = grid, params.w_in.shape
     if len(feats) != k or any(f.shape[1:] != (h * w, d) for f in feats):
-        raise ValueError(f"heads: {k} features [b, {h * w}, {d}] expected for grid {h}x{w}, "
-                         f"found {len(feats)} of shapes {sorted({tuple(f.shape) for f in feats})}")
+        raise ValueError(f"heads: features must be {k} of [b, {h * w}, {d}] for grid {h}x{w} "
+                         f"(got {len(feats)} of {sorted({tuple(f.shape) for f in feats})})")
     acc = torch.float64 if feats[0].dtype == torch.float64 else torch.float32
     p = HeadParams(*(t.to(acc) for t in params))
     x = torch.stack([f.to(acc) for f in feats])                                # [k, b, l, d]
     b = x.shape[1]
     y = torch.baddbmm(p.b_in[:, None], x.flatten(1, 2), p.w_in).unflatten(1, (b, h * w))
     y = _norm_act(y, p.gamma1, p.beta1)                                        # [k, b, l, c]
-    padded = F.pad(y.unflatten(2, (h, w)), (0, 0, 1, 1, 1, 1))                 # [k, b, h + 2, w + 2, c]
+    padded = F.pad(y.unflatten(2, (h, w)), (0, 0, 1, 1, 1, 1))             # [k, b, h + 2, w + 2, c]
     patches = torch.stack([padded[:, :, i:i + h, j:j + w] for i in range(3) for j in range(3)], 4)
     z = torch.baddbmm(p.b_conv[:, None], patches.reshape(k, -1, 9 * c),
                       p.w_conv.reshape(k, 9 * c, c)).view_as(y)
@@ -115,14 +120,14 @@ if triton is not None:
 
     @triton.jit
     def _tokens(first, l, w, COUNT: tl.constexpr):
-        """Return the tokens of COUNT positions from `first` on, and which positions hold a token."""
+        """Return the tokens of COUNT positions from `first` on, and which of them hold one."""
         i = first + tl.arange(0, COUNT)
         row, x = i // (w + 1), i % (w + 1)
         return row * w + x, (x < w) & (row * w + x < l)
 
     @triton.jit
     def _norm(x, stat_ptr, gamma_ptr, beta_ptr, kb, k, n, c):
-        """(xhat, gamma xhat + beta, rstd, gamma) of x [rows, channels n]."""
+        """Return (xhat, gamma xhat + beta, rstd, gamma) of x [rows, channels n]."""
         at, groups = n // GROUP, c // GROUP
         mean = tl.load(stat_ptr + kb * 2 * groups + at, n < c, 0.0)
         rstd = tl.load(stat_ptr + (kb * 2 + 1) * groups + at, n < c, 0.0)
@@ -137,15 +142,17 @@ if triton is not None:
 
     @triton.jit
     def _halves(x):
-        """The first and the second half of the columns."""
+        """Return the first and the second half of the columns."""
         return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
 
     @triton.jit
     def _group_stats(acc, inside, part, bias_ptr, n0, k, c, N: tl.constexpr):
-        """acc [tokens, N channels from n0 on] with its bias. To part: count, mean and M2 of each group."""
+        """Return acc [tokens, N channels from n0 on] with its bias; store count, mean and M2 of
+        each group in part."""
         n, g, groups = n0 + tl.arange(0, N), n0 // GROUP + tl.arange(0, N // GROUP), c // GROUP
         acc += tl.load(bias_ptr + k * c + n, n < c, 0.0)[None]
-        count = tl.sum(inside.to(acc.dtype), 0) * GROUP        # at least one token: no two zeros in a row
+        # never 0: zeros are not neighbours, so that every tile has at least one token
+        count = tl.sum(inside.to(acc.dtype), 0) * GROUP
         total = tl.sum(tl.where(inside[:, None], acc, 0.0), 0)
         mean = tl.sum(total.reshape(N // GROUP, GROUP), 1) / count
         center = tl.broadcast_to(mean[:, None], (N // GROUP, GROUP)).reshape(N)
@@ -157,10 +164,11 @@ if triton is not None:
         return acc
 
     @triton.jit
-    def _norm_back(acc, rows, inside, part, n0, kb, k, l, c, u_ptr, stat_ptr, gamma_ptr, beta_ptr, grad_ptr,
-                   readout_ptr, N: tl.constexpr):
-        """Of acc, the convolution's gradient to y [tokens, N channels from n0 on]: adds the residual's and
-        goes back through leaky ReLU. To part: sums over tokens of the result, of it times xhat, of xhat."""
+    def _norm_back(acc, rows, inside, part, n0, kb, k, l, c, u_ptr, stat_ptr, gamma_ptr, beta_ptr,
+                   grad_ptr, readout_ptr, N: tl.constexpr):
+        """Add the residual's gradient to acc, the convolution's gradient to y [tokens, N channels
+        from n0 on], and take the sum back through leaky ReLU. Store sums over tokens in part: of
+        the result, of it times xhat, of xhat."""
         n = n0 + tl.arange(0, N)
         here = inside[:, None] & (n < c)[None]
         grad = tl.load(grad_ptr + kb.to(tl.int64) * l + rows, inside, 0.0)
@@ -175,14 +183,18 @@ if triton is not None:
         return acc
 
     @triton.jit
-    def _product(src, weight, out_ptr, part_ptr, bias_ptr, u_ptr, stat_ptr, gamma_ptr, beta_ptr, grad_ptr,
-                 readout_ptr, b, h, w, d, c, TAPS: tl.constexpr, BACK: tl.constexpr,
+    def _product(src, weight, out_ptr, part_ptr, bias_ptr, u_ptr, stat_ptr, gamma_ptr, beta_ptr,
+                 grad_ptr, readout_ptr, b, h, w, d, c, TAPS: tl.constexpr, BACK: tl.constexpr,
                  EPILOGUE: tl.constexpr, PIECES: tl.constexpr, TOKENS: tl.constexpr,
                  BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr):
-        """out [k, b, l, c] = sum over TAPS shifts of src [k b, positions, d] W; BACK: reversed, W transposed.
-        One program: TOKENS positions of one sample and BN channels. Neighbours in the launch share tokens.
-        EPILOGUE "store"; "stats": bias, group norm partials (count, mean, M2); "norm": the way back through
-        residual, leaky ReLU and affine of the first norm, with per-channel sums for the norm's gradient."""
+        """Compute out [k, b, l, c] = sum over TAPS shifts of src [k b, positions, d] W; with BACK,
+        shifts are reversed and W is transposed.
+
+        A program computes TOKENS positions of one sample and BN channels; neighbours in the launch
+        share tokens. EPILOGUE "store"; "stats": bias, group norm partials (count, mean, M2);
+        "norm": the way back through residual, leaky ReLU and affine of the first norm, with
+        per-channel sums for the norm's gradient.
+        """
         pid, across, tiles = tl.program_id(0), tl.cdiv(c, BN), tl.cdiv(h * (w + 1) - 1, TOKENS)
         n0, t, kb = pid % across * BN, pid // across % tiles, pid // (across * tiles)
         k, first = kb // b, t * TOKENS
@@ -199,28 +211,32 @@ if triton is not None:
                 wt = weight.load([k * TAPS + tap, k0, n0]).reshape(BK, BN)
             acc = tl.dot(a.to(wt.dtype), wt, acc, input_precision="ieee", out_dtype=ACC)
 
-        # the epilogue, for registers in PIECES of the channels, one or 8
+        # the epilogue, in 1 or 8 PIECES of the channels to save registers
         rows, inside = _tokens(first, h * w, w, TOKENS)
         few: tl.constexpr = BN // PIECES
         out_ptr += kb.to(tl.int64) * h * w * c
-        part = part_ptr + (kb * tiles + t).to(tl.int64) * 3 * (c if EPILOGUE == "norm" else c // GROUP)
+        part = (part_ptr
+                + (kb * tiles + t).to(tl.int64) * 3 * (c if EPILOGUE == "norm" else c // GROUP))
         for i in tl.static_range(PIECES):
-            piece = _halves(_halves(_halves(acc)[i // 4])[i // 2 % 2])[i % 2] if PIECES == 8 else acc
+            piece = (_halves(_halves(_halves(acc)[i // 4])[i // 2 % 2])[i % 2] if PIECES == 8
+                     else acc)
             start = n0 + i * few
             if EPILOGUE == "stats":
                 piece = _group_stats(piece, inside, part, bias_ptr, start, k, c, few)
             elif EPILOGUE == "norm":
-                piece = _norm_back(piece, rows, inside, part, start, kb, k, h * w, c, u_ptr, stat_ptr,
-                                   gamma_ptr, beta_ptr, grad_ptr, readout_ptr, few)
+                piece = _norm_back(piece, rows, inside, part, start, kb, k, h * w, c, u_ptr,
+                                   stat_ptr, gamma_ptr, beta_ptr, grad_ptr, readout_ptr, few)
             n = start + tl.arange(0, few)
             tl.store(out_ptr + (rows[:, None] * c + n[None]), piece.to(out_ptr.dtype.element_ty),
                      inside[:, None] & (n < c)[None])
 
     @triton.jit
-    def _weight_grad(src, grad, out_ptr, b, h, w, d, c, heads, TAPS: tl.constexpr, SPLIT: tl.constexpr,
-                     TOKENS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
-        """out [SPLIT, k, TAPS, d, c] = sum over positions and samples of src[position + shift]^T
-        grad[position]. One program: BM x BN weights of one head and shift, one SPLIT-th of the tiles."""
+    def _weight_grad(src, grad, out_ptr, b, h, w, d, c, heads, TAPS: tl.constexpr,
+                     SPLIT: tl.constexpr, TOKENS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                     ACC: tl.constexpr):
+        """Compute out [SPLIT, k, TAPS, d, c] = sum over positions and samples of
+        src[position + shift]^T grad[position]. A program computes BM x BN weights of one head and
+        shift from one SPLIT-th of the tiles."""
         pid, across, down = tl.program_id(0), tl.cdiv(c, BN), tl.cdiv(d, BM)
         n0, m0 = pid % across * BN, pid // across % down * BM
         pid = pid // (across * down)                                # (split, head, shift)
@@ -251,21 +267,22 @@ if triton is not None:
         return tl.load(y_ptr + kb.to(tl.int64) * (l + l // w - 1) * c + at, here, 0.0)
 
     @triton.jit
-    def _activate(u_ptr, y_ptr, stat_ptr, gamma_ptr, beta_ptr, b, l, w, c, R: tl.constexpr, C: tl.constexpr,
-                  ACC: tl.constexpr):
-        """y = lrelu(GN(u)), R positions and C channels a program."""
+    def _activate(u_ptr, y_ptr, stat_ptr, gamma_ptr, beta_ptr, b, l, w, c, R: tl.constexpr,
+                  C: tl.constexpr, ACC: tl.constexpr):
+        """Compute y = lrelu(GN(u)), R positions and C channels per program."""
         kb, first = tl.program_id(1), tl.program_id(0) // tl.cdiv(c, C) * R
         n = tl.program_id(0) % tl.cdiv(c, C) * C + tl.arange(0, C)
         rows, inside = _tokens(first, l, w, R)
         here = inside[:, None] & (n < c)[None]
-        u = tl.load(u_ptr + kb.to(tl.int64) * l * c + (rows[:, None] * c + n[None]), here, 0.0).to(ACC)
+        u = tl.load(u_ptr + kb.to(tl.int64) * l * c + (rows[:, None] * c + n[None]),
+                    here, 0.0).to(ACC)
         y = _leaky(_norm(u, stat_ptr, gamma_ptr, beta_ptr, kb, kb // b, n, c)[1])
         _store_positions(y_ptr, tl.where(here, y, 0.0), kb, first, l, w, n, c, R)
 
     @triton.jit
-    def _readout(y_ptr, v_ptr, logit_ptr, stat_ptr, gamma_ptr, beta_ptr, readout_ptr, bias_ptr, b, l, w, c,
-                 R: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr):
-        """logits of R tokens: <(y + lrelu(GN(v))) / sqrt 2, readout> + b_out."""
+    def _readout(y_ptr, v_ptr, logit_ptr, stat_ptr, gamma_ptr, beta_ptr, readout_ptr, bias_ptr, b,
+                 l, w, c, R: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr):
+        """Compute the logits of R tokens: <(y + lrelu(GN(v))) / sqrt 2, readout> + b_out."""
         kb, rows = tl.program_id(1), tl.program_id(0) * R + tl.arange(0, R)
         base, k = kb.to(tl.int64) * l * c, kb // b
         logit = tl.zeros([R], ACC)
@@ -279,15 +296,16 @@ if triton is not None:
         tl.store(logit_ptr + kb.to(tl.int64) * l + rows, logit + tl.load(bias_ptr + k), rows < l)
 
     @triton.jit
-    def _readout_sums(y_ptr, v_ptr, grad_ptr, part_ptr, stat_ptr, gamma_ptr, beta_ptr, readout_ptr, b, l, w,
-                      c, WEIGHTS: tl.constexpr, LOOPS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-                      ACC: tl.constexpr):
-        """Sums over LOOPS R tokens, per channel, of g (the gradient of the second norm's output), g xhat and,
-        with WEIGHTS, xhat and logit gradient times z."""
+    def _readout_sums(y_ptr, v_ptr, grad_ptr, part_ptr, stat_ptr, gamma_ptr, beta_ptr, readout_ptr,
+                      b, l, w, c, WEIGHTS: tl.constexpr, LOOPS: tl.constexpr, R: tl.constexpr,
+                      C: tl.constexpr, ACC: tl.constexpr):
+        """Compute sums over LOOPS R tokens, per channel, of g (the gradient of the second norm's
+        output), g xhat and, with WEIGHTS, xhat and logit gradient times z."""
         kb, chunk, n = tl.program_id(2), tl.program_id(1), tl.program_id(0) * C + tl.arange(0, C)
         base, k = kb.to(tl.int64) * l, kb // b
         readout = tl.load(readout_ptr + kb * c + n, n < c, 0.0) * HALF
-        s_g = tl.zeros([R, C], ACC)         # rows add up in registers, across threads once at the end
+        # each thread adds up its rows in registers; threads are summed once at the end
+        s_g = tl.zeros([R, C], ACC)
         s_gx, s_x, s_z = s_g, s_g, s_g
         for loop in range(LOOPS):
             rows = (chunk * LOOPS + loop) * R + tl.arange(0, R)
@@ -303,7 +321,8 @@ if triton is not None:
                 s_x += tl.where(here, xhat, 0.0)
                 z = _load_positions(y_ptr, kb, rows, l, w, n, c).to(ACC) + _leaky(pre)
                 s_z += grad * z
-        part = part_ptr + (kb * tl.num_programs(1) + chunk).to(tl.int64) * (4 if WEIGHTS else 2) * c + n
+        part = (part_ptr
+                + (kb * tl.num_programs(1) + chunk).to(tl.int64) * (4 if WEIGHTS else 2) * c + n)
         tl.store(part, tl.sum(s_g, 0), n < c)
         tl.store(part + c, tl.sum(s_gx, 0), n < c)
         if WEIGHTS:
@@ -311,11 +330,14 @@ if triton is not None:
             tl.store(part + 3 * c, tl.sum(s_z, 0) * HALF, n < c)
 
     @triton.jit
-    def _norm_grad(x_ptr, g_ptr, out_ptr, grad_ptr, stat_ptr, gamma_ptr, beta_ptr, readout_ptr, mean_ptr,
-                   b, l, w, c, SECOND: tl.constexpr, R: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr):
-        """out = rstd (gamma g - m1 - xhat m2): back through a group norm. g is read (out may be its memory)
-        or, at the SECOND norm, made from the logits' gradient. out has the positions of width w, which is l
-        where they are the tokens."""
+    def _norm_grad(x_ptr, g_ptr, out_ptr, grad_ptr, stat_ptr, gamma_ptr, beta_ptr, readout_ptr,
+                   mean_ptr, b, l, w, c, SECOND: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+                   ACC: tl.constexpr):
+        """Compute out = rstd (gamma g - m1 - xhat m2), the way back through a group norm.
+
+        g is read (out may be its memory) or, at the SECOND norm, computed from the gradient of the
+        logits. out has the positions of width w, which is l where they are the tokens.
+        """
         kb, first = tl.program_id(1), tl.program_id(0) // tl.cdiv(c, C) * R
         n = tl.program_id(0) % tl.cdiv(c, C) * C + tl.arange(0, C)
         rows, inside = _tokens(first, l, w, R)
@@ -338,7 +360,7 @@ if triton is not None:
 # --- launches ---
 
 class Tiles(NamedTuple):
-    """Launch parameters of the products."""
+    """Hold the launch parameters of the products."""
     tokens: int     # of a tile, forward and backward to activations; a power of two
     channels: int
     depth: int      # channels a step
@@ -351,10 +373,9 @@ class Tiles(NamedTuple):
     w_stages: int
 
 
-# (architecture, class) -> Tiles. Nothing is measured on a GPU. No row spills but one product on sm_120,
-# 8 bytes (Triton 3.7.1).
-# The comments give the cycles of the products beside what bounds a pass of the inner loop, by
-# python -m kernels.aot: products / bound (resource).
+# (architecture, class) -> Tiles. Nothing is measured on a GPU. No row spills but one product on
+# sm_120, 8 bytes (Triton 3.7.1). The comments give the cycles of the products in a pass of the
+# inner loop and what bounds that pass, by python -m kernels.aot: products / bound (resource).
 TABLE = {
     (0, "any"):      Tiles(64, 32, 64, 4, 1, 64, 32, 64, 4, 1),        # the interpreter
     # before sm_90 a descriptor becomes plain loads: each step waits for memory
@@ -367,8 +388,9 @@ TABLE = {
     (100, "wide"):   Tiles(128, 256, 64, 8, 4, 128, 256, 64, 8, 3),    # 512 / 768 (shared)
     (100, "narrow"): Tiles(64, 64, 64, 4, 3, 64, 64, 64, 4, 3),
 }
-LIKE = {86: 80, 87: 80, 89: 80, 103: 100, 120: 80, 121: 80}      # take the rows of another architecture
-# passes bound by memory, tokens and channels a program; compiled: at most 128 registers, no spills
+LIKE = {86: 80, 87: 80, 89: 80, 103: 100, 120: 80, 121: 80}  # take the rows of another architecture
+# tokens and channels per program of the passes bound by memory; they compile to at most
+# 128 registers without spills
 ELEMENTS = dict(R=64, C=128, num_warps=8, num_stages=1)
 REDUCE = dict(R=16, C=128, num_warps=8, num_stages=1)
 
@@ -380,7 +402,7 @@ def _capability(device: torch.device) -> int:
 
 
 def _arch(device: torch.device) -> int:
-    """major * 10 + minor of the GPU that is compiled for, 0 for the interpreter."""
+    """Return major * 10 + minor of the GPU to compile for, 0 for the interpreter."""
     if ARCH or INTERPRET:
         return ARCH or 0
     return _capability(device)
@@ -388,7 +410,7 @@ def _arch(device: torch.device) -> int:
 
 @functools.cache
 def _rows(arch: int) -> int:
-    """The architecture whose rows of TABLE are taken; says once where that is a guess."""
+    """Return the architecture whose rows of TABLE are taken; warn once where that is a guess."""
     arch = LIKE.get(arch, arch)
     if arch not in (0, 80, 90, 100):
         warnings.warn(f"heads: no launch parameters for sm_{arch}, those of sm_80 are taken")
@@ -397,7 +419,7 @@ def _rows(arch: int) -> int:
 
 
 def _tiles(x: Tensor, l: int, c: int) -> Tiles:
-    """Of products of x's kind with l tokens a sample and c outputs: "wide" wants full tiles."""
+    """Return the Tiles for l tokens per sample of x's dtype and c outputs; "wide" fills them."""
     rows = _rows(_arch(x.device))
     if not rows or x.element_size() > 2:
         return TABLE[(80, "fp32") if rows else (0, "any")]
@@ -405,17 +427,23 @@ def _tiles(x: Tensor, l: int, c: int) -> Tiles:
 
 
 def _weights(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """[heads times taps, in, out], cast for the products, where a descriptor can read it."""
+    """Return weights [heads times taps, in, out], cast for the products."""
     x = x.to(dtype).reshape(-1, *x.shape[-2:]).contiguous()
-    return x.clone() if x.data_ptr() % 16 else x
+    return x.clone() if x.data_ptr() % 16 else x            # descriptors need an aligned start
 
 
 def _dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype, "tl.dtype"]:
-    """(of activations and products, of sums, the same for Triton). The interpreter's bf16 products are wrong:
-    there they are taken in fp32."""
+    """Return the dtypes of activations and products, of sums, and the latter for Triton."""
     if dtype == torch.float64:
         return dtype, dtype, tl.float64
-    return torch.float32 if INTERPRET and dtype == torch.bfloat16 else dtype, torch.float32, tl.float32
+    if INTERPRET and dtype == torch.bfloat16:        # the interpreter's bf16 products are incorrect
+        dtype = torch.float32
+    return dtype, torch.float32, tl.float32
+
+
+def _sums(acc: "tl.dtype") -> torch.dtype:
+    """Return torch's name of the dtype of sums."""
+    return torch.float64 if acc is tl.float64 else torch.float32
 
 
 def _positions(h: int, w: int) -> int:
@@ -424,49 +452,56 @@ def _positions(h: int, w: int) -> int:
 
 
 def _tile_of(x: Tensor, *block: int) -> "TensorDescriptor":
-    """Return a descriptor of x [n, rows, columns] that reads `block` rows and columns of one of n."""
+    """Return a descriptor of x [n, rows, columns] that reads `block` rows and columns of one n."""
     return TensorDescriptor(x, x.shape, x.stride(), (1, *block))
 
 
 def _multiply(src: Tensor, weight: Tensor, out: Tensor, grid: tuple[int, int], acc, taps: int = 1,
-              back: bool = False, bias: Tensor | None = None, norm: tuple[Tensor, ...] = ()) -> Tensor:
-    """out [k, b, l, c] = src [k b, positions, d] * weight; returns the epilogue's partials
-    [k b, tiles, 3, groups or c]."""
+              back: bool = False, bias: Tensor | None = None,
+              norm: tuple[Tensor, ...] = ()) -> Tensor:
+    """Compute out [k, b, l, c] = src [k b, positions, d] * weight; return the partials
+    [k b, tiles, 3, groups or c] of the epilogue."""
     (h, w), (k, b, _, c), d = grid, out.shape, src.shape[-1]
     tiles = _tiles(weight, h * w, c)
     bk, count = tiles.depth, triton.cdiv(_positions(h, w), tiles.tokens)
     pieces = 8 if tiles.tokens * tiles.channels >= 128 ** 2 else 1
-    epilogue, rows, columns = (("stats", count, c // GROUP_SIZE) if bias is not None else
-                               ("norm", count, c) if norm else ("store", 0, 0))
-    part = out.new_empty(k * b, rows, 3, columns, dtype=torch.float64 if acc is tl.float64 else torch.float32)
-    spare = part if bias is None else bias                                  # for pointers that nobody reads
+    epilogue, rows, columns = "store", 0, 0
+    if bias is not None:
+        epilogue, rows, columns = "stats", count, c // GROUP_SIZE
+    elif norm:
+        epilogue, rows, columns = "norm", count, c
+    part = out.new_empty(k * b, rows, 3, columns, dtype=_sums(acc))
+    spare = part if bias is None else bias                       # for pointers that no kernel reads
     u, stat, gamma, beta, grad, readout = norm or (spare,) * 6
+    block = (tiles.channels, bk) if back else (bk, tiles.channels)
     _product[(triton.cdiv(c, tiles.channels) * count * k * b,)](
-        _tile_of(src, tiles.tokens, bk),
-        _tile_of(weight, tiles.channels, bk) if back else _tile_of(weight, bk, tiles.channels), out, part,
-        spare, u, stat, gamma, beta, grad, readout, b, h, w, d, c, TAPS=taps, BACK=back, EPILOGUE=epilogue,
-        PIECES=pieces, TOKENS=tiles.tokens, BN=tiles.channels, BK=bk, ACC=acc, num_warps=tiles.warps,
+        _tile_of(src, tiles.tokens, bk), _tile_of(weight, *block), out, part, spare, u, stat, gamma,
+        beta, grad, readout, b, h, w, d, c, TAPS=taps, BACK=back, EPILOGUE=epilogue, PIECES=pieces,
+        TOKENS=tiles.tokens, BN=tiles.channels, BK=bk, ACC=acc, num_warps=tiles.warps,
         num_stages=tiles.stages)
     return part
 
 
-def _multiply_back(src: Tensor, grad: Tensor, b: int, grid: tuple[int, int], acc, taps: int) -> Tensor:
-    """Gradient [k, taps, d, c] of a product's weights; src [k b, positions, d], grad [k b, positions, c]."""
+def _multiply_back(src: Tensor, grad: Tensor, b: int, grid: tuple[int, int], acc,
+                   taps: int) -> Tensor:
+    """Return the gradient [k, taps, d, c] of a product's weights from src [k b, positions, d] and
+    grad [k b, positions, c]."""
     (h, w), k, d, c = grid, src.shape[0] // b, src.shape[-1], grad.shape[-1]
     tiles = _tiles(grad, h * w, c)
     programs = triton.cdiv(d, tiles.w_rows) * triton.cdiv(c, tiles.w_cols) * taps * k
     # few weights: split the positions until a large GPU is full; partial sums, no atomics
     split = max(1, min(256 // programs, b * triton.cdiv(_positions(h, w), tiles.w_tokens) // 4))
-    out = grad.new_empty(split, k, taps, d, c, dtype=torch.float64 if acc is tl.float64 else torch.float32)
+    out = grad.new_empty(split, k, taps, d, c, dtype=_sums(acc))
     _weight_grad[(programs * split,)](
-        _tile_of(src, tiles.w_tokens, tiles.w_rows), _tile_of(grad, tiles.w_tokens, tiles.w_cols), out, b, h,
-        w, d, c, k, TAPS=taps, SPLIT=split, TOKENS=tiles.w_tokens, BM=tiles.w_rows, BN=tiles.w_cols, ACC=acc,
-        num_warps=tiles.w_warps, num_stages=tiles.w_stages)
+        _tile_of(src, tiles.w_tokens, tiles.w_rows), _tile_of(grad, tiles.w_tokens, tiles.w_cols),
+        out, b, h, w, d, c, k, TAPS=taps, SPLIT=split, TOKENS=tiles.w_tokens, BM=tiles.w_rows,
+        BN=tiles.w_cols, ACC=acc, num_warps=tiles.w_warps, num_stages=tiles.w_stages)
     return out.sum(0) if split > 1 else out[0]
 
 
 def _merge(part: Tensor) -> Tensor:
-    """(mean, rstd) [k b, 2, groups] of partials (count, mean, M2) [k b, tiles, 3, groups], by Chan's rule."""
+    """Return (mean, rstd) [k b, 2, groups] of the partials (count, mean, M2) [k b, tiles, 3,
+    groups], merged by Chan's rule."""
     n, mean, m2 = part.unbind(2)
     total, first = n.sum(1), mean[:, :1]
     center = first + (n * (mean - first)).sum(1, True) / total[:, None]
@@ -475,17 +510,20 @@ def _merge(part: Tensor) -> Tensor:
 
 
 def _elements(kernel, x: Tensor, w: int, *args, acc, **constants) -> None:
-    """Starts a pass over x [k, b, l, c], whose result has the positions of width w."""
+    """Start a pass over x [k, b, l, c], whose result has the positions of width w."""
     k, b, l, c = x.shape
     blocks = triton.cdiv(_positions(l // w, w), ELEMENTS["R"]) * triton.cdiv(c, ELEMENTS["C"])
     kernel[(blocks, k * b)](*args, b, l, w, c, ACC=acc, **constants, **ELEMENTS)
 
 
 def _reduced(sums: Tensor, stat: Tensor, gamma: Tensor, l: int) -> tuple[Tensor, list[Tensor]]:
-    """From sums [k, b, 2 or more, c] over tokens of g (the gradient of gamma xhat + beta), g xhat and xhat:
-    the means [k, b, 2, groups] of gamma g and gamma g xhat, and, where xhat is there, the gradients [k, c] of
-    the bias before the norm, gamma and beta."""
-    means = (sums[:, :, :2] * gamma[:, None, None]).unflatten(-1, (-1, GROUP_SIZE)).sum(-1) / (l * GROUP_SIZE)
+    """Return the means [k, b, 2, groups] of gamma g and gamma g xhat and, if the sums have xhat,
+    the gradients [k, c] of the bias before the norm, gamma and beta.
+
+    sums: [k, b, 2 or more, c] over tokens of g (the gradient of gamma xhat + beta), g xhat, xhat.
+    """
+    means = (sums[:, :, :2] * gamma[:, None, None]).unflatten(-1, (-1, GROUP_SIZE)).sum(-1)
+    means = means / (l * GROUP_SIZE)
     if sums.shape[2] == 2:
         return means, []
     m1, m2, rstd = (t.repeat_interleave(GROUP_SIZE, -1) for t in (*means.unbind(2), stat[:, :, 1]))
@@ -495,28 +533,31 @@ def _reduced(sums: Tensor, stat: Tensor, gamma: Tensor, l: int) -> tuple[Tensor,
 
 # --- operators ---
 
-# custom_op, not triton_op: outside Dynamo (which does not look into operators) torch <= 2.13 cannot trace
-# launches with descriptors; torch.compile would silently drop them. Opaque costs nothing here.
+# custom_op, not triton_op: outside Dynamo (which does not look into operators) torch <= 2.13 cannot
+# trace launches with descriptors; torch.compile would silently drop them. An opaque operator costs
+# nothing here.
 
 @torch.library.custom_op("ladd::heads_forward", mutates_args=())
 def heads_forward(feats: Tensor, w_in: Tensor, b_in: Tensor, gamma1: Tensor, beta1: Tensor,
                   w_conv: Tensor, b_conv: Tensor, gamma2: Tensor, beta2: Tensor, readout: Tensor,
                   b_out: Tensor, h: int, w: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logits [k, b, h, w], u, v [k, b, l, c] before the norms, their (mean, rstd) [k, b, 2, groups]) of
-    features [k, b, l, d], contiguous."""
+    """Return logits [k, b, h, w], u and v [k, b, l, c] before the norms, and the (mean, rstd)
+    [k, b, 2, groups] of u and of v, from contiguous features [k, b, l, d]."""
     (k, b, l, d), c = feats.shape, w_in.shape[2]
     dtype, total, acc = _dtypes(feats.dtype)
     b_in, gamma1, beta1, b_conv, gamma2, beta2, readout, b_out = (
-        t.to(total).contiguous() for t in (b_in, gamma1, beta1, b_conv, gamma2, beta2, readout, b_out))
+        t.to(total).contiguous()
+        for t in (b_in, gamma1, beta1, b_conv, gamma2, beta2, readout, b_out))
     u, v = (feats.new_empty(k, b, l, c, dtype=dtype) for _ in range(2))
     y = feats.new_empty(k * b, _positions(h, w), c, dtype=dtype)
     logits = u.new_empty(k, b, h, w, dtype=total)
     # for a 1x1 product all tokens are one row
-    stat1 = _merge(_multiply(feats.view(k * b, l, d), _weights(w_in, dtype), u, (1, l), acc, bias=b_in))
+    stat1 = _merge(_multiply(feats.view(k * b, l, d), _weights(w_in, dtype), u, (1, l), acc,
+                             bias=b_in))
     _elements(_activate, u, w, u, y, stat1, gamma1, beta1, acc=acc)
     stat2 = _merge(_multiply(y, _weights(w_conv, dtype), v, (h, w), acc, 9, bias=b_conv))
-    _readout[(triton.cdiv(l, REDUCE["R"]), k * b)](y, v, logits, stat2, gamma2, beta2, readout, b_out,
-                                                  b, l, w, c, ACC=acc, **REDUCE)
+    _readout[(triton.cdiv(l, REDUCE["R"]), k * b)](
+        y, v, logits, stat2, gamma2, beta2, readout, b_out, b, l, w, c, ACC=acc, **REDUCE)
     return logits, u, v, stat1.unflatten(0, (k, b)), stat2.unflatten(0, (k, b))
 
 
@@ -524,27 +565,30 @@ def heads_forward(feats: Tensor, w_in: Tensor, b_in: Tensor, gamma1: Tensor, bet
 def _(feats, w_in, b_in, gamma1, beta1, w_conv, b_conv, gamma2, beta2, readout, b_out, h, w):
     (k, b, l, _), c = feats.shape, w_in.shape[2]
     dtype, total, _ = _dtypes(feats.dtype)
-    new = lambda *shape, dtype=total: feats.new_empty(shape, dtype=dtype)
+
+    def new(*shape: int, dtype: torch.dtype = total) -> Tensor:
+        return feats.new_empty(shape, dtype=dtype)
+
     return (new(k, b, h, w), *(new(k, b, l, c, dtype=dtype) for _ in range(2)),
             *(new(k, b, 2, c // GROUP_SIZE) for _ in range(2)))
 
 
 @torch.library.custom_op("ladd::heads_backward", mutates_args=())
 def heads_backward(grad: Tensor, feats: Tensor, w_in: Tensor, gamma1: Tensor, beta1: Tensor,
-                   w_conv: Tensor, gamma2: Tensor, beta2: Tensor, readout: Tensor, u: Tensor, v: Tensor,
-                   stat1: Tensor, stat2: Tensor, need_feats: bool, need_weights: bool) -> list[Tensor]:
-    """Gradients: feats [k, b, l, d]; w_in, b_in, gamma1, beta1, w_conv, b_conv, gamma2, beta2,
-    readout [k, b, c], b_out. What is not needed is not computed and has no elements; without need_weights
-    only the dtype of feats counts."""
+                   w_conv: Tensor, gamma2: Tensor, beta2: Tensor, readout: Tensor, u: Tensor,
+                   v: Tensor, stat1: Tensor, stat2: Tensor, need_feats: bool,
+                   need_weights: bool) -> list[Tensor]:
+    """Return the gradients of feats [k, b, l, d], w_in, b_in, gamma1, beta1, w_conv, b_conv,
+    gamma2, beta2, readout [k, b, c] and b_out. What is not needed is not computed and has no
+    elements; without need_weights only the dtype of feats is used."""
     (k, b, l, c), (h, w), d = u.shape, grad.shape[2:], w_in.shape[1]
     dtype, total, acc = _dtypes(feats.dtype)
     gamma1_, beta1_, gamma2_, beta2_, readout_, grad = (
         t.to(total).contiguous() for t in (gamma1, beta1, gamma2, beta2, readout, grad))
     norm1, norm2 = (stat1, gamma1_, beta1_), (stat2, gamma2_, beta2_)
-    padded = lambda: u.new_empty(k * b, _positions(h, w), c)
     y = u
-    if need_weights:                                  # y is not kept: one pass makes it again
-        y = padded()
+    if need_weights:                                  # y is not kept: one pass recomputes it
+        y = u.new_empty(k * b, _positions(h, w), c)
         _elements(_activate, u, w, u, y, *norm1, acc=acc)
 
     # back through the readout and the second norm
@@ -552,10 +596,11 @@ def heads_backward(grad: Tensor, feats: Tensor, w_in: Tensor, gamma1: Tensor, be
     chunks = triton.cdiv(l, loops * REDUCE["R"])
     part = u.new_empty(k, b, chunks, 4 if need_weights else 2, c, dtype=total)
     _readout_sums[(triton.cdiv(c, REDUCE["C"]), chunks, k * b)](
-        y, v, grad, part, *norm2, readout_, b, l, w, c, WEIGHTS=need_weights, LOOPS=loops, ACC=acc, **REDUCE)
+        y, v, grad, part, *norm2, readout_, b, l, w, c, WEIGHTS=need_weights, LOOPS=loops, ACC=acc,
+        **REDUCE)
     sums2 = part.sum(2)
     means2, grads2 = _reduced(sums2, stat2, gamma2_, l)
-    dv, du = padded(), torch.empty_like(u)
+    dv, du = u.new_empty(k * b, _positions(h, w), c), torch.empty_like(u)
     _elements(_norm_grad, v, w, v, v, dv, grad, *norm2, readout_, means2, acc=acc, SECOND=True)
 
     # back through the convolution and the first norm
@@ -576,24 +621,29 @@ def heads_backward(grad: Tensor, feats: Tensor, w_in: Tensor, gamma1: Tensor, be
 
 
 @heads_backward.register_fake
-def _(grad, feats, w_in, gamma1, beta1, w_conv, gamma2, beta2, readout, u, v, stat1, stat2, need_feats,
-      need_weights):
+def _(grad, feats, w_in, gamma1, beta1, w_conv, gamma2, beta2, readout, u, v, stat1, stat2,
+      need_feats, need_weights):
     (k, b, l, c), d, total = u.shape, w_in.shape[1], stat1.dtype
-    new = lambda needed, *shape, dtype=total: u.new_empty(shape if needed else 0, dtype=dtype)
-    shapes = ((k, d, c), (k, c), (k, c), (k, c), (k, 3, 3, c, c), (k, c), (k, c), (k, c), (k, b, c), (k,))
+
+    def new(needed: bool, *shape: int, dtype: torch.dtype = total) -> Tensor:
+        return u.new_empty(shape if needed else 0, dtype=dtype)
+
+    shapes = ((k, d, c), (k, c), (k, c), (k, c), (k, 3, 3, c, c), (k, c), (k, c), (k, c),
+              (k, b, c), (k,))
     return [new(need_feats, k, b, l, d, dtype=feats.dtype if need_feats else total),
             *(new(need_weights, *shape) for shape in shapes)]
 
 
 def _setup(ctx, inputs, output) -> None:
-    """Saved: the parameters, of each head u, v (2 b l c numbers of the features' width) and the statistics,
-    and for the weights' gradient the features. y, both leaky ReLUs and the residual are made again."""
+    """Save the parameters, u, v (2 b l c numbers per head in the dtype of the features) and the
+    statistics, and for the weights' gradient the features. Backward recomputes y, both leaky ReLUs
+    and the residual."""
     feats, w_in, _, gamma1, beta1, w_conv, _, gamma2, beta2, readout, *_ = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.need_weights = any(ctx.needs_input_grad[1:11])
-    ctx.save_for_backward(feats if ctx.need_weights else feats.new_empty(0), w_in, gamma1, beta1, w_conv,
-                          gamma2, beta2, readout, *output[1:])
+    ctx.save_for_backward(feats if ctx.need_weights else feats.new_empty(0), w_in, gamma1, beta1,
+                          w_conv, gamma2, beta2, readout, *output[1:])
     ctx.dtypes = [t.dtype for t in inputs[1:11]]
 
 
@@ -602,7 +652,8 @@ def _backward(ctx, grad, *_):
     if grad is None:                                  # nothing came back
         return (None,) * 13
     found = heads_backward(grad, *ctx.saved_tensors, needs[0], ctx.need_weights)
-    d_weights = [g.to(t) if need else None for g, t, need in zip(found[1:], ctx.dtypes, needs[1:11])]
+    d_weights = [g.to(t) if need else None
+                 for g, t, need in zip(found[1:], ctx.dtypes, needs[1:11])]
     return found[0] if needs[0] else None, *d_weights, None, None
 
 
@@ -613,48 +664,51 @@ heads_forward.register_autograd(_backward, setup_context=_setup)
 
 def _check(feats: list[Tensor], params: HeadParams, cond: Tensor, grid: tuple[int, int]) -> None:
     (k, d, c), (h, w), first = params.w_in.shape, grid, feats[0]
-    accepted = DTYPES if INTERPRET else DTYPES[:3]
+    allowed = DTYPES if INTERPRET else DTYPES[:3]
     devices, dtypes = {t.device for t in (*feats, *params, cond)}, {f.dtype for f in feats}
     if len(feats) != k or any(f.shape[1:] != (h * w, d) or f.shape != first.shape for f in feats):
-        raise ValueError(f"heads: {k} features [b, {h * w}, {d}] expected for grid {h}x{w}, "
-                         f"found {len(feats)} of shapes {sorted({tuple(f.shape) for f in feats})}")
+        raise ValueError(f"heads: features must be {k} of [b, {h * w}, {d}] for grid {h}x{w} "
+                         f"(got {len(feats)} of {sorted({tuple(f.shape) for f in feats})})")
     if triton is None or not (first.is_cuda or INTERPRET or ARCH):
-        missing = ", no Triton" if triton is None else ""
-        raise RuntimeError(f"heads: found features on {first.device}{missing}; accepted are CUDA or "
-                           "TRITON_INTERPRET=1; the reference runs anywhere")
-    if len(devices) > 1 or len(dtypes) > 1 or first.dtype not in accepted:
-        found = ", ".join(sorted(map(str, (*devices, *dtypes))))
-        raise ValueError(f"heads: found {found}; accepted are one device and one of {accepted}")
-    if c % GROUP_SIZE or not first.numel():
-        raise ValueError(f"heads: found width {c} and features {tuple(first.shape)}, "
-                         f"a multiple of {GROUP_SIZE} and no empty ones accepted")
+        missing = ", without Triton" if triton is None else ""
+        raise RuntimeError("heads: features must be on CUDA, or on the CPU with TRITON_INTERPRET=1 "
+                           f"(got {first.device}{missing}); the reference runs anywhere")
+    if len(devices) > 1 or len(dtypes) > 1 or first.dtype not in allowed:
+        got = ", ".join(sorted(map(str, (*devices, *dtypes))))
+        raise ValueError("heads: tensors must be on one device and features of one dtype, "
+                         f"{' or '.join(map(str, allowed))} (got {got})")
+    if c % GROUP_SIZE:
+        raise ValueError(f"heads: the width must be a multiple of {GROUP_SIZE} (got {c})")
+    if not first.numel():
+        raise ValueError(f"heads: features must not be empty (got {tuple(first.shape)})")
     if d * first.element_size() % 16:      # rows that bulk copies (TMA) can read
-        raise ValueError(f"heads: the features' width must be a multiple of "
+        raise ValueError("heads: the features' width must be a multiple of "
                          f"{16 // first.element_size()} in {first.dtype} (got {d})")
 
 
 def discriminator_heads(feats: list[Tensor], params: HeadParams, cond: Tensor,
                         grid: tuple[int, int]) -> Tensor:
-    """Logits [k, b, h, w] of all heads, fp32 (float64 from float64), as `reference_discriminator_heads`.
+    """Compute the logits [k, b, h, w] of `reference_discriminator_heads` by Triton kernels, in fp32
+    (float64 from float64).
 
-    feats: k tensors [b, h*w, d] of one dtype and any strides, copied once into one; d in multiples of
-    16 bytes. The parameters are cast to that dtype for the products, which add up in fp32. The small
-    products with cond are torch's. Backward computes what needs a gradient: to the features without
-    weights' gradients where the parameters and cond require none, and the other way round.
-    Raises ValueError where sizes, dtypes or strides do not fit, RuntimeError without a GPU.
+    feats: k tensors [b, h*w, d] of one dtype and any strides, copied once into one; d in multiples
+    of 16 bytes. The parameters are cast to that dtype for the products, which add up in fp32. The
+    small products with cond are torch's. Backward computes what needs a gradient: to the features
+    without weights' gradients where the parameters and cond require none, and the other way round.
+    Raises ValueError if sizes, dtypes or strides do not fit, RuntimeError without a GPU.
     """
     _check(feats, params, cond, grid)
     p, (h, w), total = params, grid, _dtypes(feats[0].dtype)[1]
-    readout = p.w_out.to(total)[:, None] + cond.to(total) @ p.w_cond.to(total)                 # [k, b, c]
-    return heads_forward(torch.stack(feats), p.w_in, p.b_in, p.gamma1, p.beta1, p.w_conv, p.b_conv, p.gamma2,
-                         p.beta2, readout * p.w_in.shape[2] ** -0.5, p.b_out, h, w)[0]
+    readout = p.w_out.to(total)[:, None] + cond.to(total) @ p.w_cond.to(total)         # [k, b, c]
+    return heads_forward(torch.stack(feats), p.w_in, p.b_in, p.gamma1, p.beta1, p.w_conv, p.b_conv,
+                         p.gamma2, p.beta2, readout * p.w_in.shape[2] ** -0.5, p.b_out, h, w)[0]
 
 
 # --- check and time: python kernels/heads.py ---
 
 def milliseconds(run) -> float:
-    """Return the median time of run() on the GPU, which sleeps until the call is queued: most calls are
-    shorter than their Python."""
+    """Return the median time of run() on the GPU, which sleeps until the call is queued: most calls
+    are shorter than their Python."""
     flush, times = torch.empty(2 ** 28, dtype=torch.uint8, device="cuda"), []
     for _ in range(23):                              # three warm up
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -669,38 +723,50 @@ def milliseconds(run) -> float:
 
 
 def main() -> None:
-    """Errors against the reference, relative to the largest number; on a GPU also speed in bf16."""
+    """Print errors against the reference, relative to the largest value; on a GPU also speed."""
     cuda, g = torch.cuda.is_available(), torch.Generator().manual_seed(0)
     cases = [(2, 2, 3, 5, 64, 48, torch.float32), (1, 1, 7, 9, 128, 64, torch.float32)]
     if cuda:
-        cases += [(4, 16, 16, 16, 512, 256, torch.bfloat16), (24, 1, 64, 64, 1536, 512, torch.bfloat16)]
-    print("heads batch grid d width dtype | errors: logits, gradients | TFLOP/s: forward, features, weights")
+        cases += [(4, 16, 16, 16, 512, 256, torch.bfloat16),
+                  (24, 1, 64, 64, 1536, 512, torch.bfloat16)]
+    print("heads batch grid d width dtype | errors: logits, gradients | "
+          "TFLOP/s: forward, features, weights")
     for k, b, h, w, d, c, dtype in cases:
-        draw = lambda *n, scale=0.5: torch.randn(n, generator=g) * scale
+        def draw(*shape: int, scale: float = 0.5) -> Tensor:
+            return torch.randn(shape, generator=g) * scale
+
+        def call(function, t: list[Tensor]) -> Tensor:
+            return function(list(t[:k]), HeadParams(*t[k:k + 11]), t[-1], (h, w))
+
         params = HeadParams(*(draw(k, c) for _ in range(11)))._replace(
             w_in=draw(k, d, c, scale=d ** -0.5), w_conv=draw(k, 3, 3, c, c, scale=(9 * c) ** -0.5),
             w_cond=draw(k, 64, c), b_out=draw(k))
         leaves = [*(draw(b, h * w, d).to(dtype) for _ in range(k)), *params, draw(b, 64)]
         leaves = [t.to("cuda" if cuda else "cpu").requires_grad_() for t in leaves]
-        call = lambda f, t: f(list(t[:k]), HeadParams(*t[k:k + 11]), t[-1], (h, w))
         out = [call(f, leaves) for f in (discriminator_heads, reference_discriminator_heads)]
         weight = torch.randn(out[0].shape, generator=g).to(out[0])
         grads = [torch.autograd.grad(y, leaves, weight) for y in out]
         pairs = zip((out[0], *grads[0]), (out[1], *grads[1]))
         errors = [((a - e).abs().max() / e.abs().max()).item() for a, e in pairs]
-        line = f"{k:5} {b:5} {h:2}x{w} {d:4} {c:3} {str(dtype)[6:]} | {errors[0]:.0e} {max(errors[1:]):.0e} |"
+        line = f"{k:5} {b:5} {h:2}x{w} {d:4} {c:3} {str(dtype)[6:]} | "
+        line += f"{errors[0]:.0e} {max(errors[1:]):.0e} |"
         if cuda and dtype == torch.bfloat16:
             frozen, product, conv = [t.detach() for t in leaves], 2 * d * c, 18 * c * c
             for given, wanted, flops in ((frozen, [], product + conv),
                                          (leaves[:k] + frozen[k:], leaves[:k], product + conv),
                                          (frozen[:k] + leaves[k:], leaves[k:], product + 2 * conv)):
                 y = call(discriminator_heads, given)
-                run = lambda: (torch.autograd.grad(y, wanted, weight, retain_graph=True) if wanted
-                               else call(discriminator_heads, given))
+
+                def run():
+                    if wanted:
+                        return torch.autograd.grad(y, wanted, weight, retain_graph=True)
+                    return call(discriminator_heads, given)
+
                 line += f" {flops * k * b * h * w / milliseconds(run) / 1e9:8.0f}"
         print(line)
-        if not max(errors) < (5e-2 if dtype == torch.bfloat16 else 1e-4):
-            raise SystemExit(f"heads: found errors {errors}")
+        limit = 5e-2 if dtype == torch.bfloat16 else 1e-4
+        if not max(errors) < limit:
+            raise SystemExit(f"heads: errors must be below {limit:.0e} (got {errors})")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,29 @@
 """Adaptive layer norm of a DiT block and the gated residual between two matrix products.
 
-    modulate(x)      = n (1 + scale) + shift,  n = (x - mean x) rstd,  rstd = 1 / sqrt(var x + eps); no affine
-    gate(x, y)       = x + gate y
-    gate_modulate    = (x', modulate(x'))  with x' = x + gate y
-    modulate2        = two modulations of one normalised row (the second attention of MMDiT-X)
+    modulate(x)    = n (1 + scale) + shift,  n = (x - mean x) rstd,  rstd = 1 / sqrt(var x + eps)
+    gate(x, y)     = x + gate y
+    gate_modulate  = (x', modulate(x'))  with x' = x + gate y
+    modulate2      = two modulations of one normalised row (the second attention of MMDiT-X)
 
 Gradient, with w = dy (1 + scale) (modulate2: summed over both) and means over the width of a row:
 
-    dx'    = rstd (w - mean w - n mean(w n)) + what reaches x' as the residual;  dx = dx',  dy = gate dx'
-    dscale = sum dy n,  dshift = sum dy,  dgate = sum dx' y            sums over the tokens of a sample
+    dx'    = rstd (w - mean w - n mean(w n)) + what reaches x' as the residual
+    dx     = dx',  dy = gate dx'
+    dscale = sum dy n,  dshift = sum dy,  dgate = sum dx' y        sums over the tokens of a sample
 
-x, branch [b, l, d], d a multiple of 64, any batch and token stride; shift, scale, gate [b, d], views of the
-modulation chunks with any row stride (0 too), read in place. What has no unit stride over the width is copied
-once. One dtype for all: bf16, fp16, fp32 or fp64; arithmetic and sums in fp32 (fp64 for fp64), one rounding a
-stored tensor. The kernels keep mean and rstd (8 bytes a row) and recompute n, from x' as it was stored.
+x, branch [b, l, d], d a multiple of 64, any batch and token stride; shift, scale, gate [b, d],
+views of the modulation chunks with any row stride (0 too), read in place. What has no unit stride
+over the width is copied once. One dtype for all: bf16, fp16, fp32 or fp64; arithmetic and sums in
+fp32 (fp64 for fp64), one rounding a stored tensor. The kernels keep mean and rstd (8 bytes a row)
+and recompute n, from x' as it was stored.
 
-Bytes, in tensors of b l d, forward / backward: modulate 2 / 3, modulate2 3 / 4, gate 3 / 3, gate_modulate
-4 / 6; about 10 / 20 FLOPs an element: bound by memory. One kernel each way; what needs no gradient is neither
-read nor computed. Sums go through partials [b, parts, n, d] without atomics, so they are deterministic.
-Source: Peebles & Xie 2023 (DiT), Sec. 3.2; Esser et al. 2024 (SD3), Fig. 2.
+Bytes, in tensors of b l d, forward / backward: modulate 2 / 3, modulate2 3 / 4, gate 3 / 3,
+gate_modulate 4 / 6; about 10 / 20 FLOPs an element: bound by memory. One kernel each way; what
+needs no gradient is neither read nor computed. Sums go through partials [b, parts, n, d] without
+atomics, so they are deterministic.
+
+Source: Peebles & Xie 2023 (DiT), Sec. 3.2; Esser et al. 2024 (SD3), Fig. 2. The norm has no affine
+parameters of its own.
 """
 import functools
 import itertools
@@ -36,7 +41,7 @@ if __name__ == "__main__" and not torch.cuda.is_available():
 try:
     import triton
     import triton.language as tl
-except ImportError:                                      # platforms without Triton keep the references
+except ImportError:                         # platforms without Triton keep the references
     triton = None
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -51,40 +56,45 @@ def _acc(x: Tensor) -> Tensor:
 
 
 def reference_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """LayerNorm(x) * (1 + scale) + shift; x [b, l, d], shift and scale [b, d]. Computed in fp32 or better."""
+    """Return LayerNorm(x) * (1 + scale) + shift, computed in fp32 or better; x [b, l, d], shift and
+    scale [b, d]."""
     y = F.layer_norm(_acc(x), x.shape[-1:], eps=eps)
     return torch.addcmul(_acc(shift).unsqueeze(1), y, 1 + _acc(scale).unsqueeze(1)).to(x.dtype)
 
 
 def reference_modulate2(x: Tensor, shift: Tensor, scale: Tensor, shift2: Tensor, scale2: Tensor,
                         eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """Both modulations of one normalised row: (LN(x) (1 + scale) + shift, LN(x) (1 + scale2) + shift2)."""
+    """Return two modulations of one normalised row: LN(x) (1 + scale) + shift and
+    LN(x) (1 + scale2) + shift2."""
     return reference_modulate(x, shift, scale, eps), reference_modulate(x, shift2, scale2, eps)
 
 
 def reference_gate(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * branch; x and branch [b, l, d], gate [b, d]."""
+    """Return x + gate * branch; x and branch [b, l, d], gate [b, d]."""
     return torch.addcmul(_acc(x), _acc(gate).unsqueeze(1), _acc(branch)).to(x.dtype)
 
 
 def reference_gate_modulate(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor,
                             eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """(x', LN(x') (1 + scale) + shift) with x' = x + gate * branch:
+    """Return (x', LN(x') (1 + scale) + shift) with x' = x + gate * branch:
     the residual and the input of the next product."""
     x = torch.addcmul(_acc(x), _acc(gate).unsqueeze(1), _acc(branch))
     return x.to(branch.dtype), reference_modulate(x, shift, scale, eps).to(branch.dtype)
 
 
-# --- kernels: a row is held in registers as D // BLOCK pieces of BLOCK columns and one of TAIL, if any ---
+# --- kernels ---
+
+# A row is held in registers as D // BLOCK pieces of BLOCK columns and one of TAIL, if D has a rest.
 
 if triton is not None:
     @triton.jit(do_not_specialize=["L"])
-    def _forward(x_ptr, branch_ptr, gate_ptr, shift_ptr, scale_ptr, shift2_ptr, scale2_ptr,
-                 z_ptr, y_ptr, y2_ptr, stats_ptr, L, stride_xb, stride_xl, stride_nb, stride_nl,
-                 stride_gate, stride_shift, stride_scale, stride_shift2, stride_scale2, EPS: tl.constexpr,
-                 D: tl.constexpr, GATE: tl.constexpr, NORMS: tl.constexpr,
+    def _forward(x_ptr, branch_ptr, gate_ptr, shift_ptr, scale_ptr, shift2_ptr, scale2_ptr, z_ptr,
+                 y_ptr, y2_ptr, stats_ptr, L, stride_xb, stride_xl, stride_nb, stride_nl,
+                 stride_gate, stride_shift, stride_scale, stride_shift2, stride_scale2,
+                 EPS: tl.constexpr, D: tl.constexpr, GATE: tl.constexpr, NORMS: tl.constexpr,
                  ROWS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
-        """z = x + gate branch if GATE, y and y2 = the NORMS modulations of it; ROWS tokens of a sample."""
+        """Compute z = x + gate branch if GATE, and y and y2, the NORMS modulations of it, for ROWS
+        tokens of a sample."""
         ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
         FULL: tl.constexpr = D // BLOCK
         PIECES: tl.constexpr = FULL + (1 if TAIL > 0 else 0)
@@ -93,7 +103,8 @@ if triton is not None:
         at = tl.program_id(0).to(tl.int64) * ROWS + rows
         live, out = at < L, (b * L + at) * D
 
-        # load, add the gated branch. Vectors are read as [ROWS, columns] (rows * 0): the layout of the tile
+        # Load x and add the gated branch. Vectors are read as [ROWS, columns] (rows * 0), so that
+        # they have the layout of the tile.
         xs = ()
         total, rest = tl.zeros([ROWS, BLOCK], ACC), tl.zeros([ROWS, 1], ACC)
         for c in tl.static_range(PIECES):
@@ -102,7 +113,8 @@ if triton is not None:
             x = tl.load(x_ptr + b * stride_xb + at * stride_xl + cols, mask, 0).to(ACC)
             if GATE:
                 gate = tl.load(gate_ptr + b * stride_gate + rows * 0 + cols, mask, 0).to(ACC)
-                x += gate * tl.load(branch_ptr + b * stride_nb + at * stride_nl + cols, mask, 0).to(ACC)
+                x += gate * tl.load(branch_ptr + b * stride_nb + at * stride_nl + cols,
+                                    mask, 0).to(ACC)
                 tl.store(z_ptr + out + cols, x, mask)
             xs = xs + (x,)
             if c < FULL:
@@ -134,20 +146,26 @@ if triton is not None:
                 shift = tl.load(shift_ptr + b * stride_shift + rows * 0 + cols, mask, 0).to(ACC)
                 tl.store(y_ptr + out + cols, hat * (1 + scale) + shift, mask)
                 if NORMS > 1:
-                    scale = tl.load(scale2_ptr + b * stride_scale2 + rows * 0 + cols, mask, 0).to(ACC)
-                    shift = tl.load(shift2_ptr + b * stride_shift2 + rows * 0 + cols, mask, 0).to(ACC)
+                    scale = tl.load(scale2_ptr + b * stride_scale2 + rows * 0 + cols,
+                                    mask, 0).to(ACC)
+                    shift = tl.load(shift2_ptr + b * stride_shift2 + rows * 0 + cols,
+                                    mask, 0).to(ACC)
                     tl.store(y2_ptr + out + cols, hat * (1 + scale) + shift, mask)
 
     @triton.jit(do_not_specialize=["L"])
-    def _backward(dz_ptr, dy_ptr, dy2_ptr, h_ptr, branch_ptr, stats_ptr, gate_ptr, scale_ptr, scale2_ptr,
-                  dx_ptr, dbranch_ptr, partial_ptr, L, stride_dzb, stride_dzl, stride_dyb, stride_dyl,
-                  stride_dy2b, stride_dy2l, stride_hb, stride_hl, stride_nb, stride_nl,
-                  stride_gate, stride_scale, stride_scale2, D: tl.constexpr, NORMS: tl.constexpr,
-                  DZ: tl.constexpr, DX: tl.constexpr, DBRANCH: tl.constexpr, DGATE: tl.constexpr,
-                  DSHIFT: tl.constexpr, DSCALE: tl.constexpr, DSHIFT2: tl.constexpr, DSCALE2: tl.constexpr,
-                  ROWS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
-        """dx, dbranch and the program's share of the sums, over the tokens of one sample that it owns.
-        D* say what is wanted, DZ whether the residual has a gradient; h is what was normalised."""
+    def _backward(dz_ptr, dy_ptr, dy2_ptr, h_ptr, branch_ptr, stats_ptr, gate_ptr, scale_ptr,
+                  scale2_ptr, dx_ptr, dbranch_ptr, partial_ptr, L, stride_dzb, stride_dzl,
+                  stride_dyb, stride_dyl, stride_dy2b, stride_dy2l, stride_hb, stride_hl, stride_nb,
+                  stride_nl, stride_gate, stride_scale, stride_scale2, D: tl.constexpr,
+                  NORMS: tl.constexpr, DZ: tl.constexpr, DX: tl.constexpr, DBRANCH: tl.constexpr,
+                  DGATE: tl.constexpr, DSHIFT: tl.constexpr, DSCALE: tl.constexpr,
+                  DSHIFT2: tl.constexpr, DSCALE2: tl.constexpr, ROWS: tl.constexpr,
+                  BLOCK: tl.constexpr, TAIL: tl.constexpr):
+        """Compute dx, dbranch and the program's share of the sums, over its tokens of one sample.
+
+        The flags D* say which gradients are wanted, DZ whether the residual has a gradient; h is
+        what was normalised.
+        """
         ACC: tl.constexpr = tl.float64 if partial_ptr.dtype.element_ty == tl.float64 else tl.float32
         FULL: tl.constexpr = D // BLOCK
         PIECES: tl.constexpr = FULL + (1 if TAIL > 0 else 0)
@@ -157,7 +175,7 @@ if triton is not None:
         part, parts = tl.program_id(0), tl.num_programs(0)
         span = (L + parts * ROWS - 1) // (parts * ROWS) * ROWS
 
-        # sums over tokens stay in registers: COUNT tiles for each piece, then dgate's, one for each piece
+        # sums over tokens stay in registers: COUNT tiles per piece, then dgate's, one per piece
         sums = ()
         for c in tl.static_range(PIECES):
             for i in tl.static_range(COUNT):
@@ -186,8 +204,10 @@ if triton is not None:
                     if DSCALE:
                         new = new + (sums[len(new)] + dy * hat,)
                     if NORMS > 1:
-                        dy = tl.load(dy2_ptr + b * stride_dy2b + at * stride_dy2l + cols, mask, 0).to(ACC)
-                        scale = tl.load(scale2_ptr + b * stride_scale2 + rows * 0 + cols, mask, 0).to(ACC)
+                        dy = tl.load(dy2_ptr + b * stride_dy2b + at * stride_dy2l + cols,
+                                     mask, 0).to(ACC)
+                        scale = tl.load(scale2_ptr + b * stride_scale2 + rows * 0 + cols,
+                                        mask, 0).to(ACC)
                         w += dy * (1 + scale)
                         if DSHIFT2:
                             new = new + (sums[len(new)] + dy,)
@@ -216,7 +236,8 @@ if triton is not None:
                     gate = tl.load(gate_ptr + b * stride_gate + rows * 0 + cols, mask, 0).to(ACC)
                     tl.store(dbranch_ptr + out + cols, gate * dx, mask)
                 if DGATE:
-                    branch = tl.load(branch_ptr + b * stride_nb + at * stride_nl + cols, mask, 0).to(ACC)
+                    branch = tl.load(branch_ptr + b * stride_nb + at * stride_nl + cols,
+                                     mask, 0).to(ACC)
                     new = new + (sums[len(new)] + dx * branch,)
             sums = new
 
@@ -227,48 +248,54 @@ if triton is not None:
             for i in tl.static_range(COUNT):
                 tl.store(partial_ptr + i * D + cols, tl.sum(sums[c * COUNT + i], 0), cols < D)
             if DGATE:
-                tl.store(partial_ptr + COUNT * D + cols, tl.sum(sums[PIECES * COUNT + c], 0), cols < D)
+                tl.store(partial_ptr + COUNT * D + cols, tl.sum(sums[PIECES * COUNT + c], 0),
+                         cols < D)
 
 
 # --- launch ---
 
 class Launch(NamedTuple):
-    """block: columns of a piece; rows: tokens that a program of `warps` warps works on at once. Backward: at
-    most `ctas` programs an SM, each of `least` tokens or more."""
-    block: int
-    rows: int
-    warps: int
-    ctas: int = 0
-    least: int = 1
+    """Hold the launch parameters of a kernel."""
+    block: int        # columns of a piece
+    rows: int         # tokens that a program works on at once
+    warps: int        # per program
+    ctas: int = 0     # backward: at most this many programs per SM,
+    least: int = 1    # each of this many tokens or more
 
 
-# Modelled, nothing was measured on a GPU: registers are the most that Triton 3.7 compiles for bf16 on sm_90
-# over the four functions; sm_80, 89 and 100 differ by a few. In flight: bytes that a full SM has asked for;
-# 18 KB hide the latency of 3.35 TB/s on 132 SMs (H100), 43 KB that of 8 TB/s on 148 (B200).
-#   forward   a warp a row: sums without barriers. Width 1536: 80 registers, 6 CTAs, 72 KB; 2432: 128, 4, 76.
-#             Two warps a row need 48 to 79 registers, but nine barriers a program.
-#   backward  no sums over tokens (frozen networks). Two warps a row: 128 registers, 4 CTAs, 72 KB; 2432: 168,
-#             3, 84 KB. One needs 168 and 242. More CTAs than fit cost nothing here and end evenly.
-#   sums      two warps a row: a thread holds 24 columns at width 1536, 40 at 2432, with up to four sums of
-#             each: 251 registers, 2 CTAs, 48 KB. Blocks of 1024 need 128, but change the layout between
-#             pieces, by shared memory. `least` holds partials, written and read, to an eighth of the traffic.
-#   many      gate_modulate's sums at 2432 spill 88 bytes there: four warps a row, 167 to 224 registers,
-#             2 to 3 CTAs, 57 KB; its loads have 64 bits, not 128.
+# Modelled, nothing was measured on a GPU: registers are the most that Triton 3.7 compiles for bf16
+# on sm_90 over the four functions; sm_80, 89 and 100 differ by a few. In flight: bytes that a full
+# SM has asked for; 18 KB hide the latency of 3.35 TB/s on 132 SMs (H100), 43 KB that of 8 TB/s on
+# 148 (B200).
+#   forward   One warp per row: sums without barriers. Width 1536: 80 registers, 6 CTAs, 72 KB in
+#             flight; 2432: 128, 4, 76 KB. Two warps per row need 48 to 79 registers, but nine
+#             barriers per program.
+#   backward  No sums over tokens (frozen networks). Two warps per row. Width 1536: 128 registers,
+#             4 CTAs, 72 KB; 2432: 168, 3, 84 KB. One warp needs 168 and 242. More CTAs than fit
+#             cost nothing here and end evenly.
+#   sums      Two warps per row: a thread holds 24 columns at width 1536, 40 at 2432, with up to
+#             four sums of each: 251 registers, 2 CTAs, 48 KB. Blocks of 1024 need 128, but change
+#             the layout between pieces, through shared memory. `least` limits the partials, written
+#             and read, to an eighth of the traffic.
+#   many      gate_modulate's sums at 2432 spill 88 bytes with two warps: four warps per row, 167 to
+#             224 registers, 2 to 3 CTAs, 57 KB; its loads have 64 bits, not 128.
 _ROWS = {"forward": Launch(256, 4, 4), "backward": Launch(512, 2, 4, ctas=8, least=4),
          "sums": Launch(512, 2, 4, ctas=2, least=16), "many": Launch(512, 1, 4, ctas=3, least=16)}
-MANY = 6144       # columns of sums above which two warps a row spill
-# (SMs, rows); of several GPUs the one with the most SMs
+MANY = 6144       # columns of sums above which two warps per row spill
+# (SMs, rows); of several GPUs the one with the most SMs. The interpreter (0) gets few programs,
+# because each costs it milliseconds.
 TABLE = {80: (108, _ROWS), 86: (84, _ROWS), 87: (16, _ROWS), 89: (142, _ROWS), 90: (132, _ROWS),
          100: (148, _ROWS), 103: (160, _ROWS), 120: (188, _ROWS), 121: (48, _ROWS),
-         0: (1, {kind: Launch(512, 16, 4, 4, 32) for kind in _ROWS})}   # interpreter: programs cost ms each
+         0: (1, {kind: Launch(512, 16, 4, 4, 32) for kind in _ROWS})}
 
 
 @functools.cache
 def _table(arch: int) -> tuple[int, dict[str, Launch]]:
-    """(SMs, launch parameters) of an architecture; one that is not listed gets those of sm_80, which has the
-    fewest SMs and whose rows fit every GPU since: announced once."""
+    """Return (SMs, launch parameters) of an architecture. One that is not listed gets those of
+    sm_80, whose rows fit every GPU since; warn once."""
     if arch not in TABLE:
-        warnings.warn(f"modulation: no launch parameters for sm_{arch}; it gets those of sm_80", stacklevel=2)
+        warnings.warn(f"modulation: no launch parameters for sm_{arch}; it gets those of sm_80",
+                      stacklevel=2)
     return TABLE.get(arch, TABLE[80])
 
 
@@ -282,8 +309,9 @@ def _arch(device: torch.device) -> int:
 
 
 def pieces(d: int, block: int) -> tuple[int, int]:
-    """(BLOCK, TAIL) of rows of d columns: BLOCK fits d // BLOCK times, TAIL is the power of two that holds
-    the rest, 0 without one. BLOCK is the largest up to `block` that leaves at most 6 % of the lanes idle."""
+    """Return (BLOCK, TAIL) of rows of d columns: BLOCK fits d // BLOCK times, TAIL is the power of
+    two that holds the rest, 0 without one. BLOCK is the largest up to `block` that leaves at most
+    6 % of the lanes idle."""
     while block > 64:
         tail = triton.next_power_of_2(d % block) if d % block else 0
         if block <= d and d >= 0.94 * (d // block * block + tail):
@@ -293,7 +321,8 @@ def pieces(d: int, block: int) -> tuple[int, int]:
 
 
 def _wrap(kernel):
-    """Shows the launch to torch.compile; up to torch 2.12 wrap_triton refuses an interpreted kernel."""
+    """Show the launch to torch.compile."""
+    # up to torch 2.12 wrap_triton does not take an interpreted kernel
     return kernel if INTERPRET else torch.library.wrap_triton(kernel)
 
 
@@ -310,15 +339,15 @@ Maybe = Tensor | None          # None: this part of the chain is absent
 
 def _new_forward(x: Tensor, branch: Maybe, gate: Maybe, shift: Maybe, scale: Maybe, shift2: Maybe,
                  scale2: Maybe, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The outputs of modulation_forward, not yet written."""
+    """Return the outputs of modulation_forward, not yet written."""
     z, y, y2 = (x.new_empty(0 if v is None else x.shape) for v in (gate, shift, shift2))
     return z, y, y2, x.new_empty(0 if shift is None else (*x.shape[:2], 2), dtype=_wide(x))
 
 
 def _run_forward(x: Tensor, branch: Maybe, gate: Maybe, shift: Maybe, scale: Maybe, shift2: Maybe,
                  scale2: Maybe, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(z, y, y2 [b, l, d], stats [b, l, 2] = mean and rstd): z = x + gate branch, y and y2 its modulations.
-    What is not asked for, gate, shift or shift2 being None, has size 0."""
+    """Return z = x + gate branch [b, l, d], y and y2, its modulations, and stats [b, l, 2], mean
+    and rstd. z, y or y2 has size 0 if gate, shift or shift2 is None."""
     outs = _new_forward(x, branch, gate, shift, scale, shift2, scale2, eps)
     (b, l, d), (_, table) = x.shape, _table(_arch(x.device))
     row = table["forward"]
@@ -327,30 +356,40 @@ def _run_forward(x: Tensor, branch: Maybe, gate: Maybe, shift: Maybe, scale: May
         x, n = _rows(x), _rows(x if branch is None else branch)
         vectors = [x[:, 0] if v is None else _rows(v) for v in (gate, shift, scale, shift2, scale2)]
         _wrap(_forward)[(triton.cdiv(l, row.rows), b)](
-            x, n, *vectors, *(o if o.numel() else x for o in outs), l, *x.stride()[:2], *n.stride()[:2],
-            *(v.stride(0) for v in vectors), EPS=eps, D=d, GATE=gate is not None,
+            x, n, *vectors, *(o if o.numel() else x for o in outs), l, *x.stride()[:2],
+            *n.stride()[:2], *(v.stride(0) for v in vectors), EPS=eps, D=d, GATE=gate is not None,
             NORMS=(shift is not None) + (shift2 is not None), ROWS=row.rows, BLOCK=block, TAIL=tail,
             num_warps=row.warps, num_stages=1)
     return outs
 
 
-def _new_backward(dz: Maybe, dy: Maybe, dy2: Maybe, h: Maybe, stats: Maybe, branch: Maybe, gate: Maybe,
-                  scale: Maybe, scale2: Maybe, needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """The outputs of modulation_backward, not yet written."""
+def _new_backward(dz: Maybe, dy: Maybe, dy2: Maybe, h: Maybe, stats: Maybe, branch: Maybe,
+                  gate: Maybe, scale: Maybe, scale2: Maybe,
+                  needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the outputs of modulation_backward, not yet written."""
     like = dz if dy is None else dy
-    dx, dbranch = (like.new_empty(like.shape if n else 0) for n in (needs[0] and dy is not None, needs[1]))
+    dx, dbranch = (like.new_empty(like.shape if need else 0)
+                   for need in (needs[0] and dy is not None, needs[1]))
     return dx, dbranch, like.new_empty(like.shape[0], sum(needs[2:]), like.shape[2])
 
 
-def _run_backward(dz: Maybe, dy: Maybe, dy2: Maybe, h: Maybe, stats: Maybe, branch: Maybe, gate: Maybe,
-                  scale: Maybe, scale2: Maybe, needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dbranch [b, l, d], sums [b, n, d]); h [b, l, d] is what was normalised, needs is of x, branch,
-    gate, shift, scale, shift2, scale2. sums holds the n needed ones of shift, scale, shift2, scale2, gate, in
-    this order. What nobody needs has size 0; so has dx without dy, being dz."""
+def _run_backward(dz: Maybe, dy: Maybe, dy2: Maybe, h: Maybe, stats: Maybe, branch: Maybe,
+                  gate: Maybe, scale: Maybe, scale2: Maybe,
+                  needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dx, dbranch [b, l, d] and sums [b, n, d].
+
+    h [b, l, d] is what was normalised; needs says which of x, branch, gate, shift, scale, shift2
+    and scale2 need a gradient. sums holds the n needed ones of shift, scale, shift2, scale2 and
+    gate, in this order. A gradient that is not needed has size 0; so has dx without dy, when it is
+    dz.
+    """
     dx, dbranch, _ = _new_backward(dz, dy, dy2, h, stats, branch, gate, scale, scale2, needs)
     like, count = dz if dy is None else dy, sum(needs[2:])
     (b, l, d), (sms, table) = like.shape, _table(_arch(like.device))
-    row = table["backward" if not count else "sums" if count * d <= MANY else "many"]
+    kind = "backward"
+    if count:
+        kind = "sums" if count * d <= MANY else "many"
+    row = table[kind]
     parts = min(triton.cdiv(l, row.least), max(1, row.ctas * sms // max(1, b)))
     partial = like.new_empty(b, parts, count, d, dtype=_wide(like))
     if like.numel():
@@ -363,7 +402,8 @@ def _run_backward(dz: Maybe, dy: Maybe, dy2: Maybe, h: Maybe, stats: Maybe, bran
             *(s for t in tensors for s in t.stride()[:2]), *(v.stride(0) for v in vectors), D=d,
             NORMS=(dy is not None) + (dy2 is not None), DZ=dz is not None, DX=dx.numel() > 0,
             DBRANCH=needs[1], DGATE=needs[2], DSHIFT=needs[3], DSCALE=needs[4], DSHIFT2=needs[5],
-            DSCALE2=needs[6], ROWS=row.rows, BLOCK=block, TAIL=tail, num_warps=row.warps, num_stages=1)
+            DSCALE2=needs[6], ROWS=row.rows, BLOCK=block, TAIL=tail, num_warps=row.warps,
+            num_stages=1)
     return dx, dbranch, partial.sum(1).to(like.dtype)
 
 
@@ -372,8 +412,10 @@ def _run_backward(dz: Maybe, dy: Maybe, dy2: Maybe, h: Maybe, stats: Maybe, bran
 def _save(ctx, inputs, output) -> None:
     x, branch, gate, shift, scale, shift2, scale2, eps = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(None if shift is None else x if gate is None else output[0],
-                          None if shift is None else output[3], branch if ctx.needs_input_grad[2] else None,
+    h = stats = None
+    if shift is not None:
+        h, stats = x if gate is None else output[0], output[3]
+    ctx.save_for_backward(h, stats, branch if ctx.needs_input_grad[2] else None,
                           gate if ctx.needs_input_grad[1] else None, scale, scale2)
 
 
@@ -390,8 +432,8 @@ def _differentiate(ctx, *grads):
     if dy2 is None:
         scale2, needs[5:] = None, 2 * [False]
     if dy is not None or dz is not None and any(needs[1:]):
-        dx, grads[1], sums = torch.ops.ladd.modulation_backward(dz, dy, dy2, h, stats, branch, gate, scale,
-                                                                scale2, needs)
+        dx, grads[1], sums = torch.ops.ladd.modulation_backward(
+            dz, dy, dy2, h, stats, branch, gate, scale, scale2, needs)
         grads[0] = dz if dy is None else dx
         wanted = [i for i, need in zip(order, needs[3:] + needs[2:3]) if need]
         for i, total in zip(wanted, sums.unbind(1)):
@@ -402,25 +444,27 @@ def _differentiate(ctx, *grads):
 # --- public functions ---
 
 def _check(name: str, x: Tensor, *others: Tensor) -> None:
-    """Raises RuntimeError where Triton cannot run, ValueError for what does not fit x; see modulate."""
+    """Raise RuntimeError if Triton cannot run, ValueError if shapes or dtypes do not fit."""
     if triton is None or not (x.is_cuda or INTERPRET or ARCH is not None):
-        found = "no Triton" if triton is None else f"a tensor on {x.device}"
-        raise RuntimeError(f"{name}: found {found}; accepted: Triton and CUDA, or TRITON_INTERPRET=1 in the "
-                           f"environment. reference_{name} runs everywhere")
+        missing = ", without Triton" if triton is None else ""
+        raise RuntimeError(f"{name}: tensors must be on CUDA, or on the CPU with "
+                           f"TRITON_INTERPRET=1 (got {x.device}{missing}); reference_{name} runs "
+                           "anywhere")
     if x.ndim != 3 or x.shape[2] % 64 or not x.shape[2] or x.dtype not in DTYPES:
-        raise ValueError(f"{name}: expected x [b, l, d], d a multiple of 64, dtype one of {DTYPES}; "
-                         f"found {tuple(x.shape)} {x.dtype}")
+        raise ValueError(f"{name}: x must be [b, l, d] with d a multiple of 64, in "
+                         f"{' or '.join(map(str, DTYPES))} (got {tuple(x.shape)} {x.dtype})")
     for t in others:
-        expected = x.shape if t.ndim == 3 else x.shape[::2]
-        if t.shape != expected or t.dtype != x.dtype or t.device != x.device:
-            raise ValueError(f"{name}: expected {tuple(expected)} {x.dtype} on {x.device} like x; "
-                             f"found {tuple(t.shape)} {t.dtype} on {t.device}")
+        shape = x.shape if t.ndim == 3 else x.shape[::2]
+        if t.shape != shape or t.dtype != x.dtype or t.device != x.device:
+            raise ValueError(f"{name}: tensors must be {tuple(shape)} {x.dtype} on {x.device} to "
+                             f"fit x (got {tuple(t.shape)} {t.dtype} on {t.device})")
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """LayerNorm(x) * (1 + scale) + shift; x [b, l, d], shift and scale [b, d], as the file's docstring says.
+    """Return LayerNorm(x) * (1 + scale) + shift; x [b, l, d], shift and scale [b, d].
 
-    Raises ValueError for shapes and dtypes that do not fit, RuntimeError where Triton cannot run.
+    The top of this file lists strides and dtypes. Raises ValueError for shapes and dtypes that do
+    not fit, RuntimeError if Triton cannot run.
     """
     _check("modulate", x, shift, scale)
     return torch.ops.ladd.modulation_forward(x, None, None, shift, scale, None, None, eps)[1]
@@ -428,20 +472,21 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tens
 
 def modulate2(x: Tensor, shift: Tensor, scale: Tensor, shift2: Tensor, scale2: Tensor,
               eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """(LN(x) (1 + scale) + shift, LN(x) (1 + scale2) + shift2); shapes and errors of modulate."""
+    """Return LN(x) (1 + scale) + shift and LN(x) (1 + scale2) + shift2; see modulate."""
     _check("modulate2", x, shift, scale, shift2, scale2)
     return torch.ops.ladd.modulation_forward(x, None, None, shift, scale, shift2, scale2, eps)[1:3]
 
 
 def gate_modulate(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor,
                   eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """(x', LN(x') (1 + scale) + shift) with x' = x + gate * branch; branch like x, gate like shift."""
+    """Return (x', LN(x') (1 + scale) + shift) with x' = x + gate * branch; branch has the shape of
+    x, gate that of shift."""
     _check("gate_modulate", x, branch, gate, shift, scale)
     return torch.ops.ladd.modulation_forward(x, branch, gate, shift, scale, None, None, eps)[:2]
 
 
 def gate(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * branch; x and branch [b, l, d], gate [b, d]."""
+    """Return x + gate * branch; x and branch [b, l, d], gate [b, d]."""
     _check("gate", x, branch, gate)
     return torch.ops.ladd.modulation_forward(x, branch, gate, None, None, None, None, 0.)[0]
 
@@ -449,8 +494,9 @@ def gate(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
 # --- registration ---
 
 def _register(name: str, run, fake):
-    """An operator of torch.compile: a triton_op, whose launch the compiler sees; under the interpreter, which
-    cannot run on tensors without values, a custom_op with the shapes that `fake` gives."""
+    """Register an operator for torch.compile: a triton_op, whose launch the compiler sees. The
+    interpreter cannot run on tensors without values: it gets a custom_op with shapes from `fake`.
+    """
     if not INTERPRET:
         return torch.library.triton_op(f"ladd::{name}", run, mutates_args=())
     op = torch.library.custom_op(f"ladd::{name}", run, mutates_args=())
@@ -467,8 +513,8 @@ if triton is not None:
 # --- check and time: python kernels/modulation.py ---
 
 def milliseconds(run) -> float:
-    """Return the median time of run() on the GPU, which sleeps until the call is queued: most calls are
-    shorter than their Python."""
+    """Return the median time of run() on the GPU, which sleeps until the call is queued: most calls
+    are shorter than their Python."""
     flush, times = torch.empty(2 ** 28, dtype=torch.uint8, device="cuda"), []
     for _ in range(23):                              # three warm up
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -483,25 +529,37 @@ def milliseconds(run) -> float:
 
 
 def main() -> None:
+    """Print the largest errors against the reference; on a GPU also times and bandwidths."""
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    shapes = [(b, 4096, d) for d in (1536, 2432) for b in (1, 4, 8)] if cuda else [(2, 65, 192), (1, 9, 2432)]
-    cases = ((modulate, reference_modulate, (0, 2, 3), 2, 3),          # inputs; tensors moved each way
-             (modulate2, reference_modulate2, (0, 2, 3, 4, 5), 3, 4), (gate, reference_gate, (0, 1, 2), 3, 3),
+    shapes = [(2, 65, 192), (1, 9, 2432)]
+    if cuda:
+        shapes = [(b, 4096, d) for d in (1536, 2432) for b in (1, 4, 8)]
+    # function, reference, which inputs, tensors moved forward and backward
+    cases = ((modulate, reference_modulate, (0, 2, 3), 2, 3),
+             (modulate2, reference_modulate2, (0, 2, 3, 4, 5), 3, 4),
+             (gate, reference_gate, (0, 1, 2), 3, 3),
              (gate_modulate, reference_gate_modulate, (0, 1, 2, 3, 4), 4, 6))
-    print(f"{torch.cuda.get_device_name() if cuda else 'interpreter'}, {dtype}; error over the fp64 maximum")
-    print("                 b     l     d    error gradient" + "  us and GB/s forward, backward" * cuda)
+    print(f"{torch.cuda.get_device_name() if cuda else 'interpreter'}, {dtype}; error over the "
+          "fp64 maximum")
+    print("                 b     l     d    error gradient"
+          + ("  us and GB/s forward, backward" if cuda else ""))
     for (b, l, d), (run, reference, which, *moved) in itertools.product(shapes, cases):
         torch.manual_seed(0)
         wide = [torch.randn(b, l, d, device=device) for _ in range(2)]
         wide += torch.randn(b, 4 * d, device=device).chunk(4, -1)
         inputs = [wide[i].to(dtype).requires_grad_() for i in which]
         exact = [t.detach().double().requires_grad_() for t in inputs]
-        out, expected = (o if isinstance(o, tuple) else (o,) for o in (run(*inputs), reference(*exact)))
+        out, expected = (o if isinstance(o, tuple) else (o,)
+                         for o in (run(*inputs), reference(*exact)))
         dout = [torch.randn_like(o) for o in out]
-        step = lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)
+
+        def step():
+            return torch.autograd.grad(out, inputs, dout, retain_graph=True)
+
         gradients = torch.autograd.grad(expected, exact, [g.double() for g in dout])
-        errors = [max(float((a - e).detach().abs().max() / e.detach().abs().max()) for a, e in zip(*pair))
+        errors = [max(float((a - e).detach().abs().max() / e.detach().abs().max())
+                      for a, e in zip(*pair))
                   for pair in ((out, expected), (step(), gradients))]
         line = f"{run.__name__:14} {b:3} {l:5} {d:5} {errors[0]:8.1e} {errors[1]:8.1e}"
         for work, n in zip((lambda: run(*inputs), step), moved if cuda else ()):

@@ -1,459 +1,526 @@
-"""One frozen dataclass, one preset table, and the command line made from its fields."""
+"""Options of train.py: one table of fields, the presets, and the command line made from them."""
 import argparse
-import difflib
 import json
 import math
-import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
-SAMPLERS = ("euler", "renoise")
+from ladd.cli import InputError, Parser, describe, must, parse_size, parse_value
+from ladd.core.losses import LaddConfig
+from ladd.core.mmdit import MMDiTConfig, image_channels
+from ladd.core.sampler import SAMPLERS, Recipe
 
-
-class InputError(ValueError):
-    """Input that we refuse; the scripts print it as one line and exit with code 2."""
-
-
-def run_script(name: str, main: Callable[[list[str]], None]) -> None:
-    """main(the command line); an InputError becomes one line and exit code 2."""
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        sys.exit(print(f"{name}: {error}", file=sys.stderr) or 2)
+# where an option is shown: in --help, only in --help-all, or as a name for --set, since the preset
+# decides it
+MAIN, MORE, PRESET = "main", "more", "preset"
+INF = math.inf
 
 
-def option(default, help: str, choices: tuple = (), low: float = -math.inf, high: float = math.inf):
-    """A configuration field: default, meaning, and the values it takes."""
-    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
+def option(default, help: str, show: str = MORE, choices: tuple = (), low: float = -INF,
+           high: float = INF):
+    """Return a field of Config: default, meaning, where it is shown, and the values it takes."""
+    return field(default=default, metadata={
+        "help": help, "show": show, "choices": choices, "low": low, "high": high})
 
 
+# fmt: off
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides a run. Levels are unshifted; `shift` is applied by flow.shift alone."""
-    preset:          str = option("tiny", "name of the preset", (
-        "tiny", "tiny-edit", "tiny-inpaint", "tiny-lora", "tiny-lcm", "shapes", "sd3-medium", "sd3.5-medium",
-        "sd3.5-large"))
-    task:            str = option("text", "what the networks do: pictures from captions; a source and an "
-                                  "instruction to the edited picture; what a mask repaints of a picture",
-                                  ("text", "edit", "inpaint"))
-    name:            str = option("", "run folder runs/NAME; empty: the preset's name")
-    seed:            int = option(0, "seed of everything", low=0, high=2 ** 31)
-    device:          str = option("auto", "auto takes CUDA where there is one", ("auto", "cpu", "cuda"))
-    kernels:         str = option("auto", "implementation of the fused operations", (
-        "auto", "triton", "torch"))
-    precision:       str = option(
-        "auto", "compute dtype; weights that train stay fp32. auto: bf16 where the device has it",
-        ("auto", "fp32", "bf16"))
-    compile:         str = option("auto", "torch.compile of each block; auto: on CUDA", ("auto", "on", "off"))
-    # world
-    objects:         int = option(1, "objects in a scene", (1, 2))
-    sizes:           tuple[str, ...] = option(
-        ("48x80", "80x48"), "image sizes HxW in pixels, multiples of 16, of about one area")
-    stated:          float = option(0.5, "probability that a caption states an attribute", low=0, high=0.95)
-    text_dim:        int = option(
-        64, "width of a text token; in the built-in world at least one a word", low=23)
-    # real prompts and images
-    encoders:        str = option("", "SD3 folder with text encoders and VAE; empty: the built-in world")
-    prompts:         str = option("", "prompts of the data, a .txt with one a line or a .jsonl")
-    eval_prompts:    str = option("", "prompts of grids and report; empty: the first 8 of --prompts")
-    t5:              str = option(
-        "device", "where T5 runs; none: its tokens are zeros", ("device", "cpu", "none"))
-    t5_tokens:       int = option(256, "T5 tokens a prompt", low=1, high=512)
-    pairs:           str = option("", "folder that ladd.encode made for --task edit or inpaint: what the "
-                                  "teacher learns from, and the sources of its data")
-    # teacher
-    teacher:         str = option("", "checkpoint of a teacher; empty: train one")
-    base:            str = option("", "network as which the teacher starts, of its sizes, new input channels "
-                                  "at weight zero; empty: at random")
-    teacher_lora:    int = option(0, "rank of a LoRA that trains in place of --base's weights, but for those "
-                                  "that read the image; 0: all weights do", low=0, high=1024)
-    depth:           int = option(6, "blocks of the teacher", low=1)
-    width:           int = option(128, "width of the teacher, a multiple of 64", low=64)
-    qk_norm:         bool = option(False, "RMS norm of queries and keys")
-    dual_blocks:     int = option(
-        0, "first blocks, with a second, image-only attention (SD3.5-medium)", low=0)
-    pos_grid:        int = option(0, "side of the position table in patches; 0: as --sizes need", low=0)
-    pooled_dim:      int = option(0, "width of the pooled text; 0: --text-dim", low=0)
-    predicts:        str = option("x0", "what the teacher's output layer gives; SD3's is v", ("v", "x0"))
-    teacher_images:  int = option(49152, "rendered images the teacher learns from", low=1)
-    teacher_steps:   int = option(960, "training steps of the teacher", low=1)
-    teacher_batch:   int = option(128, "batch of the teacher's training", low=1)
-    teacher_lr:      float = option(4e-3, "its peak learning rate, decayed by a cosine", low=0)
-    teacher_means:   tuple[float, ...] = option((1.0,), "its levels: equal parts of LogitNormal(mean, 1)")
-    text_dropout:    float = option(0.1, "share of captions replaced by the empty one", low=0, high=1)
-    image_dropout:   float = option(
-        0.05, "share without caption and without the source that is to be edited", low=0, high=1)
-    # synthetic data
-    data:            str = option("", "folder of latents; empty: let the teacher generate them")
-    data_size:       int = option(3072, "latents to generate", low=1)
-    data_batch:      int = option(128, "latents a shard and a generating batch", low=1)
-    guidance:        float = option(2.0, "teacher's guidance in data and samples", low=1)
-    image_guidance:  float = option(1.0, "and towards the source that is edited; 1: none", low=0)
-    sample_steps:    int = option(8, "teacher's steps: data and the report's many-step row", low=1)
-    data_from:       str = option("teacher", "who makes the latents: the teacher, or the world's renders", (
-        "teacher", "world"))
-    # student
-    objective:       str = option("ladd", "what the student learns by; lcm: the paper's baseline; flow: "
-                                  "none, the run ends with its teacher", ("ladd", "lcm", "flow"))
-    lcm_steps:       int = option(16, "steps of the teacher's path on which x0_hat is to stay one", low=2)
-    student_depth:   int = option(0, "blocks of the student, taken evenly from the teacher's; 0: all", low=0)
-    lora:            int = option(0, "rank of a LoRA on the teacher's weights that is the student; 0: all "
-                                  "weights train", low=0, high=1024)
-    lora_alpha:      float = option(0.0, "a LoRA's weight is this / its rank; 0: the rank", low=0)
-    lora_targets:    tuple[str, ...] = option(
-        ("all",), "layers with a LoRA: all of the blocks', attention, or names and patterns with *")
-    steps:           int = option(180, "training steps of the student", low=1)
-    batch:           int = option(64, "pairs a step", low=1)
-    micro_batch:     int = option(0, "pairs at a time on a device; 0: all of its share of the batch", low=0)
-    lr:              float = option(1.5e-4, "student's learning rate", low=0)
-    heads_lr:        float = option(3e-3, "heads' learning rate", low=0)
-    beta1:           float = option(0.0, "Adam's beta1 of student and heads", low=0, high=0.9999)
-    beta2:           float = option(0.95, "Adam's beta2 of student and heads", low=0, high=0.9999)
-    warmup:          int = option(20, "steps of linear learning-rate warm-up, teacher and student", low=0)
-    decay:           float = option(
-        0.4, "last share of the student's steps in which its learning rate falls to 0", low=0, high=1)
-    clip:            float = option(1.0, "bound of the gradient norm of each network", low=0)
-    ema:             float = option(
-        0.99, "decay of the student's moving average, which is what is kept", low=0, high=1)
-    sampler:         str = option("renoise", "the student's sampler", SAMPLERS)
-    levels:          tuple[float, ...] = option(
-        (1.0, 0.75, 0.5, 0.25), "student's levels, noisiest first, the first 1")
-    probs:           tuple[float, ...] = option((0.4, 0.2, 0.2, 0.2), "their probabilities")
-    easy_steps:      int = option(0, "first steps, on the easier half of the levels only", low=0)
-    shift:           float = option(1.0, "resolution shift of all sampling levels", low=1)
-    d_mean:          float = option(-2.0, "sigma_d ~ LogitNormal(d_mean, d_std)")
-    d_std:           float = option(1.0, "its standard deviation", low=0)
-    taps:            tuple[int, ...] = option((0, 1, 2), "teacher blocks that the heads read")
-    head_width:      int = option(64, "channels inside a head, a multiple of 16", low=16)
-    teacher_fp8:     bool = option(False, "products of the frozen teacher in fp8 while distilling")
-    heads_steps:     int = option(2, "heads' steps a student step", low=1)
-    heads_first:     int = option(40, "heads-only steps at the start", low=0)
-    misaligned:      float = option(
-        0.5, "share of the batch that is also fake under a caption that does not fit", low=0, high=1)
-    r1_weight:       float = option(0.0, "approximate R1 on the renoised real sample", low=0)
-    distill_weight:  float = option(0.0, "the paper's distillation loss, for its ablation", low=0)
-    # processes (torchrun) and memory
-    parallel:        str = option("auto", "copies of the student, or shards; auto: copies where they fit",
-                                  ("auto", "ddp", "fsdp"))
-    replicas:        int = option(1, "copies of what is sharded, such as one a node", low=1)
-    shard_teacher:   str = option("auto", "shard the frozen teacher too; auto: where it does not fit",
-                                  ("auto", "on", "off"))
-    checkpoint:      str = option("none", "activations kept for backward: all; of a block its inputs and "
-                                  "attentions; its inputs", ("none", "selective", "full"))
-    timeout:         float = option(1800.0, "seconds after which a process that hangs ends the run", low=1)
-    # evaluation
-    n:               int = option(2048, "images of each row of the report", low=6)
-    eval_n:          int = option(256, "images of an evaluation while training", low=6)
-    eval_every:      int = option(90, "steps between evaluations; 0: none", low=0)
-    grid_every:      int = option(90, "steps between sample grids; 0: none", low=0)
-    log_every:       int = option(10, "steps between log lines", low=1)
-    save_every:      int = option(100, "steps between checkpoints", low=1)
-    eval_batch:      int = option(256, "batch of sampling for evaluation", low=2)
-    # this process alone
-    stop_after:      int = option(0, "save and end after so many steps of this process; 0: never", low=0)
-    dry_run:         bool = option(False, "print the resolved configuration, sizes and costs, then exit")
-    bench_steps:     int = option(0, "time so many LADD steps of random networks, then exit", low=0)
-    tflops:          float = option(
-        0.0, "rate for the dry run's hours; 0: a product timed on this device", low=0)
-    profile:         str = option("", "file for a trace of the last 3 student steps")
-    overfit_one_batch: bool = option(False, "train teacher and student on their first batch only")
+    """Hold everything that decides a run. Functions take single values or groups of it instead."""
+    # --- run ---
+    preset: str = option("tiny", "start from these values", MAIN,
+                         ("tiny", "tiny-edit", "tiny-inpaint", "tiny-lora", "shapes", "sd3-medium",
+                          "sd3.5-medium", "sd3.5-large"))
+    name: str = option("", "name of the run folder, runs/NAME; default: the preset", MAIN)
+    seed: int = option(0, "seed of all random numbers", MAIN, low=0, high=2 ** 31)
+    device: str = option("auto", "auto: a GPU if there is one", MAIN, ("auto", "cpu", "cuda"))
+    dry_run: bool = option(False, "print the options, parameters, memory, hours and disk; write "
+                           "nothing", MAIN)
+    # --- task and data ---
+    task: str = option("text", "text: text-to-image; edit: instruction-based editing; inpaint: "
+                       "fill the masked area", MAIN, ("text", "edit", "inpaint"))
+    encoders: str = option("", "folder with SD3's text encoders and VAE; default: the toy dataset",
+                           MAIN)
+    prompts: str = option("", "prompts to generate training data from: .txt, one per line, or "
+                          ".jsonl", MAIN)
+    pairs: str = option("", "folder of ladd.encode with the images of --task edit or inpaint", MAIN)
+    data: str = option("", "folder of latents to distill from, or toy: renders of the toy dataset; "
+                       "default: the teacher generates them", MAIN)
+    eval_prompts: str = option("", "prompts of sample grids and report; default: the first 8 of "
+                               "--prompts")
+    sizes: tuple[str, ...] = option(("48x80", "80x48"), "image sizes HxW in pixels, multiples of "
+                                    "16, of similar area")
+    t5: str = option("device", "where T5 runs; none: its tokens are zeros", MORE,
+                     ("device", "cpu", "none"))
+    t5_tokens: int = option(256, "T5 tokens per prompt", low=1, high=512)
+    data_size: int = option(3072, "latents to generate", low=1)
+    shard_size: int = option(128, "latents per file", PRESET, low=1)
+    objects: int = option(1, "objects in a scene of the toy dataset", PRESET, (1, 2))
+    stated: float = option(0.5, "probability that a caption states an attribute", PRESET, low=0,
+                           high=0.95)
+    # --- teacher ---
+    teacher: str = option("", "checkpoint of the teacher; default: train one", MAIN)
+    base: str = option("", "initialize the teacher from this checkpoint; added input channels "
+                       "start at zero", MAIN)
+    guidance: float = option(2.0, "guidance scale of the teacher", MAIN, low=1)
+    sample_steps: int = option(8, "sampling steps of the teacher", MAIN, low=1)
+    image_guidance: float = option(1.0, "guidance scale for the source image (--task edit); 1: off",
+                                   low=0)
+    teacher_steps: int = option(960, "training steps of the teacher", low=1)
+    teacher_batch: int = option(128, "samples per step of the teacher's training", low=1)
+    teacher_lr: float = option(4e-3, "peak learning rate of the teacher, with cosine decay", low=0)
+    teacher_lora: int = option(0, "train a LoRA of this rank on --base instead of all weights",
+                               low=0, high=1024)
+    teacher_images: int = option(49152, "rendered images to train on", PRESET, low=1)
+    teacher_means: tuple[float, ...] = option((1.0,), "noise levels: mixture of LogitNormal(mean, "
+                                              "1)", PRESET)
+    text_dropout: float = option(0.1, "probability of dropping the caption", PRESET, low=0, high=1)
+    image_dropout: float = option(0.05, "probability of dropping caption and source image", PRESET,
+                                  low=0, high=1)
+    depth: int = option(6, "blocks of the teacher", PRESET, low=1)
+    width: int = option(128, "width of the teacher, a multiple of 64", PRESET, low=64)
+    qk_norm: bool = option(False, "RMS norm of queries and keys", PRESET)
+    dual_blocks: int = option(0, "first blocks with a second, image-only attention", PRESET, low=0)
+    pos_grid: int = option(0, "side of the position table in patches; 0: as --sizes need", PRESET,
+                           low=0)
+    text_dim: int = option(64, "width of a text token", PRESET, low=23)
+    pooled_dim: int = option(0, "width of the pooled text; 0: text_dim", PRESET, low=0)
+    predicts: str = option("x0", "prediction target of the network: velocity or clean latent",
+                           PRESET, ("v", "x0"))
+    # --- student ---
+    steps: int = option(180, "training steps of the student; 0: only train the teacher", MAIN,
+                        low=0)
+    batch: int = option(64, "pairs per step", MAIN, low=1)
+    micro_batch: int = option(0, "pairs at a time in each process; 0: all", MAIN, low=0)
+    lr: float = option(1.5e-4, "learning rate of the student", MAIN, low=0)
+    lora: int = option(0, "the student is a LoRA of this rank; 0: all weights train", MAIN, low=0,
+                       high=1024)
+    lora_targets: tuple[str, ...] = option(("all",), "layers with a LoRA: all, attention, or names "
+                                           "with *")
+    student_depth: int = option(0, "blocks of the student, taken evenly from the teacher; 0: all",
+                                low=0)
+    ema: float = option(0.99, "decay of the student's EMA, which is what is saved", low=0, high=1)
+    levels: tuple[float, ...] = option((1.0, 0.75, 0.5, 0.25), "noise levels of the student, "
+                                       "largest first")
+    shift: float = option(1.0, "resolution shift of the noise levels", low=1)
+    sampler: str = option("renoise", "how the student samples", MORE, SAMPLERS)
+    probs: tuple[float, ...] = option((0.4, 0.2, 0.2, 0.2), "how often each of --levels is trained",
+                                      PRESET)
+    easy_steps: int = option(0, "first steps, on the easier half of --levels only", PRESET, low=0)
+    warmup: int = option(20, "steps of linear learning-rate warm-up", PRESET, low=0)
+    beta2: float = option(0.95, "beta2 of Adam", PRESET, low=0, high=0.9999)
+    # --- discriminator ---
+    heads_lr: float = option(3e-3, "learning rate of the discriminator heads", low=0)
+    heads_steps: int = option(2, "discriminator steps per student step", low=1)
+    taps: tuple[int, ...] = option((0, 1, 2), "teacher blocks that the heads read")
+    d_mean: float = option(-2.0, "noise levels of the discriminator: LogitNormal(d_mean, 1)")
+    mismatched: float = option(0.5, "fraction of real samples also shown with a mismatched "
+                               "caption, labelled generated", low=0, high=1)
+    head_width: int = option(64, "channels of a head, a multiple of 16", PRESET, low=16)
+    heads_first: int = option(40, "first iterations, which train only the discriminator", PRESET,
+                              low=0)
+    r1_weight: float = option(0.0, "weight of the approximate R1 penalty", PRESET, low=0)
+    distill_weight: float = option(0.0, "weight of the paper's distillation loss", PRESET, low=0)
+    # --- compute ---
+    recompute: str = option("none", "activation checkpointing: none, selective (all but "
+                            "attention), full", MAIN, ("none", "selective", "full"))
+    kernels: str = option("auto", "implementation of the fused operations", MORE,
+                          ("auto", "triton", "torch"))
+    precision: str = option("auto", "compute dtype; auto: bf16 where the device has it", MORE,
+                            ("auto", "fp32", "bf16"))
+    compile: str = option("auto", "torch.compile of each block; auto: on a GPU", MORE,
+                          ("auto", "on", "off"))
+    teacher_fp8: bool = option(False, "matrix products of the frozen teacher in fp8")
+    shard: str = option("auto", "what FSDP shards; auto: what does not fit", MORE,
+                        ("auto", "none", "student", "all"))
+    replicas: int = option(1, "copies of what is sharded, such as one per node", low=1)
+    timeout: float = option(1800.0, "seconds without progress of any process until the run is "
+                            "aborted", low=1)
+    stop_after: int = option(0, "save and end after so many steps of this process; 0: never",
+                             PRESET, low=0)
+    # --- evaluation ---
+    n: int = option(2048, "images per row of the report", low=6)
+    eval_every: int = option(90, "steps between evaluations and sample grids; 0: none", low=0)
+    save_every: int = option(100, "steps between checkpoints", low=1)
+    sample_batch: int = option(256, "images sampled at a time", low=2)
+    eval_n: int = option(256, "images of an evaluation while training", PRESET, low=6)
+    log_every: int = option(10, "steps between log lines", PRESET, low=1)
+    profile: str = option("", "write a trace of the last 3 student steps to this file")
+    bench_steps: int = option(0, "time this many steps of networks with random weights, then "
+                              "exit", low=0)
+    tflops: float = option(0.0, "TFLOP/s for the hours of --dry-run; 0: measure a matrix product",
+                           low=0)
+# fmt: on
+
+    def group(self, kind: type) -> Any:
+        """Return `kind` (a dataclass or NamedTuple) made of the values that have its fields'
+        names."""
+        return kind(**{name: getattr(self, name) for name in kind.__annotations__})
 
     @property
-    def run_name(self) -> str:
-        return self.name or self.preset
+    def ladd(self) -> LaddConfig:
+        """Return what the losses take."""
+        return self.group(LaddConfig)
+
+    @property
+    def recipe(self) -> Recipe:
+        """Return how teacher and student are sampled."""
+        return self.group(Recipe)
+
+    @property
+    def model(self) -> MMDiTConfig:
+        """Return the sizes of a teacher that is trained; those of a loaded one are in its file."""
+        return MMDiTConfig(
+            self.depth, self.width, self.text_dim, self.pooled_dim or self.text_dim,
+            16 + image_channels(self.task), qk_norm=self.qk_norm, predicts=self.predicts,
+            dual_blocks=tuple(range(self.dual_blocks)), pos_grid=self.pos_grid or self.patches)
+
+    @property
+    def folder(self) -> Path:
+        """Return the run folder."""
+        return Path("runs") / (self.name or self.preset)
+
+    @property
+    def teacher_file(self) -> Path:
+        """Return the file of --teacher, or that of the run, which may not exist yet."""
+        return Path(self.teacher or self.folder / "checkpoints" / "teacher.safetensors")
 
     @property
     def real(self) -> bool:
-        """Prompts, latents and pictures are SD3's, not the built-in world's."""
+        """Return whether prompts and latents are SD3's, not those of the toy dataset."""
         return bool(self.encoders) or self.preset.startswith("sd3")
-
-    def micro(self, world: int, teacher: bool = False) -> int:
-        """Pairs at a time on each of `world` devices, of --batch or of --teacher-batch; InputError where that
-        cannot be split so."""
-        batch, flag = (self.teacher_batch, "--teacher-batch") if teacher else (self.batch, "--batch")
-        if batch % world:
-            raise InputError(f"{flag}: found {batch}, a multiple of the {world} processes expected")
-        share = batch // world
-        micro = min(self.micro_batch or share, share)
-        if share % micro:
-            raise InputError(f"--micro-batch: found {self.micro_batch}, a divisor of each process's share of "
-                             f"{flag}, {share}, expected")
-        return micro
-
-    @property
-    def beside(self) -> int:
-        """Channels beside the noised latent: the source's latents; a mask and masked latents."""
-        return {"text": 0, "edit": 16, "inpaint": 17}[self.task]
 
     @property
     def hw(self) -> tuple[tuple[int, int], ...]:
-        """Image sizes in pixels."""
+        """Return the image sizes in pixels."""
         return tuple(parse_size(s) for s in self.sizes)
 
+    @property
+    def patches(self) -> int:
+        """Return the number of patches on the longest side of an image, of 16 pixels each: 8 of the
+        VAE times 2."""
+        return max(max(hw) for hw in self.hw) // 16
 
-# may differ when a run resumes
-PROCESS_FIELDS = ("micro_batch", "parallel", "replicas", "shard_teacher", "checkpoint", "timeout",
-                  "stop_after", "dry_run", "bench_steps", "tflops", "profile")
+    def micro(self, world: int, teacher: bool = False) -> int:
+        """Return the micro-batch of each of `world` processes, of --batch or --teacher-batch."""
+        batch, flag = self.batch, "--batch"
+        if teacher:
+            batch, flag = self.teacher_batch, "--teacher-batch"
+        must(batch % world == 0, f"{flag} must be a multiple of the {world} processes (got "
+             f"{batch})")
+        share = batch // world
+        micro = min(self.micro_batch or share, share)
+        must(share % micro == 0, f"--micro-batch must divide each process's share of {flag}, "
+             f"{share} (got {self.micro_batch})")
+        return micro
 
-# refused where they would do nothing: those of the built-in world, of a teacher's training, of real prompts,
-# of editing, of a LoRA
-WORLD_FIELDS = "objects", "stated", "teacher_images", "data_from", "n"
-TEACHER_FIELDS = ("base", "teacher_lora", "teacher_steps", "teacher_batch", "teacher_lr", "teacher_means",
-                  "text_dropout", "image_dropout")
+
+FIELDS = {f.name: f for f in fields(Config)}
+# options that may differ when a run resumes
+PROCESS_FIELDS = ("micro_batch", "shard", "replicas", "recompute", "timeout", "stop_after",
+                  "dry_run", "bench_steps", "tflops", "profile")
+# options that are refused where they would do nothing: of the toy dataset, of the teacher's
+# training, of real prompts, of real images, of editing
+TOY_FIELDS = "objects", "stated", "teacher_images", "n"
+TEACHER_FIELDS = ("base", "teacher_lora", "teacher_steps", "teacher_batch", "teacher_lr",
+                  "teacher_means", "text_dropout", "image_dropout")
 PROMPT_FIELDS = "prompts", "eval_prompts"
 REAL_FIELDS = *PROMPT_FIELDS, "t5", "t5_tokens", "pooled_dim", "pairs"
 EDIT_FIELDS = "image_guidance", "image_dropout"
-LORA_FIELDS = "lora_alpha", "lora_targets"
-
-# SD3's own values where they are known (shift, guidance, sampling steps); the rest is our choice, unmeasured
-SD3 = dict(sizes=("1024x1024", "832x1216", "1216x832"), text_dim=4096, pooled_dim=2048, predicts="v",
-           data_size=16384, data_batch=64, sample_steps=28, steps=2000, batch=16, micro_batch=2, lr=2e-6,
-           heads_lr=2e-5, beta2=0.99, warmup=100, ema=0.995, sampler="euler", probs=(0.7, 0.1, 0.1, 0.1),
-           teacher_steps=5000, teacher_batch=64, teacher_lr=2e-5, easy_steps=500, shift=3.0, d_mean=1.0,
-           heads_steps=1, head_width=512, eval_every=250, grid_every=250, save_every=250, eval_batch=4)
-
-# fmt: off
+# SD3's own values where they are known (shift, guidance, sampling steps); the rest is our choice
+SD3 = dict(
+    sizes=("1024x1024", "832x1216", "1216x832"), text_dim=4096, pooled_dim=2048, predicts="v",
+    data_size=16384, shard_size=64, sample_steps=28, steps=2000, batch=16, micro_batch=2, lr=2e-6,
+    heads_lr=2e-5, beta2=0.99, warmup=100, ema=0.995, sampler="euler", probs=(0.7, 0.1, 0.1, 0.1),
+    teacher_steps=5000, teacher_batch=64, teacher_lr=2e-5, easy_steps=500, shift=3.0, d_mean=1.0,
+    heads_steps=1, head_width=512, eval_every=250, save_every=250, sample_batch=4)
 PRESETS = {
-    #           depth width text teacher              data              student              report
-    "tiny":         {},
-    "tiny-edit":    dict(task="edit", teacher_images=16384, teacher_steps=720,
-                         guidance=1.5, image_guidance=1.3, lr=1e-4, misaligned=0.0),
-    "tiny-inpaint": dict(task="inpaint", teacher_images=16384, teacher_steps=720, lr=1e-4, misaligned=0.0),
-    "tiny-lora":    dict(lora=16, lr=1.5e-3),
-    "tiny-lcm":     dict(objective="lcm", steps=360, lr=5e-4),
-    "shapes": dict(objects=2, sizes=("256x256", "192x320", "320x192"), depth=12, width=512, qk_norm=True,
-                   predicts="v", text_dim=256, teacher_images=65536, teacher_steps=3000, teacher_batch=128,
-                   teacher_lr=5e-4, teacher_means=(0.7, 2.0), data_size=16384, data_batch=512,
-                   sample_steps=16, steps=2000, batch=64, lr=5e-5, heads_lr=5e-4, ema=0.995,
-                   probs=(0.7, 0.1, 0.1, 0.1), shift=2.0, d_mean=0.7, taps=(2, 5, 8, 11), head_width=256,
-                   heads_steps=1,
-                   eval_every=500, grid_every=500, save_every=500, eval_n=512, eval_batch=128),
-    "sd3-medium":   dict(SD3, depth=24, width=1536, pos_grid=192, taps=tuple(range(24)), guidance=5.0),
-    "sd3.5-medium": dict(SD3, depth=24, width=1536, pos_grid=384, taps=tuple(range(24)), guidance=5.0,
-                         qk_norm=True, dual_blocks=13, sample_steps=40),
-    "sd3.5-large":  dict(SD3, depth=38, width=2432, pos_grid=192, taps=tuple(range(38)), guidance=4.5,
-                         qk_norm=True, sample_steps=40, lr=1e-6, heads_lr=1e-5),
+    "tiny": {},
+    "tiny-edit": dict(task="edit", teacher_images=16384, teacher_steps=720, guidance=1.5,
+                      image_guidance=1.3, lr=1e-4, mismatched=0.0),
+    "tiny-inpaint": dict(task="inpaint", teacher_images=16384, teacher_steps=720, lr=1e-4,
+                         mismatched=0.0),
+    "tiny-lora": dict(lora=16, lr=1.5e-3),
+    "shapes": dict(
+        objects=2, sizes=("256x256", "192x320", "320x192"), depth=12, width=512, qk_norm=True,
+        predicts="v", text_dim=256, teacher_images=65536, teacher_steps=3000, teacher_batch=128,
+        teacher_lr=5e-4, teacher_means=(0.7, 2.0), data_size=16384, shard_size=512,
+        sample_steps=16, steps=2000, batch=64, lr=5e-5, heads_lr=5e-4, ema=0.995,
+        probs=(0.7, 0.1, 0.1, 0.1), shift=2.0, d_mean=0.7, taps=(2, 5, 8, 11), head_width=256,
+        heads_steps=1, eval_every=500, save_every=500, eval_n=512, sample_batch=128),
+    "sd3-medium": dict(SD3, depth=24, width=1536, pos_grid=192, taps=tuple(range(24)),
+                       guidance=5.0),
+    "sd3.5-medium": dict(SD3, depth=24, width=1536, pos_grid=384, taps=tuple(range(24)),
+                         guidance=5.0, qk_norm=True, dual_blocks=13, sample_steps=40),
+    "sd3.5-large": dict(SD3, depth=38, width=2432, pos_grid=192, taps=tuple(range(38)),
+                        guidance=4.5, qk_norm=True, sample_steps=40, lr=1e-6, heads_lr=1e-5),
 }
-# fmt: on
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """(H, W) of "HxW"; both multiples of 16 (codec 8, patch 2)."""
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(p.isdecimal() for p in parts):
-        raise InputError(f"size {text!r}: HxW in pixels expected, e.g. 64x64")
-    h, w = map(int, parts)
-    if min(h, w) < 16 or h % 16 or w % 16:
-        near = "x".join(str(max(16, round(s / 16) * 16)) for s in (h, w))
-        raise InputError(f"size {text}: sides are multiples of 16, the nearest is {near}")
-    return h, w
+# --- the command line ---
+
+def flag_of(name: str) -> str:
+    """Return an option as it is written on the command line."""
+    dashed = name.replace("_", "-")
+    return f"--set {name}" if FIELDS[name].metadata["show"] == PRESET else f"--{dashed}"
 
 
-def parse_value(text: str, kind):
-    """`text` as a field's type; tuples are comma-separated. Raises ValueError."""
-    if kind is bool:
-        return {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}[text.lower()]
-    if kind in (int, float, str):
-        return kind(text)
-    return tuple(kind.__args__[0](part) for part in text.split(",") if part)
+def make_parser(description: str, everything: bool) -> Parser:
+    """Return the parser of train.py; `everything`: its help shows all flags."""
+    parser = Parser(prog="train.py", description=description, add_help=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-h", "--help", action="help", help="show the options that most people "
+                        "need")
+    parser.add_argument("--help-all", action="help", help="show all options")
+    names = ", ".join(name for name, f in FIELDS.items() if f.metadata["show"] == PRESET)
+    parser.add_argument("--set", metavar="NAME=VALUE", action="append", default=argparse.SUPPRESS,
+                        help=f"change another value of the preset: {names}" if everything
+                        else argparse.SUPPRESS)
+    sections = {"preset": "run", "task": "task and data", "teacher": "teacher", "steps": "student",
+                "heads_lr": "discriminator", "recompute": "compute", "n": "evaluation"}
+    for name, f in FIELDS.items():
+        if name in sections:
+            group = parser.add_argument_group(sections[name])
+        meta = f.metadata
+        if meta["show"] == PRESET:
+            continue
+        text = meta["help"].replace("%", "%%")
+        default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else str(f.default)
+        # the default of --preset is tiny itself
+        if name == "preset":
+            text += "; default: tiny"
+        elif f.type is not bool and default and "default:" not in text:
+            text += f" (tiny: {default})"
+        options = dict(metavar="N")
+        if f.type is bool:
+            options = dict(nargs="?", const="true", metavar="on|off")
+        elif meta["choices"]:
+            options = dict(metavar="{" + ",".join(map(str, meta["choices"])) + "}")
+        elif f.type is str:
+            options = dict(metavar="TEXT" if name == "name" else "PATH")
+        elif f.type is float:
+            options = dict(metavar="X")
+        elif f.type is not int:
+            options = dict(metavar="A,B,...")
+        hidden = meta["show"] == MORE and not everything
+        group.add_argument(flag_of(name), default=argparse.SUPPRESS,
+                           help=argparse.SUPPRESS if hidden else text, **options)
+    return parser
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are InputErrors and which names the nearest known flag."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def error(self, message: str):
-        raise InputError(message)
-
-    def parse(self, argv: list[str]) -> argparse.Namespace:
-        args, unknown = self.parse_known_args(argv)
-        if unknown:
-            flags = [s for a in self._actions for s in a.option_strings if s.startswith("--")]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1, 0)
-            raise InputError(f"unknown argument {unknown[0]!r}; the nearest flag is {near[0]}")
-        return args
-
-
-def parse_config(argv: list[str], preset: str, description: str = "") -> Config:
-    """The configuration of a command line:
-    the preset's values (`preset` if none is named), then the flags."""
-    parser = Parser(description=description, prog="train.py")
-    for f in fields(Config):
-        flag = "--" + f.name.replace("_", "-")
-        shown = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        meaning = f.metadata["help"].replace("%", "%%") + (f" (tiny: {shown})" if shown != "" else "")
-        choices = (f" one of {', '.join(f.metadata['choices'])}:"
-                   if f.metadata["choices"] and f.type is str else "")
-        optional = dict(nargs="?", const="true") if f.type is bool else {}
-        parser.add_argument(flag, metavar=f.type.__name__.upper(), help=(choices + " " + meaning).strip(),
-                            default=argparse.SUPPRESS, **optional)
+def parse_flags(argv: list[str], description: str) -> dict[str, Any]:
+    """Return the values that a command line gives, by field."""
     # a value that starts with a minus is a value, although argparse takes "-1,2" for a flag
-    joined = []
+    words = []
     for word in argv:
-        if (joined and joined[-1].startswith("--") and "=" not in joined[-1]
-                and word[:1] == "-" and word[1:2] in "0123456789." and word[1:]):
-            joined[-1] += "=" + word
+        number = word[:1] == "-" and word[1:2] in "0123456789." and len(word) > 1
+        if words and words[-1].startswith("--") and "=" not in words[-1] and number:
+            words[-1] += "=" + word
         else:
-            joined.append(word)
+            words.append(word)
+    for word in words:
+        flag = word.split("=")[0]
+        name = flag.removeprefix("--").replace("-", "_")
+        known = flag.startswith("--") and name in FIELDS
+        must(not known or FIELDS[name].metadata["show"] != PRESET,
+             f"{flag} is a value of the preset; use --set {name}=VALUE")
+    found = vars(make_parser(description, "--help-all" in words).parse(words))
+    texts = {name: (f"--{name.replace('_', '-')}", text) for name, text in found.items()
+             if name != "set"}
+    for pair in found.get("set", []):
+        name, equals, text = pair.partition("=")
+        known = name in FIELDS
+        must(not known or FIELDS[name].metadata["show"] == PRESET,
+             f"--set must not be used for {name} (got {pair!r}); it has a flag, "
+             f"--{name.replace('_', '-')}")
+        must(known and bool(equals), "--set must be NAME=VALUE with a name that --help-all lists "
+             f"(got {pair!r})")
+        texts[name] = f"--set {name}", text
     given = {}
-    for name, text in vars(parser.parse(joined)).items():
-        kind = next(f.type for f in fields(Config) if f.name == name)
+    for name, (flag, text) in texts.items():
         try:
-            given[name] = parse_value(text, kind)
+            given[name] = parse_value(text, FIELDS[name].type)
         except (ValueError, KeyError):
-            raise InputError(f"--{name.replace('_', '-')}: found {text!r}, "
-                             f"{describe(kind)} expected") from None
-    preset = given.get("preset", preset)
-    if preset not in PRESETS:
-        raise InputError(f"--preset: found {preset!r}, accepted are {', '.join(PRESETS)}")
-    if given.get("objective") == "dpo":
-        raise InputError("--objective: found 'dpo', a script of its own: python -m ladd.dpo --run FOLDER")
+            kind = describe(FIELDS[name].type)
+            raise InputError(f"{flag} must be {kind} (got {text!r})") from None
+    return given
+
+
+def parse_config(argv: list[str], description: str = "") -> Config:
+    """Return the configuration of a command line: the values of the preset, then the flags."""
+    given = parse_flags(argv, description)
+    preset = given.get("preset", "tiny")
+    must(preset in PRESETS, f"--preset must be one of {', '.join(PRESETS)} (got {preset!r})")
     config = Config(**{**PRESETS[preset], **given, "preset": preset})
     for name in given:
-        found = f"--{name.replace('_', '-')}: found {given[name]!r}"
-        if name == "task" and "task" in PRESETS[preset] and config.task != PRESETS[preset]["task"]:
-            raise InputError(f"{found} with --preset {preset}, whose own or another preset expected")
-        if name in EDIT_FIELDS and config.task != "edit":
-            raise InputError(f"{found}, an option of --task edit, {config.task} is to be trained")
-        if name == "stated" and config.task == "edit":
-            raise InputError(f"{found}, an option of captions; instructions of --task edit say what they ask")
-        if name == "pairs" and config.task == "text" or name in PROMPT_FIELDS and config.task != "text":
-            raise InputError(f"{found} with --task {config.task}: --prompts and --eval-prompts are text's, "
-                             "--pairs what edit and inpaint read")
-        # in the built-in world a run with --teacher may keep the flags of the run that trained it
-        if name in TEACHER_FIELDS and (config.teacher and (config.real or name in ("base", "teacher_lora"))
-                                       or config.real and config.task == "text"):
-            kind = "" if config.teacher else " (real text-to-image; --task edit or inpaint train one)"
-            raise InputError(f"{found}, an option of the teacher's training, which is loaded{kind}")
-        if name in (WORLD_FIELDS if config.real else REAL_FIELDS):
-            where = ("of the built-in world, which --encoders and the sd3 presets leave" if config.real
-                     else "of real prompts: --encoders FOLDER expected beside it")
-            raise InputError(f"{found}, an option {where}")
-        if name == "lcm_steps" and config.objective != "lcm":
-            raise InputError(f"--lcm-steps: found {given[name]} without --objective lcm, which reads it")
-        if name in LORA_FIELDS and not (config.lora or config.teacher_lora):
-            raise InputError(f"{found} without --lora or --teacher-lora, ranks above 0, which read it")
+        check_used(config, name)
     if config.real and not config.dry_run and not config.bench_steps:
-        needed = {"encoders": config.encoders, "teacher": config.teacher or config.base}
-        needed |= {"prompts": config.prompts or config.data,
-                   "eval-prompts": config.prompts or config.eval_prompts} if config.task == "text" else {
-                       "pairs": config.pairs}
-        missing = [f"--{name}" for name, found in needed.items() if not found]
-        if missing:
-            raise InputError(f"--preset {preset}: found no {' '.join(missing)}; a teacher's file, an SD3 "
-                             "folder with encoders and VAE, and "
-                             f"{'prompts' if config.task == 'text' else 'pairs'} expected; --dry-run needs "
-                             "none")
+        check_real(config)
     return validated(config)
 
 
-def describe(kind) -> str:
-    if hasattr(kind, "__args__"):
-        return f"comma-separated {kind.__args__[0].__name__}"
-    return {bool: "on or off", int: "a whole number", float: "a number", str: "text"}[kind]
+def check_used(c: Config, name: str) -> None:
+    """Raise InputError for a given option that would do nothing."""
+    flag, got = flag_of(name), f"(got {getattr(c, name)})"
+    preset = PRESETS[c.preset]
+    if name == "task" and "task" in preset:
+        must(c.task == preset["task"], f"--task must be {preset['task']} with --preset {c.preset} "
+             f"(got {c.task})")
+    if name in EDIT_FIELDS:
+        must(c.task == "edit", f"{flag} requires --task edit (got {c.task})")
+    if name == "stated":
+        must(c.task != "edit", f"{flag} must be left out with --task edit, whose instructions "
+             f"state everything {got}")
+    if name == "pairs":
+        must(c.task != "text", "--pairs requires --task edit or inpaint (got text)")
+    if name in PROMPT_FIELDS:
+        must(c.task == "text", f"{flag} requires --task text (got {c.task}); --pairs has the "
+             "prompts of others")
+    if name in TEACHER_FIELDS:
+        # with the toy dataset a run with --teacher may keep the flags of the run that trained it
+        loaded = c.real or name in ("base", "teacher_lora")
+        must(not (c.teacher and loaded), f"{flag} must be left out with --teacher, which is not "
+             f"trained {got}")
+        must(not (c.real and c.task == "text"), f"{flag} must be left out for real text-to-image, "
+             f"whose teacher is loaded; --task edit and inpaint train one {got}")
+    if name in TOY_FIELDS:
+        must(not c.real, f"{flag} must be left out with real images: it is an option of the toy "
+             f"dataset {got}")
+    if name in REAL_FIELDS:
+        must(c.real, f"{flag} requires --encoders FOLDER: it is an option of real images "
+             "(got none)")
+    if name == "lora_targets":
+        must(bool(c.lora or c.teacher_lora), f"{flag} requires --lora or --teacher-lora (got "
+             "neither)")
+
+
+def check_real(c: Config) -> None:
+    """Raise InputError unless all that a run of real images needs is given."""
+    needed = {"--encoders": c.encoders, "--teacher": c.teacher or c.base}
+    if c.task == "text":
+        needed |= {"--prompts": c.prompts or c.data, "--eval-prompts": c.prompts or c.eval_prompts}
+    else:
+        needed["--pairs"] = c.pairs
+    missing = [name for name, found in needed.items() if not found]
+    must(not missing, "a run of real images requires --encoders, --teacher (or --base), and "
+         "--prompts (or --data with --eval-prompts; --pairs for --task edit and inpaint); missing: "
+         f"{' '.join(missing)} (got none); only --dry-run works without")
 
 
 def validated(c: Config) -> Config:
-    """`c`, every field in range and fields that belong together in agreement; InputError otherwise."""
-    for f in fields(c):
-        value, flag = getattr(c, f.name), "--" + f.name.replace("_", "-")
-        meta = f.metadata
-        if meta["choices"] and value not in meta["choices"]:
-            raise InputError(f"{flag}: found {value!r}, accepted are {', '.join(map(str, meta['choices']))}")
-        if f.type in (int, float) and not (meta["low"] <= value <= meta["high"] and math.isfinite(value)):
-            raise InputError(f"{flag}: found {value}, {meta['low']:g} to {meta['high']:g} accepted")
-        if isinstance(value, tuple) and not value:
-            raise InputError(f"{flag}: found nothing, at least one value expected")
-        if isinstance(value, tuple) and not all(math.isfinite(v) for v in value if not isinstance(v, str)):
-            raise InputError(f"{flag}: found {value}, finite numbers expected")
-
-    def must(ok: bool, message: str) -> None:
-        if not ok:
-            raise InputError(message)
+    """Return `c`; raise InputError unless every field is in range and fields that belong together
+    agree."""
+    for name, f in FIELDS.items():
+        value, flag, meta = getattr(c, name), flag_of(name), f.metadata
+        choices, low, high = meta["choices"], meta["low"], meta["high"]
+        if choices:
+            must(value in choices, f"{flag} must be one of {', '.join(map(str, choices))} (got "
+                 f"{value!r})")
+        if f.type in (int, float):
+            limits = f"at least {low:g}" if high == INF else f"{low:g} to {high:.10g}"
+            if low == -INF:
+                limits = "a finite number"
+            must(low <= value <= high and math.isfinite(value), f"{flag} must be {limits} (got "
+                 f"{value})")
+        if isinstance(value, tuple):
+            must(bool(value), f"{flag} must have at least one value (got none)")
+            numbers = [v for v in value if not isinstance(v, str)]
+            must(all(map(math.isfinite, numbers)), f"{flag} must be finite numbers (got {value})")
 
     areas = [h * w for h, w in c.hw]
-    must(max(areas) <= 4 / 3 * min(areas), f"--sizes: found areas {areas}, "
-         "sizes of about one area (the largest at most 4/3 of the smallest) expected")
-    must(len(set(c.hw)) == len(c.hw),
-         f"--sizes: found {','.join(c.sizes)}, different sizes expected, each once")
-    must(c.run_name == Path(c.run_name).name and c.run_name not in (".", ".."),
-         f"--name: found {c.run_name!r}, a folder name expected")
-    must(c.dual_blocks <= c.depth,
-         f"--dual-blocks: found {c.dual_blocks}, at most --depth {c.depth} expected")
-    patches = max(max(hw) for hw in c.hw) // 16
-    must(not c.pos_grid or c.pos_grid >= patches,
-         f"--pos-grid: found {c.pos_grid}, at least {patches} expected for --sizes")
-    must(c.width % 64 == 0, f"--width: found {c.width}, a multiple of 64 expected")
-    must(c.head_width % 16 == 0, f"--head-width: found {c.head_width}, a multiple of 16 expected")
-    must(c.shard_teacher != "on" or c.parallel != "ddp",
-         "--shard-teacher: found on with --parallel ddp, where nothing is sharded; fsdp or auto expected")
-    must(c.replicas == 1 or c.parallel != "ddp",
-         f"--replicas: found {c.replicas} with --parallel ddp, whose copies are one a process")
+    must(max(areas) <= 4 / 3 * min(areas), "--sizes must be of similar area, the largest at most "
+         f"4/3 of the smallest (got areas {areas})")
+    must(len(set(c.hw)) == len(c.hw), "--sizes must differ from each other (got "
+         f"{','.join(c.sizes)})")
+    must(c.folder.parent == Path("runs") and c.folder.name not in ("", "..", "runs"),
+         f"--name must be the name of a folder (got {c.name!r})")
+    must(c.dual_blocks <= c.depth, f"--set dual_blocks must be at most depth, {c.depth} (got "
+         f"{c.dual_blocks})")
+    must(not c.pos_grid or c.pos_grid >= c.patches,
+         f"--set pos_grid must be at least {c.patches} for --sizes (got {c.pos_grid})")
+    must(c.width % 64 == 0, f"--set width must be a multiple of 64 (got {c.width})")
+    must(c.head_width % 16 == 0, f"--set head_width must be a multiple of 16 (got {c.head_width})")
+    must(c.replicas == 1 or c.shard != "none",
+         f"--replicas must be 1 with --shard none, where nothing is sharded (got {c.replicas})")
     c.micro(1)
-    must(len(c.probs) == len(c.levels), f"--probs: found {len(c.probs)} values for {len(c.levels)} --levels")
-    must(abs(sum(c.probs) - 1) < 1e-6 and min(c.probs) >= 0,
-         f"--probs: found sum {sum(c.probs):g}, probabilities that add up to 1 expected")
     falling = all(a > b for a, b in zip(c.levels, c.levels[1:]))
     must(c.levels[0] == 1 and c.levels[-1] > 0 and falling,
-         f"--levels: found {c.levels}, falling from 1 and above 0 expected")
+         f"--levels must fall from 1 and stay above 0 (got {c.levels})")
+    must(len(c.probs) == len(c.levels), f"--set probs must have {len(c.levels)} values, one for "
+         f"each of --levels (got {len(c.probs)})")
+    must(abs(sum(c.probs) - 1) < 1e-6 and min(c.probs) >= 0,
+         f"--set probs must be probabilities that add up to 1 (got {c.probs})")
     must(list(c.taps) == sorted(set(c.taps)) and c.taps[0] >= 0,
-         f"--taps: found {c.taps}, ascending block indices expected")
-    if not (c.teacher or c.base):                       # else the file says how deep it is
-        must(c.taps[-1] < c.depth, f"--taps: found {c.taps[-1]}, the teacher has blocks 0 to {c.depth - 1}")
-        must(c.student_depth <= c.depth,
-             f"--student-depth: found {c.student_depth}, at most the teacher's {c.depth} expected")
-    must(c.text_dim > 32 or c.task != "edit",
-         f"--text-dim: found {c.text_dim}, at least 33 expected for --task edit, which has more words")
-    must(c.image_dropout <= c.text_dropout or c.task != "edit", f"--image-dropout: found {c.image_dropout}, "
-         f"at most --text-dropout {c.text_dropout} expected: these samples lack the caption too")
-    must(c.image_guidance == 1 or c.task == "edit", f"--image-guidance: found {c.image_guidance} with --task "
-         f"{c.task}, 1 (none) expected: there is no source to guide by")
-    must(c.image_guidance == 1 or c.image_dropout or c.teacher, "--image-dropout: found 0 with "
-         f"--image-guidance {c.image_guidance}, which needs samples without a source, more expected")
-    must(c.task != "text" or not c.real or c.objective != "flow", "--objective: found flow for real "
-         "text-to-image, whose teacher is loaded; --task edit and inpaint accepted")
-    must(c.base or not c.teacher_lora,
-         f"--teacher-lora: found {c.teacher_lora} without --base, weights that it adapts expected")
-    must(not c.teacher or c.objective != "flow",
-         f"--teacher: found {c.teacher} with --objective flow, which trains one; --base accepted")
-    must(not c.lora or c.objective != "flow",
-         f"--lora: found {c.lora} with --objective flow, which trains no student; ladd and lcm accepted")
-    # a batch of each size beside the held-out part
-    least = len(c.hw) * c.data_batch * math.ceil(max(c.batch + 2, c.batch * 16 / 15) / c.data_batch)
-    must(c.data_size >= least, f"--data-size: found {c.data_size}, at least {least} expected: "
-         f"a --batch of each of {len(c.hw)} sizes")
+         f"--taps must be ascending block numbers (got {c.taps})")
+    # otherwise the file of the teacher says how deep it is
+    if not (c.teacher or c.base):
+        must(c.taps[-1] < c.depth, f"--taps must be at most {c.depth - 1}, the teacher's last "
+             f"block (got {c.taps})")
+        must(c.student_depth <= c.depth, f"--student-depth must be at most {c.depth}, the "
+             f"teacher's depth (got {c.student_depth})")
+    if c.task == "edit":
+        must(c.text_dim > 32, "--set text_dim must be at least 33 for --task edit (got "
+             f"{c.text_dim})")
+        must(c.image_dropout <= c.text_dropout, "--set image_dropout must be at most "
+             f"text_dropout, {c.text_dropout}: these samples lack the caption too (got "
+             f"{c.image_dropout})")
+    must(c.image_guidance == 1 or c.task == "edit",
+         f"--image-guidance must be 1 without --task edit (got {c.image_guidance})")
+    must(c.image_guidance == 1 or c.image_dropout or c.teacher, "--set image_dropout must be "
+         f"above 0 with --image-guidance {c.image_guidance}, which needs samples without a source "
+         "(got 0)")
+    must(c.base or not c.teacher_lora, f"--teacher-lora requires --base (got {c.teacher_lora})")
+    if not c.steps:
+        must(c.task != "text" or not c.real, "--steps must be at least 1 for real text-to-image, "
+             "whose teacher is loaded (got 0); --task edit and inpaint train one")
+        must(not c.teacher, "--teacher must be left out with --steps 0, which trains the teacher "
+             f"(got {c.teacher}); to start from a network, use --base")
+        must(not c.lora, f"--lora must be 0 with --steps 0, which trains no student (got {c.lora})")
+    least = least_data(len(c.hw), c.batch, c.shard_size)
+    must(c.data_size >= least or not c.steps, f"--data-size must be at least {least}, a --batch of "
+         f"each of {len(c.hw)} sizes (got {c.data_size})")
     least = c.teacher_batch * len(c.hw)
-    must(c.teacher_images >= least, f"--teacher-images: found {c.teacher_images}, "
-         f"at least {least} expected: a --teacher-batch of each size")
+    must(c.teacher_images >= least, f"--set teacher_images must be at least {least}, a "
+         f"--teacher-batch of each size (got {c.teacher_images})")
+    must(c.data != "toy" or not c.real, "--data must be a folder with real images (got toy)")
     must(not c.profile or Path(c.profile).parent.is_dir(),
-         f"--profile: found {c.profile}, a file in a folder that exists expected")
+         f"--profile must be a file in an existing folder (got {c.profile})")
     return c
 
 
+def least_data(sizes: int, batch: int, shard: int) -> int:
+    """Return the latents in files of `shard` that give a batch of each size in addition to the
+    held-out part."""
+    return sizes * shard * math.ceil(max(batch + 2, batch * 16 / 15) / shard)
+
+
+# --- config.json of a run folder ---
+
 def to_json(c: Config) -> str:
+    """Return the text of config.json."""
     return json.dumps(asdict(c), indent=1) + "\n"
 
 
 def read_config(path: Path) -> Config:
-    """The configuration that a run folder holds; InputError for what this version did not write."""
+    """Return the configuration of a run folder; raise InputError for one of another version."""
     try:
         stored = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: found no run's configuration ({error})") from None
-    names = [f.name for f in fields(Config)]
-    if not isinstance(stored, dict) or (odd := sorted(set(names) ^ set(stored))):
-        kind = f"other options ({', '.join(odd[:3])})" if isinstance(stored, dict) else "no options"
-        raise InputError(f"{path}: found {kind}, the configuration of a run of this version accepted")
-    return validated(Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}))
+        raise InputError(f"{path}: not the configuration of a run ({error})") from None
+    odd = sorted(set(FIELDS) ^ set(stored)) if isinstance(stored, dict) else ["no options"]
+    must(not odd, f"{path}: made by another version of train.py ({', '.join(odd[:3])}); use the "
+         "version that made it, or train again")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+    return validated(Config(**values))
 
 
-def check_same(c: Config, stored: dict) -> None:
-    """Raises InputError unless a run folder's stored configuration is `c`,
-    but for what concerns one process alone."""
+def check_same(c: Config, stored: Any) -> None:
+    """Raise InputError unless a stored configuration is `c`, except for what concerns one
+    process."""
+    must(isinstance(stored, dict), f"{c.folder}/config.json must be an object (got "
+         f"{type(stored).__name__})")
     for name, value in json.loads(to_json(c)).items():
-        if name not in PROCESS_FIELDS and stored.get(name) != value:
-            raise InputError(f"runs/{c.run_name}: made with --{name.replace('_', '-')} {stored.get(name)}, "
-                             f"found {value}; resume with the same flags or take another --name")
+        must(name in PROCESS_FIELDS or stored.get(name) == value, f"{c.folder}: made with "
+             f"{flag_of(name)} {stored.get(name)} (got {value}); resume with the same flags or "
+             "take another --name")

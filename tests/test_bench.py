@@ -117,7 +117,7 @@ def test_the_sleep_follows_the_host_time_and_grows_where_it_is_too_short(monkeyp
     assert sleeps == [first] * 5 + [2 * first] * 6
 
 
-def test_a_call_that_waits_for_the_gpu_is_refused(monkeypatch):
+def test_a_call_that_waits_for_the_gpu_raises(monkeypatch):
     gpu = FakeGpu(monkeypatch)
     with pytest.raises(RuntimeError, match="bench: a must return before the GPU is done"):
         bench.measure({"a": gpu.call(0.1, 0.05, syncs=True)}, 3, gpu)

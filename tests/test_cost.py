@@ -1,4 +1,4 @@
-"""The memory plan: against the allocator's log of real steps, against the kernels' own operators, at 8B."""
+"""The memory plan against real steps: what autograd keeps, what the allocator hands out; FLOPs."""
 import copy
 import gc
 import os
@@ -7,26 +7,33 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
 from conftest import rng
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from ladd import cost, memory, parallel
-from ladd.config import parse_config
-from ladd.discriminator import Discriminator, DiscriminatorConfig
-from ladd.distill import DistillConfig, Text, Wrong, draw
-from ladd.feed import Part
-from ladd.mmdit import MMDiT, MMDiTConfig
-from ladd.step import Players, distill_config, ladd_step, on_meta, teacher_config
+from ladd import bench, build
+from ladd.build import compute_of, plan_of
+from ladd.cli import InputError
+from ladd.config import Config, parse_config
+from ladd.core.discriminator import Discriminator, DiscriminatorConfig
+from ladd.core.losses import LaddConfig, Mismatched, draw
+from ladd.core.mmdit import JointBlock, MMDiT, MMDiTConfig, Text
+from ladd.data.batches import MicroBatch
+from ladd.engine import parallel
+from ladd.engine.memory import count, memory_plan, stream_bytes
+from ladd.engine.networks import Compute, OnMeta, choose_shards, distribute, uses_triton
+from ladd.engine.step import Networks, ladd_step
+from ladd.report import cost
 
 ROOT = Path(__file__).parent.parent
-STEP = DistillConfig((1.0, 0.5), (0.5, 0.5), 0, 1.0, 0.0, 1.0, False, 0.5, "teacher", 0.0, 0.05, 0.0)
+STEP = LaddConfig(levels=(1.0, 0.5), probs=(0.5, 0.5), easy_steps=0, shift=1.0, d_mean=0.0,
+                     mismatched=0.5, r1_weight=0.0, distill_weight=0.0)
+CPU = torch.device("cpu")
+TOKENS = 6          # of a caption of the toy dataset
 
 
 # measured
@@ -45,8 +52,8 @@ def allocator_peak(run) -> int:
 
 
 class Case(NamedTuple):
-    """What is trained: half of the memory is activations without checkpoints, a third with them."""
-    checkpoint: str = "none"
+    """What is trained: half of the memory is activations without recomputation, a third with it."""
+    recompute: str = "none"
     accumulate: int = 1
     replicas: int = 1
 
@@ -54,56 +61,137 @@ class Case(NamedTuple):
         """Student, teacher and heads."""
         sizes = MMDiTConfig(4, 128, 64, 64, pos_grid=24, qk_norm=True, dual_blocks=(1,))
         student, teacher = (MMDiT(sizes, kernels.load("torch")) for _ in range(2))
-        heads = Discriminator(DiscriminatorConfig((0, 1, 3), 128, 64, width=32), kernels.load("torch"))
+        heads = Discriminator(DiscriminatorConfig((0, 1, 3), 128, 64, width=32),
+                              kernels.load("torch"))
         return student, teacher.requires_grad_(False), heads
 
-    def step(self) -> memory.Step:
-        with torch.device("meta"):
-            return memory.Step(*self.networks(), (16, 24, 24), (12, 64), 4 // self.accumulate, STEP,
-                             self.checkpoint)
-
     def plan(self, **layout: int) -> dict[str, int]:
-        return memory.memory_plan(self.step(), memory.references(), accumulate=self.accumulate, device="cpu",
-                                **layout)
+        batch = 4 // self.accumulate
+        return memory_plan(*self.networks(), batch, batch // 2, 12, 144, self.recompute, False,
+                           accumulate=self.accumulate, device="cpu", **layout)
 
     def train(self) -> None:
-        """Two steps from the making of the networks on; Adam's moments are there from the second."""
+        """Two steps from the making of the networks on; Adam's moments are there from the
+        second."""
         student, teacher, heads = self.networks()
         ema = copy.deepcopy(student).requires_grad_(False)
-        mesh = parallel.mesh(torch.device("cpu"), self.replicas)
+        mesh = parallel.mesh(CPU, self.replicas)
         for model in (student, teacher):
-            parallel.checkpointed(model, self.checkpoint)
+            parallel.checkpointed(model, self.recompute)
         for model in (student, ema):
             parallel.shard(model, mesh)
-        opt_g, opt_d = (torch.optim.AdamW(m.parameters(), 1e-4, fused=True) for m in (student, heads))
-        players = Players(student, ema, teacher, heads, opt_g, opt_d)
-        config = SimpleNamespace(clip=1.0, ema=0.99)
+        opt_g, opt_d = (torch.optim.AdamW(m.parameters(), 1e-4, fused=True) for m
+                        in (student, heads))
+        made = Networks(student, ema, teacher, heads, opt_g, opt_d)
         for i in range(2):
-            ladd_step(config, STEP, players, self.parts(i), True)
+            ladd_step(STEP, made, self.parts(i), 0.99, True)
 
-    def parts(self, i: int) -> list[Part]:
+    def parts(self, i: int) -> list[MicroBatch]:
         b, g = 4 // self.accumulate, rng(i)
-        x0, m = torch.randn(4, 16, 24, 24, generator=g), round(STEP.misaligned * b)
+        x0, m = torch.randn(4, 16, 24, 24, generator=g), round(STEP.mismatched * b)
         text = Text(torch.randn(4, 12, 64, generator=g), torch.randn(4, 64, generator=g))
-        cut = lambda tensors, j: type(tensors)(*(t[j:j + b] for t in tensors))
-        wrong = Wrong(torch.arange(m), Text(*(t[:m] for t in text)), torch.ones(m), m)
-        return [Part(x0[j:j + b], cut(text, j), wrong, draw(x0[j:j + b], 0, STEP, (i, j)))
-                for j in range(0, 4, b)]
+        other = Mismatched(torch.arange(m), text.map(lambda t: t[:m]), torch.ones(m), m)
+        return [MicroBatch(x0[j:j + b], text.map(lambda t, j=j: t[j:j + b]), other,
+                     draw(x0[j:j + b], 0, STEP, (i, j))) for j in range(0, 4, b)]
+
+
+class Kept(torch.autograd.graph.saved_tensors_hooks):
+    """Count the bytes of the storages that autograd keeps for backward, without parameters."""
+
+    def __init__(self, *parameters: torch.Tensor):
+        self.storages = {}
+        known = {p.untyped_storage().data_ptr() for p in parameters}
+
+        def pack(t: torch.Tensor) -> torch.Tensor:
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in known:
+                self.storages[storage.data_ptr()] = storage.nbytes()   # t keeps the address
+            return t
+
+        super().__init__(pack, lambda t: t)
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.storages.values())
+
+
+@pytest.mark.parametrize("norm, dual", [(False, False), (True, True)])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("ops, dtype", [("torch", torch.float32), ("torch", torch.bfloat16),
+                                        ("triton", torch.float32)])
+def test_a_block_keeps_what_the_formula_says(ops, dtype, trains, last, norm, dual):
+    """A real forward of one block on the CPU, the kernels under Triton's interpreter, weights in
+    the compute dtype: bytes that autograd keeps, to 10 %. The input counts where a norm keeps it,
+    in the references as its fp32 copy."""
+    if ops == "triton":
+        pytest.importorskip("triton")
+    d, text, image, b = 128, 24, 64, 2
+    sizes = MMDiTConfig(2, d, 64, 64, qk_norm=norm, dual_blocks=(0, 1) if dual else ())
+    block = JointBlock(sizes, int(last), kernels.load(ops)).to(dtype).requires_grad_(trains)
+    g = rng(0)
+    x_img, x_txt = (torch.randn(b, l, d, generator=g).to(dtype).requires_grad_()
+                    for l in (image, text))
+    cond = torch.randn(b, d, generator=g).to(dtype).requires_grad_(trains)
+    kept = Kept(*block.parameters())
+    with kept:
+        out = block(x_img, x_txt, cond, not last)
+    formula = b * d * sum(l * stream_bytes(stream, dtype.itemsize, "none", ops == "triton")
+                          for l, stream in ((text, block.context_block), (image, block.x_block)))
+    assert out[0].requires_grad and formula == pytest.approx(kept.bytes, rel=0.1)
 
 
 @pytest.mark.parametrize("case", [Case(), Case("selective"), Case("full"), *(
     pytest.param(case, marks=pytest.mark.slow)
     for case in (Case(accumulate=2), Case("full", accumulate=2)))])
 def test_the_plan_is_the_allocators_peak(case):
-    """Of one process, to 2 %: what operators take and give back inside is not in the plan."""
+    """Of one process, weights and all, to 10 %."""
     found = allocator_peak(case.train)
-    assert case.plan()["sum"] == pytest.approx(found, rel=0.02)
+    assert case.plan()["sum"] == pytest.approx(found, rel=0.1)
+
+
+@pytest.mark.parametrize("sizes, hw, taps, head_width", [
+    (dict(depth=4, width=128, qk_norm=True, dual_blocks=(1,)), (24, 24), (0, 1, 3), 32),
+    (dict(depth=3, width=256), (16, 32), (0, 1, 2), 64),
+    (dict(depth=6, width=64, qk_norm=True), (32, 32), (2, 5), 16)])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_the_activations_are_what_a_real_step_takes(recompute, sizes, hw, taps, head_width):
+    """The most that the allocator hands out on top of what is stored, in a step after the first
+    one, which made the moments, against activations and gradients of the plan: to 10 %."""
+    b, text, dim = 4, 24, 64
+    sizes = MMDiTConfig(context_dim=dim, pooled_dim=dim, pos_grid=24, **sizes)
+    student, teacher = (MMDiT(sizes, kernels.load("torch")) for _ in range(2))
+    teacher.requires_grad_(False)
+    heads = Discriminator(DiscriminatorConfig(taps, sizes.width, dim, width=head_width),
+                          kernels.load("torch"))
+    for model in (student, teacher):
+        parallel.checkpointed(model, recompute)
+    ema = copy.deepcopy(student).requires_grad_(False)
+    optimizers = [torch.optim.AdamW(m.parameters(), 1e-4, fused=True) for m in (student, heads)]
+    made = Networks(student, ema, teacher, heads, *optimizers)
+    x0 = torch.randn(b, 16, *hw, generator=rng(0))
+    context = torch.randn(b, text, dim, generator=rng(1))
+    caption = Text(context, torch.randn(b, dim, generator=rng(2)))
+    other = Mismatched(torch.arange(2), caption.map(lambda t: t[:2]), torch.ones(2), 2)
+    part = MicroBatch(x0, caption, other, draw(x0, 0, STEP, (0,)))
+
+    def train() -> None:
+        ladd_step(STEP, made, [part], 0.99, True)
+
+    train()
+    found = allocator_peak(train)
+    plan = memory_plan(student, teacher, heads, b, 2, text, hw[0] * hw[1] // 4, recompute, False,
+                       device="cpu")
+    planned = plan["activations and features"] + plan["student (gradients)"]
+    print(f"{recompute} {sizes.width}: planned {planned / 1e6:.2f} MB, found {found / 1e6:.2f} MB, "
+          f"{planned / found:.3f}")
+    assert planned == pytest.approx(found, rel=0.1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [Case("full"), Case("none", replicas=2)])
 def test_the_plan_is_the_allocators_peak_in_each_of_two_processes(case):
-    """Student shared by both, and whole in both."""
+    """Student sharded over both, and replicated."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -114,103 +202,142 @@ def test_the_plan_is_the_allocators_peak_in_each_of_two_processes(case):
                                 stdout=subprocess.PIPE) for rank in range(2)]
     found = [int(process.communicate(timeout=120)[0].split()[-1]) for process in started]
     plan = case.plan(world=2, shard=2 // case.replicas)
-    assert all(plan["sum"] == pytest.approx(peak, rel=0.08) for peak in found)
+    assert all(plan["sum"] == pytest.approx(peak, rel=0.1) for peak in found)
 
 
 # counted
 
-@pytest.mark.parametrize("checkpoint", ["none", "selective", "full"])
-def test_the_stand_ins_keep_what_the_kernels_keep(checkpoint):
-    """The kernels' own operators on the meta device, to the byte: kept for backward and at the peak, which is
-    not where operators need more inside; with both kinds of attention, with and without norms of q and k."""
-    pytest.importorskip("triton")
-    for changes in (dict(qk_norm=True, dual_blocks=(0, 1)), {}):
-        with torch.device("meta"):
-            sizes = MMDiTConfig(3, 128, 64, 64, pos_grid=24, **changes)
-            student, teacher = (MMDiT(sizes, kernels.load("torch")) for _ in range(2))
-            heads = Discriminator(DiscriminatorConfig((0, 2), 128, 64, width=16), kernels.load("torch"))
-        step = memory.Step(student, teacher, heads, (16, 24, 24), (12, 64), 4, STEP, checkpoint=checkpoint)
-        assert memory.peak(step, memory.fused()) == memory.peak(step, kernels.load("triton"))
-
-
 @pytest.mark.slow
-def test_flops_of_a_checkpoint_are_those_made_again():
-    """full: the blocks of the student and of the teacher's fake pass once more, but for products whose result
-    nobody keeps; selective: less by their attentions exactly; a no_grad pass: none."""
-    s = Case().step()
-    costs = {name: cost.step_cost(*s[:7], checkpoint=name, ops=memory.fused())
+def test_flops_of_recomputation_are_those_made_again():
+    """full: the blocks of the student and of the teacher's fake pass once more, except for products
+    whose result nobody keeps; selective: less by their attentions exactly; without gradient:
+    none."""
+    with torch.device("meta"):
+        made = Case().networks()
+    costs = {name: cost.step_cost(*made, (16, 24, 24), (12, 64), 4, STEP, name)
              for name in ("none", "selective", "full")}
     flops = {name: c["flops_step"] for name, c in costs.items()}
-    with FlopCounterMode(display=False) as counter:                # torch's attention, product by product
-        s.made(kernels.load("torch"), torch.float32).run()
-    assert flops["none"] == counter.get_total_flops()
     l_img, l_txt, b, d, depth = 144, 12, 4, 128, 4
     joint = 4 * b * d * (l_img + l_txt) ** 2
-    attention = depth * joint - 4 * b * d * l_txt * (l_img + l_txt) + 4 * b * d * l_img ** 2   # last; dual
+    # last; dual
+    attention = depth * joint - 4 * b * d * l_txt * (l_img + l_txt) + 4 * b * d * l_img ** 2
     assert flops["full"] - flops["selective"] == 2 * attention
     again = (flops["full"] - flops["none"]) / (2 * b * costs["none"]["flops_v"])
     assert 0.85 < again < 1
     assert len({c["flops_heads_step"] - c["flops_v"] * b for c in costs.values()}) == 1
-    kept = [costs[name]["bytes_saved"] for name in ("none", "selective", "full")]
-    assert kept[0] > 2.5 * kept[1] and kept[1] - kept[2] > 2 * b * d * 4 * depth * l_img       # their outputs
 
 
-def large() -> memory.Step:
-    """sd3.5-large at 1024 px, 333 text tokens, 4 pairs a GPU, half of them misaligned."""
+def large(**changes) -> dict[str, int]:
+    """Return the plan of sd3.5-large: 1024 px, 333 text tokens, 4 pairs a GPU, half mismatched."""
     with torch.device("meta"):
         sizes = MMDiTConfig(38, 2432, 4096, 2048, pos_grid=192, qk_norm=True)
-        student, teacher = (MMDiT(sizes, kernels.load("torch"), torch.bfloat16).bfloat16() for _ in range(2))
-        heads = Discriminator(DiscriminatorConfig(tuple(range(38)), 2432, 2048, 512), kernels.load("torch"))
-    return memory.Step(student, teacher, heads, (16, 128, 128), (333, 4096), 4, STEP, checkpoint="selective")
+        ops = kernels.load("torch")
+        student, teacher = (MMDiT(sizes, ops, torch.bfloat16).bfloat16() for _ in range(2))
+        heads = Discriminator(DiscriminatorConfig(tuple(range(38)), 2432, 2048, 512), ops)
+    values = dict(recompute="selective", fused=True, world=8, shard=8) | changes
+    return memory_plan(student, teacher.requires_grad_(False), heads, 4, 2, 333, 4096, **values)
 
 
 @pytest.mark.slow
 def test_8b_on_8_gpus_of_80_gb():
-    """Fits with selective checkpoints and a whole teacher, at 4 pairs a GPU; without checkpoints it does not.
-    Weights by hand: 8,056,627,520 parameters, position tables of 192^2 2432 values, heads of 138 M."""
-    plan = memory.memory_plan(large(), memory.fused(), world=8, shard=8)
+    """Fits with selective recomputation and a replicated teacher, at 4 pairs a GPU; without
+    recomputation it does not. Weights by hand: 8,056,627,520 parameters, position tables of
+    192^2 2432 values, heads of 138 M."""
+    plan = large()
     n, table = 8_056_627_520, 192 ** 2 * 2432
     print(*(f"{size / 2 ** 30:8.2f} GiB  {name}" for name, size in plan.items()), sep="\n")
-    assert plan["student (fp32 weights, Adam, average)"] == 2 * n + 8 * table
+    assert plan["student (fp32 weights, Adam, EMA)"] == 2 * n + 8 * table
     assert plan["teacher (frozen)"] == 2 * n + 2 * table
     assert plan["sum"] < 80e9 and plan["activations and features"] > 15e9
-    none = memory.memory_plan(large()._replace(checkpoint="none"), memory.fused(), world=8, shard=8)
-    assert none["sum"] > 120e9
+    assert large(recompute="none")["sum"] > 120e9
 
 
-def test_what_is_shared_is_what_must_be():
-    """A plan by hand: the student takes 40, shared by n 40 / n, the teacher 20 or 20 / n, the rest 10."""
+def test_what_is_sharded_is_what_must_be():
+    """A plan by hand: the student takes 40, shared by n 40 / n, the teacher 20 or 20 / n, the rest
+    10."""
     asked = []
 
     def plan(shard: int, teacher_shard: int) -> dict[str, int]:
         asked.append((shard, teacher_shard))
         return {"sum": 40 // shard + 20 // teacher_shard + 10}
 
-    assert memory.placed(70, 8, 1, plan) == (1, 1, {"sum": 70}) and asked == [(1, 1)]
-    assert memory.placed(69, 8, 1, plan)[:2] == (8, 1)
-    assert memory.placed(34, 8, 1, plan) == (8, 8, {"sum": 17})
-    assert memory.placed(16, 8, 1, plan) == (8, 8, {"sum": 17})          # does not fit; the caller sees it
-    assert memory.placed(40, 8, 2, plan) == (4, 1, {"sum": 40})
-    assert memory.placed(16, 1, 1, plan)[:2] == (1, 1)
-    assert memory.placed(16, 8, 1, plan, "ddp")[:2] == (1, 1)
-    for limit, *flags, expected in ((16, "ddp", "auto", (1, 1)), (99, "fsdp", "auto", (8, 1)),
-                                    (16, "fsdp", "auto", (8, 8)), (16, "auto", "off", (8, 1)),
-                                    (99, "auto", "on", (8, 8)), (16, "fsdp", "off", (8, 1))):
-        assert memory.placed(limit, 8, 1, plan, *flags)[:2] == expected, flags
-    real, size = Case().plan(world=2, shard=2, teacher_shard=2), memory.count(Case().networks()[1])
+    assert choose_shards(70, 8, 1, plan, "auto") == (1, 1, {"sum": 70}) and asked == [(1, 1)]
+    assert choose_shards(69, 8, 1, plan, "auto")[:2] == (8, 1)
+    assert choose_shards(34, 8, 1, plan, "auto") == (8, 8, {"sum": 17})
+    # does not fit; the caller sees it
+    assert choose_shards(16, 8, 1, plan, "auto") == (8, 8, {"sum": 17})
+    assert choose_shards(40, 8, 2, plan, "auto") == (4, 1, {"sum": 40})
+    assert choose_shards(16, 1, 1, plan, "auto")[:2] == (1, 1)
+    # a choice by name does not ask what fits
+    for limit in (16, 34, 99):
+        for shard, expected in (("none", (1, 1)), ("student", (8, 1)), ("all", (8, 8))):
+            assert choose_shards(limit, 8, 1, plan, shard)[:2] == expected, shard
+    assert choose_shards(99, 8, 4, plan, "all") == (2, 2, {"sum": 40})
+    real, size = Case().plan(world=2, shard=2, teacher_shard=2), count(Case().networks()[1])
     assert real["teacher (frozen)"] == 4 * (size // 2 + 24 ** 2 * 128)
 
 
+def test_processes_take_the_shards_that_were_chosen(monkeypatch, capsys):
+    """distribute: a mesh of world / shards copies; rank 0 says it, one process needs neither."""
+    compute = Compute(CPU, kernels.load("torch"), torch.float32)
+    plan = lambda shard, teacher_shard: {"sum": (40 // shard + 20 // teacher_shard) * 2 ** 30}
+    assert distribute(compute, "auto", 1, plan) is compute and not capsys.readouterr().out
+    monkeypatch.setattr(parallel, "mesh", lambda device, replicas: (device, replicas))
+    one = "replicated on every GPU"
+    cases = (("auto", 1, 4, False, f"student {one}, teacher {one}"),
+             ("none", 1, 4, False, f"student {one}, teacher {one}"),
+             ("student", 1, 1, False, f"student sharded over 4 GPUs, teacher {one}"),
+             ("all", 2, 2, True, "student sharded over 2 GPUs, teacher sharded over 2 GPUs"))
+    for rank in (0, 1):
+        monkeypatch.setattr(parallel, "ranks", lambda rank=rank: (rank, 4))
+        for shard, replicas, copies, teacher, said in cases:
+            found, text = distribute(compute, shard, replicas, plan), capsys.readouterr().out
+            assert found == compute._replace(mesh=(CPU, copies), shard_teacher=teacher)
+            assert rank and not text or f"4 processes: {said}; planned memory " in text, text
+    with pytest.raises(InputError, match="--replicas .*4 processes.*3"):
+        distribute(compute, "auto", 3, plan)
+
+
+def test_the_plan_of_a_run_is_of_its_options(monkeypatch):
+    """build.plan_of gives memory_plan each of its values at its place."""
+    asked = []
+    monkeypatch.setattr(build, "memory_plan", lambda *args, **more: asked.append((args, more)))
+    with torch.device("meta"):
+        student, teacher, heads = Case().networks()
+    made = OnMeta(teacher, student, heads)
+
+    flags = "--device cpu --precision fp32 --sizes 32x64 --recompute selective --batch 16"
+    for extra, expected, more in (
+            ("", (16, 8, TOKENS, 8, "selective", False, 1),
+             dict(accumulate=1, shared=True, device="cpu")),
+            ("--micro-batch 4 --mismatched .25 --set r1_weight=1 --teacher-fp8 --precision bf16",
+             (4, 1 + 4, TOKENS, 8, "selective", False, 2),
+             dict(accumulate=2, shared=False, device="cpu")),
+            ("--preset sd3-medium --dry-run --precision auto --mismatched 0 --t5-tokens 100 "
+             "--micro-batch 2", (2, 0, 77 + 100, 8, "selective", True, 2),
+             dict(accumulate=4, shared=True, device="cuda"))):
+        config = parse_config([*flags.split(), *extra.split()])
+        plan_of(config, made, compute_of(config), expected[-1])(shard=2, teacher_shard=1)
+        more |= dict(shard=2, teacher_shard=1)
+        assert asked.pop() == ((student, teacher, heads, *expected), more), extra
+
+
 @pytest.mark.slow
-def test_the_lines_of_a_dry_run():
+def test_the_lines_of_a_dry_run(monkeypatch):
     """Sums printed are those of the plan, of 1 and 8 processes; what does not fit is said."""
-    flags = "--dry-run --preset sd3-medium --sizes 384x384 --tflops 1 --checkpoint full --micro-batch 2"
-    config, step = parse_config(flags.split(), "tiny"), Case().step()
-    said = {limit: list(cost.plan(config, *step[:3], STEP, 12, 8, torch.device("cpu"), limit))
+    flags = ("--device cpu --dry-run --preset sd3-medium --sizes 384x384 --tflops 1 "
+             "--recompute full --micro-batch 2")
+    config = parse_config(flags.split())
+    compute = compute_of(config)
+    with torch.device("meta"):
+        student, teacher, heads = Case().networks()
+    made = OnMeta(teacher, student, heads)
+    monkeypatch.setattr(bench, "networks_on_meta", lambda *args: made)
+    said = {limit: list(bench.plan(config, teacher.config, compute, 12, limit))
             for limit in (10 ** 10, 10 ** 9)}
-    for gpus, lines in ((1, "on one device"), (8, "on each of 8 GPUs, student whole, teacher whole")):
-        part = step._replace(latent=(16, 48, 48), batch=2, checkpoint="full")
-        found = memory.memory_plan(part, memory.fused(), gpus, accumulate=8 // gpus)["sum"]
+    for gpus, lines in ((1, "on one device"),
+                        (8, "on each of 8 GPUs, student replicated, teacher replicated")):
+        found = plan_of(config, made, compute, gpus)(shard=1, teacher_shard=1)["sum"]
         at = next(i for i, line in enumerate(said[10 ** 10]) if lines in line)
         assert f"{found / 2 ** 30:9.3f} GiB  sum" in said[10 ** 10][at + 1:at + 9][-1]
     assert not any("does not fit" in line for line in said[10 ** 10])
@@ -218,21 +345,53 @@ def test_the_lines_of_a_dry_run():
     assert sum("does not fit in 0.9 GiB" in line for line in said[10 ** 9]) == 2
 
 
+@pytest.mark.parametrize("flags, triton", [
+    ("--preset sd3-medium --dry-run", True),
+    ("--preset sd3-medium --dry-run --kernels torch", False),
+    ("--preset sd3-medium --dry-run --precision fp32", False), ("--kernels auto", False)])
+def test_the_plan_is_of_the_kernels_that_run(flags, triton, monkeypatch):
+    """Without a GPU: a dry run of a real preset is of one, anything else takes the references."""
+    config = parse_config([*flags.split(), "--device", "cpu"])
+    assert planned_kernels(config, compute_of(config), monkeypatch) == (
+        triton, "cuda" if config.real else "cpu")
+
+
+def test_on_a_gpu_the_plan_asks_which_kernels_were_picked(monkeypatch):
+    """Also where a kernel failed its self-check, which the flags do not tell."""
+    config = parse_config(["--preset", "sd3-medium", "--dry-run"])
+    for name in ("triton", "torch"):
+        picked = kernels.load("torch")
+        if name == "triton":
+            picked = picked._replace(joint_attention=kernels.attention.joint_attention)
+        compute = Compute(torch.device("cuda"), picked, torch.bfloat16)
+        assert uses_triton(picked) == (name == "triton")
+        assert planned_kernels(config, compute, monkeypatch) == (name == "triton", "cuda")
+
+
+def planned_kernels(config: Config, compute: Compute, monkeypatch) -> tuple[bool, str]:
+    """Return what the plan of a run takes for granted: the Triton kernels, the kind of device."""
+    asked = []
+    monkeypatch.setattr(build, "memory_plan",
+                        lambda *args, **more: asked.append((args[8], more["device"])))
+    plan_of(config, OnMeta(None, None, None), compute, 1)(shard=1, teacher_shard=1)
+    return asked.pop()
+
+
 def test_a_dry_run_counts_what_editing_adds(monkeypatch):
-    """The image beside each latent on disk, the third evaluation of a sample, a teacher that trains."""
+    """The image beside each latent on disk, the third evaluation of a sample, a teacher that
+    trains."""
     one = dict.fromkeys(("step", "v", "heads_step", "flow_step"), 1.0)
-    one = {f"flops_{k}": v for k, v in one.items()} | {"bytes_saved": 1, "bytes_weights": 1}
+    one = {f"flops_{k}": v for k, v in one.items()}
     monkeypatch.setattr(cost, "step_cost", lambda *args: one)
-    monkeypatch.setattr(cost, "placed", lambda *args: (1, 1, {"sum": 1}))
+    monkeypatch.setattr(bench, "choose_shards", lambda *args: (1, 1, {"sum": 1}))
 
     def said(flags: str) -> dict[str, float]:
-        config = parse_config(f"--dry-run --tflops 1 --taps 0 {flags}".split(), "tiny")
-        cpu = torch.device("cpu")
-        teacher, student, heads = on_meta(config, teacher_config(config), cpu)
-        lines = cost.plan(config, student, teacher, heads, distill_config(config), 12, 8, cpu)
-        found = [re.search(r"^ +([\d.]+) (?:GiB|h) +(\w+)(?:, ([\d.e+]+) FLOPs)?$", line) for line in lines]
+        config = parse_config(f"--device cpu --dry-run --tflops 1 --taps 0 {flags}".split())
+        lines = bench.plan(config, config.model, compute_of(config), 12, 8)
+        found = [re.search(r"^ +([\d.]+) (?:GiB|h) +(\w+)(?:, ([\d.e+]+) FLOPs)?$", line) for line
+                 in lines]
         return {m[2]: float(m[3] or m[1]) for m in found if m}
-    small = "--depth 1 --width 64 --data-size 1000000"
+    small = "--set depth=1 --set width=64 --data-size 1000000"
     text, edit, more, inpaint = (said(f"{small} {flags}") for flags in (
         "", "--task edit", "--task edit --image-guidance 2", "--task inpaint"))
     assert edit["latents"] / text["latents"] == pytest.approx(32 / 16, rel=1e-3)
@@ -241,15 +400,15 @@ def test_a_dry_run_counts_what_editing_adds(monkeypatch):
     assert edit["data"] == 10 ** 6 * 8 * 2
     plain = said(f"{small} --task edit --image-guidance 2 --guidance 1")
     assert plain["data"] / edit["data"] == pytest.approx(3 / 2, rel=1e-3)
-    real = "--preset sd3-medium --depth 1 --width 64"
+    real = "--preset sd3-medium --set depth=1 --set width=64"
     assert "teacher" in said(f"{real} --task edit --base b") and "teacher" not in said(real)
     assert "teacher" not in said(f"{real} --task edit --teacher t")
-    alone = said(f"{small} --task edit --objective flow")
+    alone = said(f"{small} --task edit --steps 0")
     assert set(alone) >= {"teacher"} and not set(alone) & {"data", "distill", "states", "students"}
 
 
 if __name__ == "__main__":
-    parallel.start(torch.device("cpu"), 60)
-    checkpoint, *counts = sys.argv[1:]
-    print(allocator_peak(Case(checkpoint, *map(int, counts)).train))
+    parallel.start(CPU, 60)
+    recompute, *counts = sys.argv[1:]
+    print(allocator_peak(Case(recompute, *map(int, counts)).train))
     parallel.finish()

@@ -8,16 +8,17 @@ from torch import Tensor
 
 import kernels
 from kernels.heads import HeadParams, reference_discriminator_heads
-from ladd.discriminator import Discriminator, DiscriminatorConfig, channel_moments
-from ladd.distill import hinge_d
-from ladd.mmdit import sinusoid
+from ladd.core.discriminator import Discriminator, DiscriminatorConfig, channel_moments
+from ladd.core.losses import hinge_d
+from ladd.core.mmdit import sinusoid
 
 CONFIG = DiscriminatorConfig(taps=(0, 2, 5), feat_dim=24, pooled_dim=10, width=32, cond_dim=12)
 GRID = (3, 5)
 
 
 def naive_heads(feats: list[Tensor], p: HeadParams, cond: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Head by head, sample by sample, with torch's own convolution and group norm on [1, c, h, w]."""
+    """Head by head, sample by sample, with torch's own convolution and group norm on [1, c, h,
+    w]."""
     logits = []
     for k, f in enumerate(feats):
         groups, c = p.w_in.shape[2] // 16, p.w_in.shape[2]
@@ -27,7 +28,8 @@ def naive_heads(feats: list[Tensor], p: HeadParams, cond: Tensor, grid: tuple[in
             y = F.conv2d(x, p.w_in[k].T[:, :, None, None], p.b_in[k])
             y = F.leaky_relu(F.group_norm(y, groups, p.gamma1[k], p.beta1[k], 1e-5), 0.2)
             z = F.conv2d(y, p.w_conv[k].permute(3, 2, 0, 1), p.b_conv[k], padding=1)
-            z = (y + F.leaky_relu(F.group_norm(z, groups, p.gamma2[k], p.beta2[k], 1e-5), 0.2)) / 2 ** 0.5
+            z = F.leaky_relu(F.group_norm(z, groups, p.gamma2[k], p.beta2[k], 1e-5), 0.2)
+            z = (y + z) / 2 ** 0.5
             readout = p.w_out[k] + p.w_cond[k].T @ cond[i]
             rows.append((z[0] * readout[:, None, None]).sum(0) / c ** 0.5 + p.b_out[k])
         logits.append(torch.stack(rows))
@@ -40,7 +42,8 @@ def make(dtype=torch.float32, seed: int = 0) -> Discriminator:
 
 
 def inputs(b: int = 3, dtype=torch.float32) -> tuple[list[Tensor], Tensor, Tensor]:
-    """(feats, sigma_d, pooled); the features' offset and scale differ between channels, as real ones do."""
+    """(feats, sigma_d, pooled); the features' offset and scale differ between channels, as real
+    ones do."""
     g = rng(1)
     scale, offset = 5 * torch.rand(3, 24, generator=g), torch.randn(3, 24, generator=g)
     feats = [(torch.randn(b, 15, 24, generator=g) * s + o).to(dtype) for s, o in zip(scale, offset)]
@@ -55,8 +58,10 @@ def test_batched_heads_equal_naive_ones_with_every_gradient(h, w):
     assert_close("logits", *logits)
     weight = torch.randn(logits[0].shape, generator=rng(5), dtype=torch.float64)
     grads = [torch.autograd.grad((y * weight).sum(), leaves) for y in logits]
-    for name, a, e in zip((*(f"feats {i}" for i in range(len(feats))), *HeadParams._fields, "cond"), *grads):
-        # one token: a group has 16 values, its conv bias meets gradients that cancel down to rounding
+    for name, a, e in zip((*(f"feats {i}" for i in range(len(feats))), *HeadParams._fields, "cond"),
+                          *grads):
+        # one token: a group has 16 values, its conv bias meets gradients that cancel down to
+        # rounding
         assert (a - e).abs().max() <= 1e-10 * e.abs().max() + 1e-13, name
 
 
@@ -73,13 +78,15 @@ def test_discriminator_standardises_conditions_and_reads():
     """The module is: standardised features, the embedded condition, the naive heads."""
     heads, (feats, sigma, pooled) = make(), inputs()
     w = {name: t.double() for name, t in heads.state_dict().items()}
-    level = F.silu(sinusoid(sigma.double()) @ w["level_embedder.0.weight"].T + w["level_embedder.0.bias"])
+    level = F.silu(sinusoid(sigma.double()) @ w["level_embedder.0.weight"].T
+                   + w["level_embedder.0.bias"])
     level = level @ w["level_embedder.2.weight"].T + w["level_embedder.2.bias"]
     cond = F.silu(level + pooled.double() @ w["text_embedder.weight"].T + w["text_embedder.bias"])
     heads.calibrate(channel_moments(feats))
     wide = [f.double() for f in feats]
     standard = [(f - f.mean((0, 1))) / f.flatten(0, 1).std(0, correction=0) for f in wide]
-    expected = naive_heads(standard, HeadParams(*(w[name] for name in HeadParams._fields)), cond, GRID)
+    expected = naive_heads(standard, HeadParams(*(w[name] for name in HeadParams._fields)), cond,
+                           GRID)
     logits = heads(feats, sigma, pooled, GRID)
     assert logits.shape == (3, 3, *GRID) and logits.dtype == torch.float32
     assert_close("logits", logits, expected.float())
@@ -87,7 +94,8 @@ def test_discriminator_standardises_conditions_and_reads():
 
 def test_calibrate_standardises_every_channel():
     heads, (feats, _, _) = make(), inputs()
-    feats[1][..., 3] = 7.0                                           # a constant channel: no division by zero
+    # a constant channel: no division by zero
+    feats[1][..., 3] = 7.0
     heads.calibrate(channel_moments(feats))
     for i, f in enumerate(feats):
         standard = (f - heads.feat_mean[i]) / heads.feat_std[i].T
@@ -105,14 +113,16 @@ def test_scaling_and_shifting_the_features_changes_nothing_after_calibration():
     heads, other = make(), make()
     heads.calibrate(channel_moments(feats)), other.calibrate(channel_moments(moved))
     # fp32 and |mean| / std up to 90: the folded mean costs two digits
-    assert_close("logits", other(moved, sigma, pooled, GRID), heads(feats, sigma, pooled, GRID), 1e-3)
+    assert_close("logits", other(moved, sigma, pooled, GRID), heads(feats, sigma, pooled, GRID),
+                 1e-3)
 
 
 def test_a_logit_does_not_depend_on_batch_mates():
     feats, params, cond, grid = head_inputs(b=4)
     together = reference_discriminator_heads(feats, params, cond, grid)
     rows = [slice(i, i + 1) for i in range(4)]
-    alone = [reference_discriminator_heads([f[r] for f in feats], params, cond[r], grid) for r in rows]
+    alone = [reference_discriminator_heads([f[r] for f in feats], params, cond[r], grid) for r
+             in rows]
     assert_close("logits", together, torch.cat(alone, 1))
 
 
@@ -122,10 +132,12 @@ def test_heads_are_independent():
     logits = heads(leaves, sigma, pooled, GRID)
     assert logits[0].std() > 0.1
     for k in range(3):
-        grads = torch.autograd.grad(logits[k].square().sum(), leaves, retain_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(logits[k].square().sum(), leaves, retain_graph=True,
+                                    allow_unused=True)
         assert [g is not None and bool(g.any()) for g in grads] == [i == k for i in range(3)]
         for name in HeadParams._fields:
-            grad = torch.autograd.grad(logits[k].square().sum(), getattr(heads, name), retain_graph=True)[0]
+            grad = torch.autograd.grad(logits[k].square().sum(), getattr(heads, name),
+                                       retain_graph=True)[0]
             assert [bool(grad[i].any()) for i in range(3)] == [i == k for i in range(3)], name
 
 
@@ -149,8 +161,9 @@ def test_all_parameters_learn():
 
 
 def test_bf16_features_meet_bf16_weights_without_an_offset():
-    """A kernel rounds w_in to the features' dtype; a mean folded with other weights leaves (mean W - mean
-    W rounded), which for channels of large mean and small deviation is larger than the signal."""
+    """A kernel rounds w_in to the features' dtype; a mean folded with other weights leaves (mean W
+    - mean W rounded), which for channels of large mean and small deviation is larger than the
+    signal."""
     heads, (feats, sigma, pooled) = make(), inputs()
     heads.feat_mean += 100
     seen = []
@@ -158,18 +171,21 @@ def test_bf16_features_meet_bf16_weights_without_an_offset():
     heads.kernels = ops
     heads([f.bfloat16() for f in feats], sigma, pooled, GRID)
     w_in = seen[0].w_in
-    assert torch.equal(w_in, w_in.bfloat16().float()) and not torch.equal(w_in, heads.w_in / heads.feat_std)
+    assert torch.equal(w_in, w_in.bfloat16().float())
+    assert not torch.equal(w_in, heads.w_in / heads.feat_std)
     assert_close("bias", seen[0].b_in + (heads.feat_mean @ w_in).squeeze(1), heads.b_in, 1e-3)
     seen.clear(), heads(feats, sigma, pooled, GRID)
     assert torch.equal(seen[0].w_in, heads.w_in / heads.feat_std)
 
 
 def separation(seed: int, steps: int) -> tuple[float, float]:
-    """(share of active hinge margins, accuracy) of new heads after so many steps on two fixed sets."""
+    """(share of active hinge margins, accuracy) of new heads after so many steps on two fixed
+    sets."""
     torch.manual_seed(seed)
     heads = Discriminator(CONFIG, kernels.load("torch"))
     scale, gap = torch.rand(24) * 10, 0.2 * torch.randn(24)
-    real, fake = ([scale * (torch.randn(8, 15, 24) + offset) for _ in CONFIG.taps] for offset in (0, gap))
+    real, fake = ([scale * (torch.randn(8, 15, 24) + offset) for _ in CONFIG.taps] for offset
+                  in (0, gap))
     sigma, pooled = torch.rand(8), torch.randn(8, 10)
     heads.calibrate(channel_moments(real))
     optimizer = torch.optim.AdamW(heads.parameters(), lr=1e-3, betas=(0.0, 0.95))
@@ -183,14 +199,15 @@ def separation(seed: int, steps: int) -> tuple[float, float]:
 
 
 def test_heads_separate_two_fixed_sets_in_50_steps():
-    """10 seeds end at .06 at most and .998 at least; untrained heads lie within .82-.91 and .46-.56."""
+    """10 seeds end at .06 at most and .998 at least; untrained heads lie within .82-.91 and
+    .46-.56."""
     active, accuracy = separation(0, 50)
     assert active < 0.15 and accuracy > 0.98
 
 
 def test_wrong_sizes_are_refused():
     for bad in (dict(width=24), dict(taps=())):
-        with pytest.raises(ValueError, match="heads.*expected"):
+        with pytest.raises(ValueError, match=r"multiple of 16 and taps at least one .*\(got "):
             DiscriminatorConfig(**{**dict(taps=(0,), feat_dim=8, pooled_dim=4), **bad})
     feats, sigma, pooled = inputs()
     with pytest.raises(ValueError, match="heads.*expected.*found"):

@@ -1,4 +1,5 @@
-"""Text and latents against transformers and diffusers on a tiny random SD3; the command and its bad input."""
+"""Text and latents against transformers and diffusers on a tiny random SD3; the command and its bad
+input."""
 import hashlib
 import json
 import os
@@ -13,9 +14,17 @@ import torch
 from conftest import assert_close, rng
 from PIL import Image
 
-from ladd import data, encode, flow, images, tasks
-from ladd.config import InputError
-from ladd.distill import Text
+from ladd import encode
+from ladd.cli import InputError
+from ladd.core import flow
+from ladd.core.mmdit import Text
+from ladd.data import files, images, masks, shards
+from ladd.data.files import read_json, read_tensors
+from ladd.data.prompts import read_prompts
+from ladd.engine.run import compute_dtype
+from ladd.sd3.encoders import (cached_text, decode_latents, encode_images, encode_prompts,
+                               encoder_identity, fingerprint, libraries, load_encoders, load_vae,
+                               truncations)
 
 for package in ("transformers", "diffusers"):
     pytest.importorskip(package)
@@ -32,23 +41,20 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pipe(folder):
-    encode.libraries()
+    libraries()
     from diffusers import StableDiffusion3Pipeline
-    return StableDiffusion3Pipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+    return StableDiffusion3Pipeline.from_pretrained(folder, local_files_only=True,
+                                                    low_cpu_mem_usage=False)
 
 
 @pytest.fixture(scope="module")
 def encoders(folder):
-    return encode.load_encoders(folder, CPU, torch.float32, t5_tokens=40)
+    return load_encoders(folder, CPU, torch.float32, t5_tokens=40)
 
 
 @pytest.fixture(scope="module")
 def vae(folder):
-    return encode.load_vae(folder, CPU)
-
-
-def no_report(line: str) -> None:
-    pass
+    return load_vae(folder, CPU)
 
 
 # text
@@ -56,7 +62,7 @@ def no_report(line: str) -> None:
 @pytest.mark.parametrize("t5, dtype", [("device", torch.float32), ("cpu", torch.float32),
                                        ("none", torch.float32), ("device", torch.bfloat16)])
 def test_text_is_what_the_library_gives_its_transformer(folder, pipe, t5, dtype, monkeypatch):
-    encoders = encode.load_encoders(folder, CPU, dtype, t5, 40)
+    encoders = load_encoders(folder, CPU, dtype, t5, 40)
     if t5 == "none":
         monkeypatch.setattr(pipe, "text_encoder_3", None)
     for part in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
@@ -65,44 +71,49 @@ def test_text_is_what_the_library_gives_its_transformer(folder, pipe, t5, dtype,
     with torch.no_grad():
         context, _, pooled, _ = pipe.encode_prompt(PROMPTS, None, None, max_sequence_length=40,
                                                    do_classifier_free_guidance=False)
-    got = encode.encode_prompts(encoders, PROMPTS, batch=5, report=no_report)
+    got = encode_prompts(encoders, PROMPTS, batch=5)
     assert got.context.shape == (5, 77 + 40, JOINT) and got.pooled.shape == (5, POOLED)
     assert_close("context", got.context, context, 0 if dtype == torch.float32 else None)
     assert_close("pooled", got.pooled, pooled, 0 if dtype == torch.float32 else None)
-    assert got.context[:, :77, 80:].eq(0).all() and got.context[:, 77:].ne(0).any() == (t5 != "none")
+    assert got.context[:, :77, 80:].eq(0).all() and got.context[:,
+                                                                77:].ne(0).any() == (t5 != "none")
     for part in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
         if part is not None:
             part.float()
 
 
 def test_text_does_not_depend_on_the_batch_and_carries_no_gradient(encoders):
-    whole, one = (encode.encode_prompts(encoders, PROMPTS, batch, no_report) for batch in (5, 1))
+    whole, one = (encode_prompts(encoders, PROMPTS, batch) for batch in (5, 1))
     assert_close("context", one.context, whole.context)
     assert_close("pooled", one.pooled, whole.pooled)
     assert not whole.context.requires_grad
 
 
 def test_cut_prompts_are_reported_with_the_encoder_its_limit_and_the_first(encoders):
-    lines = []
     long = "red " * 50          # 52 tokens of CLIP, 51 of T5
-    encode.encode_prompts(encoders, ["a", long, PROMPTS[3]], report=lines.append)
+    lines = truncations(encoders, ["a", long, PROMPTS[3]])
     clip = "1 of 3 prompts are cut to {}'s 77 tokens; the first, of 242: 'small green cross small"
     assert len(lines) == 3 and lines[0].startswith(clip.format("CLIP-L"))
     assert lines[1].startswith(clip.format("CLIP-G"))
-    assert lines[2].startswith("2 of 3 prompts are cut to T5's 40 tokens; the first, of 51: 'red red")
-    assert encode.truncations(encoders, ["red " * 39, "red " * 10]) == []      # 40 with T5's end: just fits
+    assert lines[2].startswith("2 of 3 prompts are cut to T5's 40 tokens; the first, of 51: 'red "
+                               "red")
+    assert truncations(encoders, ["red " * 39, "red " * 10]) == []    # 40 with T5's end: just fits
 
 
-def test_bad_encoders_are_refused(folder, tmp_path):
-    for options in (dict(t5="gpu"), dict(t5_tokens=0), dict(t5_tokens=513)):
-        with pytest.raises(InputError, match="device, cpu or none of 1 to 512"):
-            encode.load_encoders(folder, CPU, torch.float32, **options)
-    with pytest.raises(InputError, match="found no CLIPTokenizer"):
-        encode.load_encoders(tmp_path, CPU, torch.float32)
-    with pytest.raises(InputError, match="found no text_encoder"):
-        encode.encoder_identity(tmp_path)
-    with pytest.raises(InputError, match="prompts: found none"):
-        encode.encode_prompts(None, [])
+def test_bad_encoders_raise(folder, tmp_path):
+    for options, message in ((dict(t5="gpu"), r"t5 must be device, cpu or none \(got 'gpu'\)"),
+                             (dict(t5_tokens=0), r"t5_tokens must be from 1 to 512 \(got 0\)"),
+                             (dict(t5_tokens=513), r"t5_tokens must be from 1 to 512 \(got 513\)")):
+        with pytest.raises(InputError, match=message):
+            load_encoders(folder, CPU, torch.float32, **options)
+    message = r"tokenizer must be the folder of a CLIPTokenizer .*\(got none\)"
+    with pytest.raises(InputError, match=message):
+        load_encoders(tmp_path, CPU, torch.float32)
+    message = r"must be a StableDiffusion3 pipeline folder \(got no text_encoder\)"
+    with pytest.raises(InputError, match=message):
+        encoder_identity(tmp_path)
+    with pytest.raises(InputError, match=r"prompts: at least one is needed \(got none\)"):
+        encode_prompts(None, [])
 
 
 def copy_with(folder: Path, to: Path, **parts: str) -> Path:
@@ -114,19 +125,20 @@ def copy_with(folder: Path, to: Path, **parts: str) -> Path:
 
 
 @pytest.mark.parametrize("part, other, message", [
-    ("text_encoder", "text_encoder_3", "found no text_model.*all weights of CLIPTextModelWithProjection"),
-    ("text_encoder_3", "text_encoder", "found no .*all weights of T5EncoderModel"),
-    ("tokenizer_3", "scheduler", "found no T5Tokenizer"),
-    ("vae", "transformer", "found no .*all weights of AutoencoderKL")])
-def test_another_models_weights_are_refused_not_drawn_at_random(folder, tmp_path, part, other, message):
+    ("text_encoder", "text_encoder_3",
+     r"all weights of CLIPTextModelWithProjection \(got no text_model"),
+    ("text_encoder_3", "text_encoder", r"all weights of T5EncoderModel \(got no "),
+    ("tokenizer_3", "scheduler", "tokenizer_3 must be the folder of a T5Tokenizer"),
+    ("vae", "transformer", r"all weights of AutoencoderKL \(got no ")])
+def test_another_models_weights_raise_and_are_not_random(folder, tmp_path, part, other, message):
     bad = copy_with(folder, tmp_path / "bad", **{part: other})
     with pytest.raises(InputError, match=message):
-        encode.load_vae(bad, CPU) if part == "vae" else encode.load_encoders(bad, CPU, torch.float32)
+        load_vae(bad, CPU) if part == "vae" else load_encoders(bad, CPU, torch.float32)
 
 
 @pytest.mark.parametrize("name", ["text_encoder/model.safetensors", "tokenizer/tokenizer.json",
                                   "vae/diffusion_pytorch_model.safetensors"])
-def test_a_truncated_file_is_refused(folder, tmp_path, name):
+def test_a_truncated_file_raises(folder, tmp_path, name):
     part, file = name.split("/")
     bad = copy_with(folder, tmp_path / "bad")
     (bad / part).unlink()
@@ -134,93 +146,111 @@ def test_a_truncated_file_is_refused(folder, tmp_path, name):
     for path in (folder / part).iterdir():
         content = path.read_bytes()
         (bad / part / path.name).write_bytes(content[:-100] if path.name == file else content)
-    with pytest.raises(InputError, match="found no whole"):
-        encode.load_vae(bad, CPU) if part == "vae" else encode.load_encoders(bad, CPU, torch.float32)
+    with pytest.raises(InputError, match="must hold a complete|not a complete"):
+        load_vae(bad, CPU) if part == "vae" else load_encoders(bad, CPU, torch.float32)
 
 
 @pytest.mark.parametrize("package", ["transformers", "diffusers"])
 def test_an_absent_package_is_named_with_its_command(monkeypatch, folder, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(InputError, match=f"{package}: found no such package.*pip install {package}"):
-        encode.load_vae(folder, CPU)
+    with pytest.raises(InputError, match=f"{package}: .* need this package; pip install {package}"):
+        load_vae(folder, CPU)
     assert sys.modules["kernels"].__file__ == str(ROOT / "kernels" / "__init__.py")
 
 
-# the libraries beside our folder kernels/
+# the libraries next to our folder kernels/
 
 @pytest.mark.slow
 @pytest.mark.parametrize("installed", [False, True])
 def test_kernels_does_not_disturb_the_libraries(folder, tmp_path, installed):
-    """In a process of its own, the repository first on sys.path; also where the package kernels is installed,
-    whose name both libraries look up and whose version transformers believes."""
+    """In a process of its own, the repository first on sys.path; also where the package kernels is
+    installed, whose name both libraries look up and whose version transformers believes."""
     from transformers.utils import import_utils
     version = getattr(import_utils, "KERNELS_MIN_VERSION", "0.18.2")       # one that it would take
     about = tmp_path / "site" / f"kernels-{version}.dist-info"
     if installed:
         about.mkdir(parents=True)
-        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n")
-    code = ("import sys, importlib.metadata as m\n"
-            "assert sys.path[0] == ''\n"
-            f"sys.path.append({str(tmp_path / 'site')!r})\n"
-            "if {installed}: assert m.version('kernels')\n"
-            "import kernels\n"
-            "from ladd.encode import libraries\n"
-            "libraries()\n"
-            "assert sys.modules['kernels'] is kernels and kernels.load('torch')\n"
-            "import torch\n"
-            "from diffusers import StableDiffusion3Pipeline\n"
-            f"pipe = StableDiffusion3Pipeline.from_pretrained({str(folder)!r}, local_files_only=True)\n"
-            "out = pipe('a red circle', height=64, width=96, num_inference_steps=2, output_type='np')\n"
+        (about / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: "
+                                        f"{version}\n")
+    code = ("import sys, importlib.metadata as m\nassert sys.path[0] == "
+            f"''\nsys.path.append({str(tmp_path / 'site')!r})\n" "if {installed}: assert "
+            "m.version('kernels')\nimport kernels\nfrom ladd.encode import "
+            "libraries\nlibraries()\nassert sys.modules['kernels'] is kernels and "
+            "kernels.load('torch')\nimport torch\nfrom diffusers import StableDiffusion3Pipeline\n"
+            f"pipe = StableDiffusion3Pipeline.from_pretrained({str(folder)!r}, "
+            "local_files_only=True)\nout = pipe('a red circle', height=64, width=96, "
+            "num_inference_steps=2, output_type='np')\n"
             "assert out.images.shape == (1, 64, 96, 3)\n").replace("{installed}", str(installed))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=env)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          env=env)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 # the cache of text
 
 def test_the_cache_asks_for_each_prompt_once_and_gives_equal_text(tmp_path, encoders, folder):
-    path, name, asked = tmp_path / "text.safetensors", encode.encoder_identity(folder, t5_tokens=40), []
+    path, name, asked = tmp_path / "text.safetensors", encoder_identity(folder, t5_tokens=40), []
 
     def ask(prompts):
         asked.append(list(prompts))
-        return encode.encode_prompts(encoders, prompts, 1, no_report)
+        return encode_prompts(encoders, prompts, 1)
 
-    first = encode.cached_text(path, name, ["a", "b", "a"], ask)
-    again = encode.cached_text(path, name, ["b", "a", "a"], lambda prompts: pytest.fail("asked the encoders"))
-    more = encode.cached_text(path, name, ["c", "b"], ask)
+    first = cached_text(path, name, ["a", "b", "a"], ask)
+    again = cached_text(path, name, ["b", "a", "a"],
+                        lambda prompts: pytest.fail("asked the encoders"))
+    more = cached_text(path, name, ["c", "b"], ask)
     assert asked == [["a", "b"], ["c"]]
-    direct = [t.bfloat16() for t in encode.encode_prompts(encoders, ["a", "b", "a"], 1, no_report)]
-    assert torch.equal(first.context, direct[0]) and torch.equal(first.pooled, direct[1])
+    direct = encode_prompts(encoders, ["a", "b", "a"], 1).to(torch.bfloat16)
+    assert torch.equal(first.context, direct.context) and torch.equal(first.pooled, direct.pooled)
     for part in (0, 1):
-        assert torch.equal(again[part], first[part][[1, 0, 0]]) and torch.equal(more[part][1], first[part][1])
+        assert torch.equal(again[part], first[part][[1, 0, 0]]) and torch.equal(more[part][1],
+                                                                                first[part][1])
     assert [path.name for path in tmp_path.iterdir()] == ["text.safetensors"]
 
 
-def test_the_cache_refuses_other_encoders_and_survives_a_failure(tmp_path):
+def test_the_cache_of_other_encoders_raises_and_survives_a_failure(tmp_path):
     path = tmp_path / "text.safetensors"
     text = lambda prompts: Text(torch.ones(len(prompts), 2, 3), torch.ones(len(prompts), 4))
-    encode.cached_text(path, "these", ["a"], text)
+    cached_text(path, "these", ["a"], text)
     before = path.read_bytes()
-    with pytest.raises(InputError, match="text of the encoders these, those accepted"):
-        encode.cached_text(path, "those", ["a"], text)
+    with pytest.raises(InputError, match=r"must hold text of the encoders those \(got these\)"):
+        cached_text(path, "those", ["a"], text)
     with pytest.raises(ZeroDivisionError):
-        encode.cached_text(path, "these", ["a", "b"], lambda prompts: 1 / 0)
+        cached_text(path, "these", ["a", "b"], lambda prompts: 1 / 0)
     assert path.read_bytes() == before
     path.write_bytes(before[:50])
-    with pytest.raises(InputError, match="no whole safetensors"):
-        encode.cached_text(path, "these", ["a"], text)
+    with pytest.raises(InputError, match="not a complete safetensors"):
+        cached_text(path, "these", ["a"], text)
 
 
 def test_identity_follows_weights_tokenizers_and_t5(folder, tmp_path):
-    names = {encode.encoder_identity(folder, t5, n) for t5, n in
+    names = {encoder_identity(folder, t5, n) for t5, n in
              [("device", 256), ("cpu", 256), ("device", 77), ("none", 256)]}
-    assert len(names) == 3                                          # where T5 runs makes no other text
+    # where T5 runs makes no other text
+    assert len(names) == 3
     for part, other in (("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2"),
                         ("text_encoder_3", "text_encoder")):
         bad = copy_with(folder, tmp_path / part, **{part: other})
-        assert encode.encoder_identity(bad) not in names
-        assert (encode.encoder_identity(bad, "none") in names) == (part == "text_encoder_3")
+        assert encoder_identity(bad) not in names
+        assert (encoder_identity(bad, "none") in names) == (part == "text_encoder_3")
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_fingerprint_reads_both_ends_of_every_file(tmp_path, place):
+    """Of two subfolders; a file of half precision next to the weights is not read."""
+    for part in ("a", "b"):
+        (tmp_path / part).mkdir()
+        for name in ("config.json", "model.safetensors", "model.fp16.safetensors"):
+            (tmp_path / part / name).write_bytes(bytes(3 * 2 ** 16))
+    found = [fingerprint(tmp_path, ["a", "b"])]
+    for part in ("a", "b"):
+        for name in ("config.json", "model.safetensors", "model.fp16.safetensors"):
+            content = bytearray(3 * 2 ** 16)
+            content[place] = 1
+            (tmp_path / part / name).write_bytes(content)
+            found.append(fingerprint(tmp_path, ["a", "b"]))
+    assert len(set(found)) == 5 and found[2] == found[3] and found[5] == found[6]
 
 
 # the VAE
@@ -229,37 +259,36 @@ def test_latents_are_the_librarys_scaled_and_shifted(vae, pipe):
     x = torch.rand(2, 3, 64, 96, generator=rng()) * 2 - 1
     with torch.no_grad():
         posterior = pipe.vae.encode(x).latent_dist
-    assert_close("mean", encode.encode_images(vae, x), (posterior.mean - .0609) * 1.5305)
-    sampled = (posterior.sample(rng(3)) - .0609) * 1.5305
-    assert_close("sample", encode.encode_images(vae, x, rng(3)), sampled)
+    assert_close("mean", encode_images(vae, x), (posterior.mean - .0609) * 1.5305)
     x0 = torch.randn(2, 16, 8, 12, generator=rng(1))
     with torch.no_grad():
         expected = pipe.vae.decode(x0 / 1.5305 + .0609).sample.clamp(-1, 1)
-    assert_close("image", encode.decode_latents(vae, x0), expected)
-    assert_close("round trip", encode.from_x0(vae, encode.to_x0(vae, x0)), x0, 1e-6)
+    assert_close("image", decode_latents(vae, x0), expected)
 
 
-def test_images_of_other_shapes_are_refused(vae):
+def test_images_of_other_shapes_raise(vae):
     for shape in ((1, 3, 64, 60), (3, 64, 64), (1, 1, 64, 64)):
-        with pytest.raises(InputError, match="images: found"):
-            encode.encode_images(vae, torch.zeros(shape))
+        with pytest.raises(InputError, match=r"images must be \[b, 3, H, W\] .*8 ") as error:
+            encode_images(vae, torch.zeros(shape))
+        assert str(error.value).endswith(f"(got {list(shape)})")
 
 
-def test_tiles_are_near_the_whole_picture_without_seams(vae, monkeypatch):
-    """Tiles see no further than their border and normalise each for itself, so values differ, the less the
-    larger they are: 0.48, 0.24, 0.07 of the deviation at tiles of 64, 128, 256 pixels of this random VAE,
-    whose published sizes are 1024. Nowhere may the picture jump more than the whole one does."""
+def test_tiles_are_close_to_the_full_image_without_seams(vae, monkeypatch):
+    """Tiles end at their border and are normalized separately, so the values differ, less for
+    larger tiles: by 0.48, 0.24, 0.07 of the standard deviation for tiles of 64, 128, 256 pixels of
+    this random VAE (the published size is 1024). The image must not have larger jumps than without
+    tiles."""
     monkeypatch.setattr(vae, "tile_latent_min_size", 32)
     monkeypatch.setattr(vae, "tile_sample_min_size", 256)
     x0 = torch.randn(1, 16, 32, 40, generator=rng())
-    whole, tiles = encode.decode_latents(vae, x0), encode.decode_latents(vae, x0, tiled=True)
+    whole, tiles = decode_latents(vae, x0), decode_latents(vae, x0, tiled=True)
     assert whole.shape == tiles.shape == (1, 3, 256, 320) and not torch.equal(whole, tiles)
-    assert torch.equal(whole, encode.decode_latents(vae, x0))      # the switch is off again
+    assert torch.equal(whole, decode_latents(vae, x0))      # the switch is off again
     assert (whole - tiles).square().mean().sqrt() < .15 * whole.std()
     jump = lambda image: image.diff(dim=-1).abs().max()
     assert jump(tiles) < 1.2 * jump(whole)
     small = x0[..., :32]
-    assert torch.equal(encode.decode_latents(vae, small, tiled=True), encode.decode_latents(vae, small))
+    assert torch.equal(decode_latents(vae, small, tiled=True), decode_latents(vae, small))
 
 
 # buckets
@@ -271,12 +300,14 @@ def test_buckets_have_about_the_area_and_every_shape_up_to_4_to_1():
     assert all(.93 < h * w / 1024 ** 2 < 1.07 for h, w in sizes)
     ratios = sorted(h / w for h, w in sizes)
     assert ratios[0] == 1 / 4 and ratios[-1] == 4
-    assert max(b / a for a, b in zip(ratios, ratios[1:])) < 1.29      # so a crop loses at most 1 / 8
+    # so a crop loses at most 1 / 8
+    assert max(b / a for a, b in zip(ratios, ratios[1:])) < 1.29
 
 
-@pytest.mark.parametrize("h, w, expected", [
-    (1024, 1024, (1024, 1024)), (10, 10, (1024, 1024)), (1080, 1920, (768, 1344)), (1920, 1080, (1344, 768)),
-    (3000, 4000, (896, 1152)), (100, 9000, (512, 2048)), (9000, 100, (2048, 512))])
+@pytest.mark.parametrize("h, w, expected", [(1024, 1024, (1024, 1024)), (10, 10, (1024, 1024)),
+                                            (1080, 1920, (768, 1344)), (1920, 1080, (1344, 768)),
+                                            (3000, 4000, (896, 1152)), (100, 9000, (512, 2048)),
+                                            (9000, 100, (2048, 512))])
 def test_an_image_takes_the_bucket_of_the_nearest_shape(h, w, expected):
     image = images.Captioned(Path("x.png"), "", (h, w))
     (found, _), = images.plan([image], 1024 ** 2, 64)
@@ -288,7 +319,7 @@ def test_every_bucket_is_its_own_and_bad_ones_are_refused():
         image = images.Captioned(Path("x.png"), "", hw)
         assert images.plan([image], 512 ** 2, 32)[0][0] == hw
     for area, multiple in ((1024 ** 2, 24), (1024 ** 2, 0), (63 ** 2, 64)):
-        with pytest.raises(InputError, match="--multiple: found"):
+        with pytest.raises(InputError, match=r"--multiple must be .*\(got "):
             images.buckets(area, multiple)
 
 
@@ -298,8 +329,11 @@ def test_a_small_bucket_gives_its_images_to_the_nearest_that_is_not():
     names = lambda plan: [(hw, [int(image.path.name) for image in part]) for hw, part in plan]
     assert names(images.plan(listed, 4096, 16)) == [
         ((48, 80), [5, 6, 7, 8]), ((64, 64), [0, 1, 2, 3, 4]), ((80, 48), [9])]
-    assert names(images.plan(listed, 4096, 16, least=3, shard=2)) == [
-        ((48, 80), [5, 6]), ((48, 80), [7, 8]), ((64, 64), [0, 1]), ((64, 64), [2, 3]), ((64, 64), [4, 9])]
+    assert names(images.plan(listed, 4096, 16, least=3, shard=2)) == [((48, 80), [5, 6]),
+                                                                      ((48, 80), [7, 8]),
+                                                                      ((64, 64), [0, 1]),
+                                                                      ((64, 64), [2, 3]),
+                                                                      ((64, 64), [4, 9])]
     assert {hw for hw, _ in images.plan(listed, 4096, 16, least=99)} == {(64, 64)}
 
 
@@ -362,48 +396,53 @@ def test_16_bit_gray_keeps_its_range(tmp_path):
     gray = np.full((40, 60), 65535, np.uint16)
     gray[:20, :30] = 128 * 256
     Image.fromarray(gray).save(tmp_path / "a.png")
-    assert corners(tmp_path / "a.png")[0] == (128, 128, 128) and corners(tmp_path / "a.png")[3] == WHITE
+    assert corners(tmp_path / "a.png")[0] == (128, 128, 128)
+    assert corners(tmp_path / "a.png")[3] == WHITE
     Image.fromarray(gray.astype(np.float32)).save(tmp_path / "f.tif")
     Image.fromarray(gray.astype(np.int32) * 2).save(tmp_path / "i.tif")
-    for name, message in (("f.tif", "floating-point"), ("i.tif", "gray of 65536 to 131070")):
+    for name, message in (("f.tif", "floating-point"), ("i.tif", "gray must be 0 to 65535 .got "
+                                                        "65536 to 131070")):
         with pytest.raises(InputError, match=message):
             images.read_image(tmp_path / name, (32, 48))
 
 
 def test_of_an_animation_the_first_frame_counts(tmp_path):
-    quadrants().save(tmp_path / "a.gif", save_all=True, append_images=[Image.new("RGB", (60, 40), "black")])
+    quadrants().save(tmp_path / "a.gif", save_all=True,
+                     append_images=[Image.new("RGB", (60, 40), "black")])
     assert corners(tmp_path / "a.gif") == [RED, GREEN, BLUE, WHITE]
 
 
 # lists of prompts
 
-@pytest.mark.parametrize("name, content, prompts, notes", [
-    ("a.txt", b"\xef\xbb\xbfa cat\r\n\n# no\n  \n a dog \na cat\n", ["a cat", "a dog", "a cat"],
-     ["2 empty lines skipped", "1 comments skipped"]),
-    ("a.txt", "größe".encode(), ["größe"], []),
-    ("a.jsonl", b'{"prompt": "a", "seed": 3}\n\n{"prompt": ""}\n', ["a", ""], ["1 empty lines skipped"])])
+@pytest.mark.parametrize("name, content, prompts, notes",
+                         [("a.txt", b"\xef\xbb\xbfa cat\r\n\n# no\n  \n a dog \na cat\n",
+                           ["a cat", "a dog", "a cat"],
+                           ["2 empty lines skipped", "1 comments skipped"]),
+                          ("a.txt", "größe".encode(), ["größe"], []),
+                          ("a.jsonl", b'{"prompt": "a", "seed": 3}\n\n{"prompt": ""}\n', ["a", ""],
+                           ["1 empty lines skipped"])])
 def test_prompts_are_read_and_what_is_none_is_counted(tmp_path, name, content, prompts, notes):
     (tmp_path / name).write_bytes(content)
-    found = images.read_prompts(tmp_path / name)
+    found = read_prompts(tmp_path / name)
     assert found == (prompts, [f"{tmp_path / name}: {note}" for note in notes])
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("none.txt", None, "found no file to read \\(No such file"),
-    ("a.txt", b"a\nb\xff", "found byte 3 that is no UTF-8"),
-    ("a.txt", b"# a\n\n", "found no prompt"),
-    ("a.jsonl", b"\n", "found no prompt"),
+    ("none.txt", None, "cannot be read \\(No such file"),
+    ("a.txt", b"a\nb\xff", "must be UTF-8 \\(got another byte at 3\\)"),
+    ("a.txt", b"# a\n\n", "at least one prompt, one per line \\(got none\\)"),
+    ("a.jsonl", b"\n", "at least one prompt, one per line \\(got none\\)"),
     ("a.jsonl", b'{"prompt": "a"}\n\n["b"]\n',
-     "found '\\[\"b\"\\]' in line 3, {\"prompt\": \"...\"} accepted"),
-    ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "b"', "in line 2"),
-    ("a.jsonl", b'{"text": "a"}', "in line 1"),
-    ("a.jsonl", b'{"prompt": 3}', "in line 1"),
-    ("a.jsonl", b'{"prompt": "\\ud800"}', "in line 1")])
+     "line 3 must be {\"prompt\": \"...\"} \\(got '\\[\"b\"\\]'\\)"),
+    ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "b"', "line 2 must be"),
+    ("a.jsonl", b'{"text": "a"}', "line 1 must be"),
+    ("a.jsonl", b'{"prompt": 3}', "line 1 must be"),
+    ("a.jsonl", b'{"prompt": "\\ud800"}', "line 1 must be")])
 def test_bad_lists_of_prompts_are_refused(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
-        images.read_prompts(tmp_path / name)
+        read_prompts(tmp_path / name)
 
 
 # the command
@@ -450,7 +489,7 @@ def done(folder, pictures, tmp_path_factory) -> Path:
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
-    return data.read_tensors(path)[0]
+    return read_tensors(path)[0]
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -459,17 +498,18 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def test_the_folder_holds_every_image_with_its_caption(done, folder, pictures, vae):
-    latents = data.read_folder(done)
-    assert {hw: len(ids) for hw, (_, ids) in latents.buckets.items()} == {(8, 8): 5, (6, 10): 3, (10, 6): 1}
+    latents = shards.read_folder(done)
+    assert {hw: len(ids) for hw, (_, ids) in latents.buckets.items()} == {(8, 8): 5, (6, 10): 3,
+                                                                          (10, 6): 1}
     assert latents.prompts == [f"a red circle {k}" for k in range(5)] + ["a caption"]
     x0, prompt = latents.buckets[6, 10]
     assert [latents.prompts[i] for i in prompt] == [f"a red circle {i // 2}" for i in (5, 6, 7)]
     pixels = torch.stack([images.read_image(pictures / f"{i}.png", (48, 80)) for i in (5, 6, 7)])
-    expected = encode.encode_images(vae, pixels / 127.5 - 1)
+    expected = encode_images(vae, pixels / 127.5 - 1)
     assert_close("x0", x0[torch.arange(3)], expected.half(), 2e-3)
-    dtype = encode.compute_dtype("auto", CPU)
-    encoders = encode.load_encoders(folder, CPU, dtype, t5_tokens=8)
-    text = encode.encode_prompts(encoders, [*latents.prompts, ""])
+    dtype = compute_dtype("auto", CPU)
+    encoders = load_encoders(folder, CPU, dtype, t5_tokens=8)
+    text = encode_prompts(encoders, [*latents.prompts, ""])
     every = torch.arange(6)
     assert_close("context", latents.context[every], text.context[:6].bfloat16())
     assert_close("pooled", latents.pooled[every], text.pooled[:6].bfloat16())
@@ -478,17 +518,22 @@ def test_the_folder_holds_every_image_with_its_caption(done, folder, pictures, v
 
 
 def test_what_cannot_be_used_is_listed_with_its_reason(done):
-    skipped = {Path(path).name: reason for path, reason in data.read_json(done / "skipped.json").items()}
-    reasons = {"cut.png": "no whole image", "no-image.jpg": "no whole image", "empty.webp": "no whole image",
-               "dot.png": "found 1x1 pixels, sides of at least 16", "alone.png": "no caption beside it",
-               "bad-text.png": "byte 0 that is no UTF-8", "bad-json.png": 'found no caption, {"caption"'}
-    assert set(skipped) == set(reasons) and all(reasons[name] in skipped[name] for name in reasons), skipped
+    skipped = {Path(path).name: reason for path, reason in read_json(done / "skipped.json").items()}
+    reasons = {"cut.png": "not a complete image", "no-image.jpg": "not a complete image",
+               "empty.webp": "not a complete image",
+               "dot.png": "sides must be at least 16 pixels (got 1x1)",
+               "alone.png": "no caption; write alone.txt",
+               "bad-text.png": "must be UTF-8 (got another byte at 0)",
+               "bad-json.png": 'bad-json.json must be {"caption": "..."} (got '}
+    assert set(skipped) == set(reasons), skipped
+    assert all(reasons[name] in skipped[name] for name in reasons), skipped
 
 
 @pytest.mark.parametrize("writes", range(10))
-def test_a_killed_command_goes_on_to_equal_an_undisturbed_one(folder, pictures, done, tmp_path, writes,
-                                                              monkeypatch):
-    """Killed before each rename in turn: the folder's three files, text, four shards, skipped.json twice."""
+def test_a_killed_command_goes_on_to_equal_an_undisturbed_one(folder, pictures, done, tmp_path,
+                                                              writes, monkeypatch):
+    """Killed before each rename in turn: the folder's three files, text, four shards, skipped.json
+    twice."""
     class Killed(BaseException):
         pass
 
@@ -501,7 +546,7 @@ def test_a_killed_command_goes_on_to_equal_an_undisturbed_one(folder, pictures, 
         rename(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(data.os, "replace", replace)
+        patch.setattr(files.os, "replace", replace)
         with pytest.raises(Killed):
             command(folder, tmp_path / "out", "--images", str(pictures))
     command(folder, tmp_path / "out", "--images", str(pictures))
@@ -524,7 +569,7 @@ def test_jsonl_names_images_relative_to_itself(folder, pictures, tmp_path, capsy
     (tmp_path / "list" / "l.jsonl").write_text(
         "\n".join(json.dumps({"image": image, "caption": caption}) for image, caption in lines))
     command(folder, tmp_path / "out", "--jsonl", str(tmp_path / "list" / "l.jsonl"), "--t5", "none")
-    latents = data.read_folder(tmp_path / "out")
+    latents = shards.read_folder(tmp_path / "out")
     assert latents.prompts == ["one", "two"] and set(latents.buckets) == {(8, 8), (6, 10)}
     assert latents.context[torch.tensor([0])][:, 77:].eq(0).all()
     printed = capsys.readouterr().out
@@ -535,7 +580,7 @@ def test_a_prompt_file_gives_the_text_alone(folder, encoders, tmp_path, capsys, 
     monkeypatch.setattr(encode, "ROWS", 2)
     (tmp_path / "p.txt").write_text("# c\na\nb\na\n" + "red " * 80 + "\n")
     command(folder, tmp_path / "out", "--prompt-file", str(tmp_path / "p.txt"))
-    context, pooled = data.read_text(tmp_path / "out")
+    context, pooled = shards.read_text(tmp_path / "out")
     assert context.shape == (3, 77 + 8, JOINT) and pooled.shape == (3, POOLED)
     assert sorted(path.name for path in (tmp_path / "out").glob("text-*")) == [
         "text-00000.safetensors", "text-00001.safetensors"]
@@ -546,7 +591,8 @@ def test_a_prompt_file_gives_the_text_alone(folder, encoders, tmp_path, capsys, 
 
 # pairs and masks
 
-PAIRS = ["recolour", "move", "resize", "same source", "wide", "add"]     # three of 64x64, three of 40x66
+# three of 64x64, three of 40x66
+PAIRS = ["recolour", "move", "resize", "same source", "wide", "add"]
 
 
 @pytest.fixture(scope="module")
@@ -577,29 +623,33 @@ def edits(folder, pairs, tmp_path_factory) -> Path:
     return out
 
 
-def test_pairs_are_latents_of_the_targets_with_those_of_the_sources_beside(edits, pairs, vae):
-    latents = data.read_folder(edits)
+def test_pairs_are_latents_of_the_targets_conditioned_on_those_of_the_sources(edits, pairs, vae):
+    latents = shards.read_folder(edits)
     told = {hw: [latents.prompts[i] for i in ids] for hw, (_, ids) in latents.buckets.items()}
     assert told == {(8, 8): PAIRS[:3], (6, 10): PAIRS[3:]} and latents.channels == 16
     for (h, w), names in told.items():
         for role, found in (("target", latents.buckets[h, w][0]), ("source", latents.images[h, w])):
-            files = [name.replace("same source", "wide") if role == "source" else name for name in names]
-            pixels = [images.read_image(pairs / f"{name} {role}.png", (8 * h, 8 * w)) for name in files]
-            expected = encode.encode_images(vae, torch.stack(pixels) / 127.5 - 1).half()
+            files = [name.replace("same source", "wide") if role == "source" else name for name
+                     in names]
+            pixels = [images.read_image(pairs / f"{name} {role}.png", (8 * h, 8 * w)) for name
+                      in files]
+            expected = encode_images(vae, torch.stack(pixels) / 127.5 - 1).half()
             assert_close(role, found[torch.arange(3)], expected, 2e-3)
     assert latents.provenance["task"] == "edit" and "seed" not in latents.provenance
 
 
 def test_a_pair_that_cannot_be_used_says_which_of_the_two_is_why(folder, edits, pairs, capsys):
-    sizes, broken = "found a source of 64x64 pixels and a target of 40x66, one size", "found no whole image ("
+    sizes = "source must have the size of its target, 40x66 pixels (got 64x64)"
+    broken = "not a complete image ("
     reasons = {"move source.png -> wide target.png": sizes,
                "nowhere.png -> move target.png": f"source: {broken}[Errno 2] No such file",
                "move source.png -> nowhere.png": f"target: {broken}[Errno 2] No such file",
                "cut.png -> move target.png": f"source: {broken}",
                "move source.png -> cut.png": f"target: {broken}"}
     skipped = {name.replace(f"{pairs}/", ""): why for name, why in
-               data.read_json(edits / "skipped.json").items()}
-    assert set(skipped) == set(reasons) and all(skipped[name].startswith(reasons[name]) for name in reasons)
+               read_json(edits / "skipped.json").items()}
+    assert set(skipped) == set(reasons) and all(skipped[name].startswith(reasons[name]) for name
+                                                in reasons)
     command(folder, edits, "--task", "edit", "--jsonl", str(pairs / "list.jsonl"))
     assert "6 pairs, 3 of them enlarged, 5 skipped" in capsys.readouterr().out
 
@@ -612,11 +662,11 @@ def test_a_folder_of_pairs_is_resumed_but_not_with_another_source(folder, edits,
     assert digests(tmp_path / "out") == digests(edits)
     lines = (pairs / "list.jsonl").read_text().replace("recolour source", "move source")
     (pairs / "other.jsonl").write_text(lines)
-    with pytest.raises(InputError, match="found list "):
+    with pytest.raises(InputError, match="made with list "):
         command(folder, tmp_path / "out", *flags[:-1], str(pairs / "other.jsonl"))
     (pairs / "move source.txt").write_text("move")
     for more in (["--images", str(pairs)], ["--task", "inpaint", "--images", str(pairs)]):
-        with pytest.raises(InputError, match="found task 'edit', '(text|inpaint)' accepted"):
+        with pytest.raises(InputError, match=r"made with task 'edit' \(got '(text|inpaint)'\)"):
             command(folder, tmp_path / "out", *more)
 
 
@@ -627,25 +677,28 @@ def holes(folder, pictures, tmp_path_factory) -> Path:
     return out
 
 
-def test_inpainting_keeps_the_latents_and_puts_mask_and_masked_latents_beside(holes, done, pictures, vae):
-    latents, text = data.read_folder(holes), data.read_folder(done)
+def test_inpainting_keeps_the_latents_and_adds_mask_and_masked_latents(holes, done, pictures, vae):
+    latents, text = shards.read_folder(holes), shards.read_folder(done)
     assert latents.channels == 17 and set(latents.buckets) == set(text.buckets)
     for (h, w), (x0, ids) in latents.buckets.items():
         whole = torch.arange(len(ids))
         assert torch.equal(x0[whole], text.buckets[h, w][0][whole])
     # nine images of three sizes, three a shard: the first shard of 64x64 is the folder's second
     for hw, shard, names in (((48, 80), 0, (5, 6, 7)), ((64, 64), 1, (0, 1, 2))):
-        pixels = torch.stack([images.read_image(pictures / f"{i}.png", hw) for i in names]) / 127.5 - 1
-        mask = torch.cat([tasks.masks(1, hw, flow.generator(5, shard, i)) for i in range(3)])
-        expected = tasks.beside(lambda x: encode.encode_images(vae, x), pixels, mask)
+        pixels = torch.stack([images.read_image(pictures / f"{i}.png", hw) for i in names])
+        pixels = pixels / 127.5 - 1
+        mask = torch.cat([masks.masks(1, hw, flow.generator(5, shard, i)) for i in range(3)])
+        expected = masks.image_condition(lambda x: encode_images(vae, x), pixels, mask)
         found = latents.images[hw[0] // 8, hw[1] // 8][torch.arange(3)]
         assert_close("image", found.float(), expected, 2e-3)
-        assert torch.equal(found[:, :1].float(), tasks.latent_mask(mask))
-    assert len({tuple(m.flatten().tolist()) for m in latents.images[8, 8][torch.arange(5)][:, 0]}) == 5
+        assert torch.equal(found[:, :1].float(), masks.latent_mask(mask))
+    five = latents.images[8, 8][torch.arange(5)][:, 0]
+    assert len({tuple(m.flatten().tolist()) for m in five}) == 5
 
 
 def test_masks_follow_from_the_seed_and_the_place_alone(folder, pictures, holes, tmp_path):
-    """Neither what lies there, nor what cannot be read any more, nor --batch moves the others' masks."""
+    """Neither the files already written, nor a file that became unreadable, nor --batch changes
+    other masks."""
     root = tmp_path / "pictures"
     shutil.copytree(pictures, root)
     flags = "--task", "inpaint", "--images", str(root)
@@ -663,51 +716,58 @@ def test_masks_follow_from_the_seed_and_the_place_alone(folder, pictures, holes,
     assert_close("image", cut["image"], one["image"][1:], 2e-3)
     (root / "0.png").write_bytes(whole)
     for more in ([], ["--seed", "6"]):
-        with pytest.raises(InputError, match="found seed 5, [06] accepted"):
+        with pytest.raises(InputError, match=r"made with seed 5 \(got [06]\)"):
             command(folder, tmp_path / "out", *flags, *more)
     command(folder, tmp_path / "other", *flags, "--seed", "6")
-    assert not torch.equal(weights(tmp_path / "other" / "00001-8x8.safetensors")["image"], one["image"])
+    assert not torch.equal(weights(tmp_path / "other" / "00001-8x8.safetensors")["image"],
+                           one["image"])
 
 
 def test_a_list_of_pairs_without_any_that_can_be_used_is_refused(folder, tmp_path):
     lines = [{"source": f"{i}.png", "target": f"{i}.png", "instruction": "a"} for i in range(3)]
     (tmp_path / "l.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(InputError, match=r"found no pair to encode \(.*0.png -> .*0.png: target: found no"):
+    message = r"must have at least one pair to encode \(got none; .*0.png -> .*0.png: target: "
+    with pytest.raises(InputError, match=message):
         command(folder, tmp_path / "out", "--task", "edit", "--jsonl", str(tmp_path / "l.jsonl"))
     assert not (tmp_path / "out").exists()
 
 
 def test_another_list_or_setting_is_refused_in_the_same_folder(folder, pictures, done):
-    for more, message in ((["--shard", "4"], "found shard 3, 4 accepted"),
-                          (["--t5", "none"], "found text .*with T5, 8 tokens"),
-                          (["--area", "6000"], "found area 4096")):
+    for more, message in ((["--shard", "4"], r"made with shard 3 \(got 4\)"),
+                          (["--t5", "none"], "made with text .*with T5, 8 tokens"),
+                          (["--area", "6000"], "made with area 4096")):
         with pytest.raises(InputError, match=message):
             command(folder, done, "--images", str(pictures), *more)
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--images", "nowhere"], "nowhere: found no image"),
-    (["--jsonl", "nowhere.jsonl"], "nowhere.jsonl: found no file to read"),
-    (["--jsonl", "{bad}"], 'in line 1, {"image": "...", "caption": "..."} accepted'),
+    (["--images", "nowhere"], "nowhere must be a folder with images and captions"),
+    (["--jsonl", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
+    (["--jsonl", "{bad}"], 'line 1 must be {"image": "...", "caption": "..."} (got '),
     (["--images", "a", "--jsonl", "b"], "not allowed with argument"),
     ([], "one of the arguments"),
-    (["--images", "a", "--batch", "0"], "--batch: found 0"),
-    (["--images", "a", "--multiple", "24"], "--multiple: found 24"),
+    (["--images", "a", "--batch", "0"], "--batch must be at least 1 (got 0)"),
+    (["--images", "a", "--multiple", "24"], "--multiple must be a multiple of 16 whose square"),
     (["--images", "a", "--t5", "gpu"], "invalid choice"),
-    (["--task", "edit", "--images", "a"], "--task edit: found --images, --jsonl FILE of pairs accepted"),
-    (["--task", "edit", "--prompt-file", "a"], "--task edit: found --prompt-file, --jsonl FILE of pairs"),
-    (["--task", "inpaint", "--prompt-file", "a"], "--task inpaint: found --prompt-file, --images or --jsonl"),
+    (["--task", "edit", "--images", "a"],
+     "--task edit requires --jsonl FILE of pairs (got --images)"),
+    (["--task", "edit", "--prompt-file", "a"],
+     "--task edit requires --jsonl FILE of pairs (got --prompt-file)"),
+    (["--task", "inpaint", "--prompt-file", "a"],
+     "--task inpaint requires --images or --jsonl (got --prompt-file)"),
     (["--task", "edit", "--jsonl", "{bad}"],
-     'in line 1, {"source": "...", "target": "...", "instruction": "..."} accepted'),
-    (["--task", "edit", "--jsonl", "{bad}", "--seed", "0"], "--seed: found 0 with --task edit, at least 0"),
-    (["--images", "a", "--seed", "3"], "--seed: found 3 with --task text, at least 0 with --task inpaint"),
-    (["--task", "inpaint", "--images", "a", "--seed", "-1"], "--seed: found -1 with --task inpaint"),
+     'line 1 must be {"source": "...", "target": "...", "instruction": "..."} (got '),
+    (["--task", "edit", "--jsonl", "{bad}", "--seed", "0"],
+     "--seed requires --task inpaint (got --task edit)"),
+    (["--images", "a", "--seed", "3"], "--seed requires --task inpaint (got --task text)"),
+    (["--task", "inpaint", "--images", "a", "--seed", "-1"], "--seed must be at least 0 (got -1)"),
     (["--task", "paint", "--images", "a"], "invalid choice"),
     (["--imags", "a"], "one of the arguments|unknown argument")])
 def test_a_bad_command_ends_in_one_line(folder, tmp_path, argv, message):
     (tmp_path / "bad.jsonl").write_text('{"image": "a.png"}')
     with pytest.raises(InputError) as error:
-        command(folder, tmp_path / "out", *(word.format(bad=tmp_path / "bad.jsonl") for word in argv))
+        command(folder, tmp_path / "out", *(word.format(bad=tmp_path / "bad.jsonl") for word
+                                            in argv))
     assert any(part in str(error.value) for part in message.split("|")), error.value
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
@@ -715,6 +775,7 @@ def test_a_bad_command_ends_in_one_line(folder, tmp_path, argv, message):
 def test_the_module_runs_and_exits_with_code_2(folder, tmp_path):
     run = lambda *argv: subprocess.run([sys.executable, "-m", "ladd.encode", *argv], cwd=ROOT,
                                        capture_output=True, text=True)
-    bad = run("--encoders", str(folder), "--out", str(tmp_path / "out"), "--prompt-file", "nowhere.txt")
-    assert bad.returncode == 2 and bad.stderr.startswith("ladd.encode: nowhere.txt: found no file to read")
+    bad = run("--encoders", str(folder), "--out", str(tmp_path / "out"), "--prompt-file",
+              "nowhere.txt")
+    assert bad.returncode == 2 and bad.stderr.startswith("ladd.encode: nowhere.txt: cannot be read")
     assert bad.stderr.count("\n") == 1

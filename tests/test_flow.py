@@ -1,4 +1,5 @@
-"""Schedule algebra and noise-level samplers: identities, exact end points, quantiles with 1e5 draws."""
+"""Schedule algebra and noise-level samplers: identities, exact end points, quantiles with 1e5
+draws."""
 import math
 from collections import Counter
 from statistics import NormalDist
@@ -7,7 +8,7 @@ import pytest
 import torch
 from conftest import assert_close, rng
 
-from ladd import flow
+from ladd.core import flow
 
 N = 100_000
 LEVELS, PROBS = (1.0, 0.75, 0.5, 0.25), (0.7, 0.1, 0.1, 0.1)
@@ -16,7 +17,8 @@ SHAPE = (4, 3, 2, 6)
 
 
 def pair(dtype=torch.float64):
-    return torch.randn(SHAPE, generator=rng(1)).to(dtype), torch.randn(SHAPE, generator=rng(2)).to(dtype)
+    return torch.randn(SHAPE, generator=rng(1)).to(dtype), torch.randn(SHAPE,
+                                                                       generator=rng(2)).to(dtype)
 
 
 def logit_normal_quantiles(mean: float, std: float) -> torch.Tensor:
@@ -51,17 +53,21 @@ def test_velocity_and_x0_round_trip():
 def test_shift_adds_ln_a_to_the_logit_and_keeps_the_ends():
     sigma = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
     for a in (1.0, 1.7, 3.0, 6.0):
-        assert_close(f"a = {a}", torch.logit(flow.shift(sigma, a)), torch.logit(sigma) + math.log(a))
+        assert_close(f"a = {a}", torch.logit(flow.shift(sigma, a)), torch.logit(sigma)
+                     + math.log(a))
         assert flow.shift(torch.tensor([0.0, 1.0]), a).tolist() == [0, 1]
-    assert_close("shift 3", flow.shift(torch.tensor(LEVELS), 3.0), torch.tensor([1, 0.9, 0.75, 0.5]), 1e-6)
+    assert_close("shift 3", flow.shift(torch.tensor(LEVELS), 3.0),
+                 torch.tensor([1, 0.9, 0.75, 0.5]), 1e-6)
     assert torch.equal(flow.shift(sigma, 1.0), sigma)
 
 
 @pytest.mark.parametrize("mean, std", [(0.0, 1.0), (1.0, 1.0), (-0.5, 0.4)])
 def test_logit_normal_quantiles(mean, std):
     sigma = flow.logit_normal(N, mean, std, rng())
-    assert sigma.shape == (N,) and sigma.dtype == torch.float32 and sigma.min() > 0 and sigma.max() < 1
-    assert (sigma.quantile(torch.tensor(QUANTILES)) - logit_normal_quantiles(mean, std)).abs().max() < 5e-3
+    assert sigma.shape == (N,) and sigma.dtype == torch.float32
+    assert sigma.min() > 0 and sigma.max() < 1
+    error = sigma.quantile(torch.tensor(QUANTILES)) - logit_normal_quantiles(mean, std)
+    assert error.abs().max() < 5e-3
 
 
 def test_logit_normal_mixture_has_equal_strata():
@@ -82,11 +88,14 @@ def test_student_levels_have_the_stated_frequencies():
 
 
 def test_student_warm_up_takes_the_easier_half_first():
-    assert flow.student_probs(0, PROBS, 500) == flow.student_probs(499, PROBS, 500) == (0, 0, 0.5, 0.5)
+    assert flow.student_probs(0, PROBS, 500) == flow.student_probs(499, PROBS, 500) == (0, 0, 0.5,
+                                                                                        0.5)
     assert flow.student_probs(500, PROBS, 500) == flow.student_probs(0, PROBS, 0) == PROBS
     assert flow.student_probs(0, (0.5, 0.3, 0.2), 1) == (0, 0.5, 0.5)
-    assert flow.student_probs(0, (1.0,), 1) == (1,)                  # a single level has no easier half
-    found = Counter(flow.student_levels(N, LEVELS, flow.student_probs(0, PROBS, 500), rng()).tolist())
+    # a single level has no easier half
+    assert flow.student_probs(0, (1.0,), 1) == (1,)
+    found = Counter(flow.student_levels(N, LEVELS, flow.student_probs(0, PROBS, 500),
+                                        rng()).tolist())
     assert set(found) == {0.5, 0.25} and abs(found[0.5] / N - 0.5) < 5e-3
 
 
@@ -96,13 +105,14 @@ def test_euler_levels():
             s = flow.euler_levels(steps, a)
             assert s.shape == (steps + 1,) and s[0] == 1 and s[-1] == 0 and (s.diff() < 0).all()
     assert_close("4 steps", flow.euler_levels(4), torch.tensor([*LEVELS, 0]), 1e-7)
-    assert_close("4 steps, shift 3", flow.euler_levels(4, 3.0), torch.tensor([1, 0.9, 0.75, 0.5, 0]), 1e-6)
+    assert_close("4 steps, shift 3", flow.euler_levels(4, 3.0),
+                 torch.tensor([1, 0.9, 0.75, 0.5, 0]), 1e-6)
 
 
-@pytest.mark.parametrize("draw", [
-    lambda g: flow.logit_normal(9, 1.0, 1.0, g), lambda g: flow.logit_normal_mixture(9, (0.0, 1.3), 1.0, g),
-    lambda g: flow.student_levels(9, LEVELS, (0.25,) * 4, g)],
-    ids=["logit_normal", "mixture", "student_levels"])
+@pytest.mark.parametrize("draw", [lambda g: flow.logit_normal(9, 1.0, 1.0, g),
+                                  lambda g: flow.logit_normal_mixture(9, (0.0, 1.3), 1.0, g),
+                                  lambda g: flow.student_levels(9, LEVELS, (0.25,) * 4, g)],
+                         ids=["logit_normal", "mixture", "student_levels"])
 def test_draws_depend_on_the_generator_alone(draw):
     torch.manual_seed(1)
     first = draw(rng(3))
@@ -114,6 +124,7 @@ def test_euler_integrates_a_linear_field_exactly():
     x0, eps = pair()
     sigmas = flow.euler_levels(5, 2.0).double()
     x = eps
-    for now, then in zip(sigmas, sigmas[1:]):                        # v is constant on the whole line
+    # v is constant on the whole line
+    for now, then in zip(sigmas, sigmas[1:]):
         x = x + (then - now) * flow.velocity(x0, eps)
         assert_close(f"at {then:.3f}", x, flow.noised(x0, eps, then.expand(4)))

@@ -19,12 +19,14 @@ from torch import Tensor
 import kernels
 import train
 from kernels import attention, bench, heads, modulation
-from ladd import sampler
-from ladd.distill import Text, TextImage
-from ladd.feed import Feed
-from ladd.fp8 import in_fp8
+from ladd.core import sampler
+from ladd.core.mmdit import Text
+from ladd.data.batches import Prefetch
+from ladd.engine import graphs
+from ladd.engine.fp8 import in_fp8
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
+                                                  reason="needs CUDA")]
 BF16 = torch.bfloat16
 DEVICE = "cuda"     # "cpu" under something that runs the compiled kernels there
 
@@ -158,12 +160,14 @@ def test_a_block_compiles_with_inductor_in_bf16():
 
 
 def test_a_graph_samples_what_the_network_does():
-    model = networks(kernels.load("triton"), True, (0,), "cuda", BF16)[0].to(BF16).requires_grad_(False)
-    graphed, levels = sampler.Graphed(model), torch.tensor([1.0, 0.5, 0.0])
+    model = networks(kernels.load("triton"), True, (0,), "cuda",
+                     BF16)[0].to(BF16).requires_grad_(False)
+    graphed, levels = graphs.Graphed(model), torch.tensor([1.0, 0.5, 0.0])
     text = Text(rand(3, 5, 24, seed=1), rand(3, 20, seed=2))
     for seed in range(2):
         noise = sampler.image_noise([seed, 8, 9], (4, 6, 10)).cuda()
-        plain, replayed = (sampler.sample(m, noise, text, levels, "euler", [0]) for m in (model, graphed))
+        plain, replayed = (sampler.sample(m, noise, text, levels, "euler", [0]) for m
+                           in (model, graphed))
         assert torch.equal(plain, replayed) and len(graphed.graphs) == 1
 
 
@@ -184,17 +188,19 @@ def test_fp8_products_run_and_are_near_bf16():
 
 def test_the_feed_gives_what_was_made():
     """Plain tuples, lists and NamedTuples, pinned by the thread and copied."""
-    text = TextImage(*(torch.arange(4.) + i for i in range(3)))
+    text = Text(*(torch.arange(4.) + i for i in range(3)))
     made = lambda i: (torch.full((2,), i), [text, None])
-    for i, (x, (moved, none)) in enumerate(Feed(made, ((i,) for i in range(3)), torch.device("cuda"))):
-        assert x.tolist() == [i, i] and isinstance(moved, TextImage) and none is None
+    for i, (x, (moved, none)) in enumerate(Prefetch(made, ((i,) for i in range(3)),
+                                                    torch.device("cuda"))):
+        assert x.tolist() == [i, i] and isinstance(moved, Text) and none is None
         assert all(t.is_cuda and t.cpu().equal(u) for t, u in zip(moved, text))
 
 
-@pytest.mark.parametrize("flags", ["", "--task edit --image-guidance 1.3", "--task inpaint --lora 4"])
+@pytest.mark.parametrize("flags", ["", "--task edit --image-guidance 1.3",
+                                   "--task inpaint --lora 4"])
 def test_a_short_run_ends_with_its_report(tmp_path, monkeypatch, flags):
     monkeypatch.chdir(tmp_path)
-    short = ("--teacher-steps 4 --teacher-images 256 --data-size 256 --data-batch 64 --steps 2 --batch 16 "
-             "--heads-first 2 --n 16 --eval-n 16 --sample-steps 2")
+    short = ("--teacher-steps 4 --set teacher_images=256 --data-size 256 --set shard_size=64 "
+             "--steps 2 --batch 16 --set heads_first=2 --n 16 --set eval_n=16 --sample-steps 2")
     train.main(f"--preset tiny --name short {short} {flags}".split())
     assert (tmp_path / "runs/short/report.png").exists()

@@ -1,4 +1,5 @@
-"""LoRA in train.py: what trains, what is kept, written and planned; student, shrunk student and teacher."""
+"""LoRA in train.py: what trains, what is kept, written and planned; student, shrunk student and
+teacher."""
 import json
 from pathlib import Path
 
@@ -6,22 +7,28 @@ import pytest
 import torch
 from conftest import assert_close
 from test_cost import allocator_peak
-from test_step import setting
+from test_report import check_report
 from test_torchrun import close, processes, same_log
-from test_train import QUIET, assert_same, load_state, log_of, main, rows_of, save_teacher, weights
+from test_train import (QUIET, TINY, assert_same, load_state, log_of, main, rows_of, save_teacher,
+                        weights)
 from torch import Tensor
 
 import kernels
-from ladd import lora, report, step
-from ladd.checkpoint import load_metadata, load_mmdit
-from ladd.config import parse_config
-from ladd.data import Latents
-from ladd.mmdit import MMDiT, shrunk, widened
-from ladd.step import Layout, ladd_step, make_players
+from ladd.build import (batching_of, compute_of, heads_of, networks_on_meta, plan_of, student_lora,
+                        text_tokens)
+from ladd.config import Config, parse_config
+from ladd.core import lora
+from ladd.core.mmdit import MMDiT, shrunk, widened
+from ladd.data.shards import Latents
+from ladd.engine import networks
+from ladd.engine.networks import LoraConfig
+from ladd.engine.step import Networks, Optim, ladd_step, make_networks, step_parts
+from ladd.sd3 import lora_files
+from ladd.sd3.checkpoint import load_metadata, load_mmdit
 
-CPU, RANK = torch.device("cpu"), 4
+RANK = 4
 REUSE = "--teacher t.safetensors --data runs/whole/data"
-BASE = "--base t.safetensors --qk-norm --objective flow"
+BASE = "--base t.safetensors --set qk_norm=on --steps 0"
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +51,10 @@ def teacher_of(home: Path, depth: int = 2) -> dict[str, Tensor]:
 
 
 def assert_sum(base: dict[str, Tensor], folder: Path, name: str, but: tuple[str, ...] = ()) -> None:
-    """folder/name.safetensors is `base` and, bit for bit, the delta of name_lora.safetensors, which is not
-    nothing; of `but` only that they moved."""
-    found, made = lora.load(folder / f"{name}_lora.safetensors"), weights(folder / f"{name}.safetensors")
+    """folder/name.safetensors is `base` and, bit for bit, the delta of name_lora.safetensors, which
+    is not nothing; of `but` only that they moved."""
+    found, made = lora_files.load(
+        folder / f"{name}_lora.safetensors"), weights(folder / f"{name}.safetensors")
     assert made.keys() == base.keys() and found and all(f.b.abs().max() > 0 for f in found.values())
     for key, w in base.items():
         f = found.get(key.removesuffix(".weight"))
@@ -56,16 +64,32 @@ def assert_sum(base: dict[str, Tensor], folder: Path, name: str, but: tuple[str,
 
 # a step
 
-@pytest.mark.parametrize("precision, targets, alpha", [
-    ("fp32", "all", 0), ("bf16", "attention,mlp.fc1", 3)])
-def test_a_step_moves_the_matrices_and_nothing_else(precision, targets, alpha):
+def made(config: Config, base: MMDiT) -> Networks:
+    return make_networks(base, compute_of(config), config.group(Optim),
+                         heads_of(config, base.config), adapter=student_lora(config))
+
+
+def setting(flags: str) -> tuple[Config, Networks, list]:
+    """Options, the networks, and the micro-batches of a step."""
+    line = f"{TINY} --kernels torch --set qk_norm=on --set heads_first=0 {flags}"
+    config = parse_config(line.split())
+    torch.manual_seed(0)
+    base = MMDiT(config.model, kernels.load("torch"))
+    for p in base.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    latents = of_noise(config, (4, 8))
+    return config, made(config, base), step_parts(config.ladd, batching_of(config), latents, 0, 0)
+
+
+@pytest.mark.parametrize("precision, targets", [("fp32", "all"), ("bf16", "attention,mlp.fc1")])
+def test_a_step_moves_the_matrices_and_nothing_else(precision, targets):
     """One copy of what is frozen serves three networks, in the compute dtype; the rest is fp32."""
-    flags = f"--precision {precision} --lora {RANK} --lora-targets {targets} --lora-alpha {alpha} --ema .9"
-    config, dc, p, parts = setting(flags)
+    config, p, parts = setting(
+        f"--precision {precision} --lora {RANK} --lora-targets {targets} --ema .9")
     frozen = {k: t.clone() for k, t in p.teacher.state_dict().items()}
     before = {k: t.detach().clone() for k, t in p.tensors().items()}
     for _ in range(2):                                                # A moves once B is not zero
-        ladd_step(config, dc, p, parts, True)
+        ladd_step(config.ladd, p, parts, config.ema, True)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     student, ema = p.student.state_dict(), p.ema.state_dict()
     for key, t in p.teacher.state_dict().items():
@@ -73,42 +97,49 @@ def test_a_step_moves_the_matrices_and_nothing_else(precision, targets, alpha):
         assert t.data_ptr() == student[key].data_ptr() == ema[key].data_ptr(), key
     names = lora.parameters(p.student).keys()
     assert names == student.keys() - frozen.keys() == ema.keys() - frozen.keys()
-    assert names == step.trained(p.student).keys() and {id(q) for q in p.opt_g.param_groups[0]["params"]} == {
+    assert names == networks.trainable(p.student).keys()
+    assert {id(q) for q in p.opt_g.param_groups[0]["params"]} == {
         id(q) for q in lora.parameters(p.student).values()}
     layers = lora.of_kind(p.student, lora.Lora).values()
-    assert {layer.scale for layer in layers} == {(alpha or RANK) / RANK}
+    assert {(layer.alpha, layer.scale) for layer in layers} == {(RANK, 1)}
     for name in names:
         now, mean, start = student[name], ema[name], before[f"student.{name}"]
         assert now.dtype == mean.dtype == torch.float32 and before[f"ema.{name}"].equal(start)
-        if "blocks.1.context" not in name:                            # the last text tokens reach no head
-            assert not now.equal(start) and (mean - start).abs().max() < 0.5 * (now - start).abs().max(), name
+        # the last text tokens reach no head
+        if "blocks.1.context" not in name:
+            assert not now.equal(
+                start) and (mean - start).abs().max() < 0.5 * (now - start).abs().max(), name
         assert name.endswith("_a") or start.eq(0).all()
 
 
 @pytest.mark.parametrize("flags", ["", f"--lora {RANK}"])
 def test_the_average_follows_what_trains_and_keeps_no_graph(flags):
-    config, dc, p, parts = setting(f"--ema .75 {flags}")
-    before, names = {k: t.detach().clone() for k, t in p.ema.named_parameters()}, step.trained(p.student)
-    ladd_step(config, dc, p, parts, True)
+    config, p, parts = setting(f"--ema .75 {flags}")
+    before = {k: t.detach().clone() for k, t in p.ema.named_parameters()}
+    names = networks.trainable(p.student)
+    ladd_step(config.ladd, p, parts, config.ema, True)
     for k, t in p.ema.named_parameters():
         assert not t.requires_grad and t.grad_fn is None
-        assert_close(k, t, torch.lerp(before[k], p.student.get_parameter(k).detach(), 0.25 * (k in names)))
+        weight = 0.25 * (k in names)
+        assert_close(k, t, torch.lerp(before[k], p.student.get_parameter(k).detach(), weight))
 
 
 def test_what_is_seen_is_what_is_written(home, tmp_path):
-    """Of a network in bf16 the sum is made with the weights it came from, not with its own roundings."""
+    """Of a network in bf16 the sum is made with the weights it came from, not with its own
+    roundings."""
     base = load_mmdit(home / "t.safetensors", kernels.load("torch"))
-    config = parse_config(f"--preset tiny --device cpu --precision bf16 --lora {RANK}".split(), "tiny")
-    model = step.network(base.config, base.state_dict(), config, Layout(CPU), torch.float32, True, rank=RANK)
+    compute = compute_of(parse_config("--device cpu --precision bf16".split()))
+    model = networks.network(base.config, base.state_dict(), compute, torch.float32, True,
+                             adapter=LoraConfig(RANK, ("all",), 0))
     assert model.x_embedder.proj.weight.dtype == torch.bfloat16
     with torch.no_grad():
         for i, p in enumerate(lora.parameters(model).values()):
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
-    step.save_network(model, base.state_dict(), tmp_path / "n.safetensors", {}, "")
-    viewer = step.inference(model, config, CPU)
-    step.refresh(viewer, model, base.state_dict())
+    networks.save_network(model, base.state_dict(), tmp_path / "n.safetensors", {}, "")
+    eval_model = networks.inference(model, compute)
+    networks.refresh(eval_model, model, base.state_dict())
     written = weights(tmp_path / "n.safetensors")
-    assert all(t.equal(written[k].bfloat16()) for k, t in viewer.state_dict().items())
+    assert all(t.equal(written[k].bfloat16()) for k, t in eval_model.state_dict().items())
     assert_sum(base.state_dict(), tmp_path, "n")
 
 
@@ -121,51 +152,56 @@ def test_a_run_writes_the_sum_and_the_lora(home, whole):
         "4", "4", "t.safetensors", load_metadata(whole / "student.safetensors")["levels"])
     names = weights(whole / "student_lora.safetensors").keys()
     assert all(name.startswith("lora_unet_joint_blocks_") for name in names)
-    report.validate_report(json.loads((whole.parent / "report.json").read_text()))
+    check_report(json.loads((whole.parent / "report.json").read_text()))
     fds = {(row["model"], row["steps"]): row["fd"] for row in rows_of(whole.parent)}
     assert fds["student", 1] != fds["untrained", 1] and len(names) == 3 * 17
 
 
 def test_a_state_holds_only_what_trains(whole):
-    """16 bytes a number of the LoRA: weights, average, two moments; the frozen weights are nowhere in it."""
+    """16 bytes a number of the LoRA: weights, average, two moments; the frozen weights are nowhere
+    in it."""
     _, state, _ = load_state(whole / "distill")
-    lora_names = {k for k in state if k.startswith(("student.", "ema.")) or k.endswith(("_sq", "_avg"))}
+    lora_names = {k for k in state if k.startswith(("student.", "ema."))
+                  or k.endswith(("_sq", "_avg"))}
     assert all(".lora_" in k for k in lora_names if not k.startswith("opt_d."))
-    size = {end: sum(t.nbytes for k, t in state.items() if k.startswith("student.") and k.endswith(end))
-            for end in ("lora_a", "lora_b")}
-    n = sum(t.numel() for f in lora.load(whole / "student_lora.safetensors").values() for t in f[:2])
+    size = {end: sum(t.nbytes for k, t in state.items() if k.startswith("student.")
+                     and k.endswith(end)) for end in ("lora_a", "lora_b")}
+    n = sum(t.numel() for f in lora_files.load(whole / "student_lora.safetensors").values() for t
+            in f[:2])
     assert sum(size.values()) == 4 * n
     ours = sum(t.nbytes for k, t in state.items() if not k.startswith(("heads.", "opt_d.")))
     count = sum(k.startswith("opt_g.") and k.endswith(".step") for k in state)
-    assert 12 * n < ours <= 16 * n + 4 * count                        # what never moved has no moments
+    # what never moved has no moments
+    assert 12 * n < ours <= 16 * n + 4 * count
     base = sum(t.nbytes for t in weights(whole / "student.safetensors").values())
     assert ours < base / 3
 
 
 def test_a_run_that_is_resumed_equals_one_that_is_not(home, whole):
-    straight, run, flags = home / "runs/whole", home / "runs/resumed", f"{REUSE} --lora {RANK} {QUIET}"
-    main(home, f"--name resumed {flags} --stop-after 3")
+    straight, run = home / "runs/whole", home / "runs/resumed"
+    flags = f"{REUSE} --lora {RANK} {QUIET}"
+    main(home, f"--name resumed {flags} --set stop_after=3")
     main(home, f"--name resumed {flags}")
     assert_same(straight, run, r"(step_000006/part-.*|student|student_lora)\.safetensors$")
     assert log_of(straight) == log_of(run)
 
 
 @pytest.mark.parametrize("name, flags, depth", [
-    ("shrunk", "--student-depth 1 --lora 4 --lora-targets attention --lora-alpha 8", 1),
-    ("lcm", "--objective lcm --lora 2 --checkpoint full", 2), ("best", "--lora 4 --eval-every 3", 2)])
+    ("shrunk", "--student-depth 1 --lora 4 --lora-targets attention", 1),
+    ("best", "--lora 4 --eval-every 3", 2)])
 def test_other_students(home, whole, name, flags, depth):
-    """Of fewer blocks, by consistency, and the best of some: with its LoRA beside the last's."""
+    """Of fewer blocks, and the best of some: with its LoRA beside the last's."""
     main(home, f"--name {name} {REUSE} {QUIET} {flags}")
     folder = home / "runs" / name / "checkpoints"
     assert_sum(teacher_of(home, depth), folder, "student" if name != "best" else "last")
     left = sorted(path.name for path in folder.glob("*.safetensors"))
     assert left[-2:] == ["student.safetensors", "student_lora.safetensors"]
     assert left[:-2] == ["last.safetensors", "last_lora.safetensors"] * (name == "best")
-    found, about = lora.load(folder / "student_lora.safetensors"), load_metadata(
+    found, about = lora_files.load(folder / "student_lora.safetensors"), load_metadata(
         folder / "student_lora.safetensors")
     assert {len(f.a) for f in found.values()} == {int(flags.split("--lora ")[1][0])}
     if name == "shrunk":
-        assert {f.alpha for f in found.values()} == {8} and about["base"] == (
+        assert {f.alpha for f in found.values()} == {4} and about["base"] == (
             "t.safetensors, 1 of its blocks taken evenly")
         assert {key.split(".")[-1] for key in found} == {"qkv", "proj"}
 
@@ -181,49 +217,56 @@ def test_a_teacher_starts_from_a_base_that_stays(home, task):
     assert_sum(wide, folder, "teacher", also)
     new = weights(folder / "teacher.safetensors")["x_embedder.proj.weight"][:, 16:]
     assert new.shape[1] == wide["x_embedder.proj.weight"].shape[1] - 16
-    assert task == "text" or new.flatten(2).abs().amax((0, 2)).min() > 0       # each channel of the image
+    # each channel of the image
+    assert task == "text" or new.flatten(2).abs().amax((0, 2)).min() > 0
     if task == "edit":
-        for more in ("--stop-after 4", ""):
+        for more in ("--set stop_after=4", ""):
             main(home, f"--name again {flags} {more}")
-        assert_same(home / "runs/t-edit", home / "runs/again", r"(step_000006/part-.*|teacher|r_lora)\.safe")
-    names = {k.removeprefix("model.") for k in load_state(folder / "teacher")[1] if k.startswith("model.")}
-    assert names - set(also) == {f"{k}.lora_{part}" for k in lora.load(folder / "teacher_lora.safetensors")
-                                 for part in "ab"}
+        assert_same(home / "runs/t-edit", home / "runs/again",
+                    r"(step_000006/part-.*|teacher|r_lora)\.safe")
+    names = {k.removeprefix("model.") for k in load_state(folder / "teacher")[1]
+             if k.startswith("model.")}
+    assert names - set(also) == {f"{k}.lora_{part}" for k
+                                 in lora_files.load(folder / "teacher_lora.safetensors") for part
+                                 in "ab"}
     assert load_metadata(folder / "teacher_lora.safetensors")["base"].startswith("t.safetensors")
 
 
 # the plan
 
 @pytest.mark.parametrize("flags", ["--lora 8", pytest.param(
-    "--lora 8 --checkpoint full", marks=pytest.mark.slow)])
+    "--lora 8 --recompute full", marks=pytest.mark.slow)])
 def test_the_plan_is_the_allocators_peak(flags):
-    """From the making of the networks on, to 0.5 %; the frozen weights count once."""
-    line = f"--device cpu --precision fp32 --batch 4 --depth 3 --heads-steps 1 --text-dim 64 {flags}"
-    config = parse_config([*line.split(), "--preset", "tiny", "--sizes", "96x96"], "tiny")
+    """From the making of the networks on, to 10 %; the frozen weights count once."""
+    line = ("--device cpu --precision fp32 --batch 4 --set depth=3 --heads-steps 1 "
+            f"--set text_dim=64 {flags}")
+    config = parse_config([*line.split(), "--sizes", "96x96"])
     torch.manual_seed(0)
-    base = MMDiT(step.teacher_config(config), kernels.load("torch"))
-    dc = step.distill_config(config)
-    latents = of_noise(config, (12, 12))
+    base, compute = MMDiT(config.model, kernels.load("torch")), compute_of(config)
+    latents, batching = of_noise(config, (12, 12)), batching_of(config)
 
     def run() -> None:
-        p = make_players(config, base, Layout(CPU))
+        p = made(config, base)
         for i in range(2):
-            parts = step.step_parts(config, dc, latents, i, 0)
-            ladd_step(config, dc, p, parts, True)
+            parts = step_parts(config.ladd, batching, latents, i, 0)
+            ladd_step(config.ladd, p, parts, config.ema, True)
 
-    found, plan = allocator_peak(run), step.memory_plan_of(config, base.config, CPU)()
-    gone = plan["heads (weights, gradients, Adam)"] / 4            # their gradients, which it always counts
-    assert plan["sum"] - gone == pytest.approx(found, rel=0.005)
-    kept = plan["student (fp32 weights, Adam, average)"]
-    assert kept == 16 * sum(t.numel() for t in step.trained(make_players(
-        config, base, Layout(CPU)).student).values()) < plan["teacher (frozen)"]
+    planned = plan_of(config, networks_on_meta(config, base.config, compute.dtype), compute, 1)
+    found, plan = allocator_peak(run), planned()
+    # the gradients of the heads are always counted
+    gone = plan["heads (weights, gradients, Adam)"] / 4
+    assert plan["sum"] - gone == pytest.approx(found, rel=0.1)
+    kept = plan["student (fp32 weights, Adam, EMA)"]
+    numbers = sum(t.numel() for t in networks.trainable(made(config, base).student).values())
+    assert kept == 16 * numbers < plan["teacher (frozen)"]
 
 
-def of_noise(config, hw: tuple[int, int]) -> Latents:
-    n, tokens = 12, step.tokens_of(config)
-    text = torch.randn(n, tokens, config.text_dim).bfloat16(), torch.randn(n, config.text_dim).bfloat16()
-    return Latents([str(i) for i in range(n)], *text, torch.arange(n)[:, None], (text[0][0], text[1][0]),
-                   {hw: (torch.randn(n, 16, *hw), torch.arange(n))}, {})
+def of_noise(config: Config, hw: tuple[int, int]) -> Latents:
+    n, tokens = 12, text_tokens(config)
+    text = (torch.randn(n, tokens, config.text_dim).bfloat16(),
+            torch.randn(n, config.text_dim).bfloat16())
+    return Latents([str(i) for i in range(n)], *text, torch.arange(n)[:, None],
+                   (text[0][0], text[1][0]), {hw: (torch.randn(n, 16, *hw), torch.arange(n))}, {})
 
 
 @pytest.mark.slow
@@ -236,7 +279,7 @@ def test_the_dry_run_knows_it(home):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(home, whole):
-    layouts = {"ddp": "--parallel ddp", "fsdp": "--parallel fsdp --checkpoint selective --shard-teacher on"}
+    layouts = {"ddp": "--shard none", "fsdp": "--shard all --recompute selective"}
     edit = f"{BASE} --teacher-lora 4 --task edit"
     main(home, f"--name one {REUSE} --lora 3 {QUIET}")
     main(home, f"--name one-edit {edit}")

@@ -1,6 +1,8 @@
-"""The modulation kernels under Triton's interpreter against the float64 reference, and what they compile to.
+"""The modulation kernels under Triton's interpreter against the float64 reference, and what they
+compile to.
 
-The interpreter runs 64 programs in about a second: shapes are small, lengths end inside, at and after a tile.
+The interpreter runs 64 programs in about a second: shapes are small, lengths end inside, at and
+after a tile.
 """
 import itertools
 import json
@@ -41,9 +43,11 @@ def flat(out) -> list[Tensor]:
 
 
 def run(function, args: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """(outputs, gradients of the args that need one) of function(*args); gradients of outputs are fixed."""
+    """(outputs, gradients of the args that need one) of function(*args); gradients of outputs are
+    fixed."""
     out = flat(function(*args))
-    dout = [torch.randn(o.shape, generator=rng(9 + i), dtype=torch.float64).to(o) for i, o in enumerate(out)]
+    dout = [torch.randn(o.shape, generator=rng(9 + i), dtype=torch.float64).to(o) for i, o
+            in enumerate(out)]
     wanted = [a for a in args if a.requires_grad]
     return [o.detach() for o in out], list(torch.autograd.grad(out, wanted, dout)) if wanted else []
 
@@ -52,7 +56,8 @@ def against_reference(name: str, args: list[Tensor], tol: float | None = None) -
     exact = [a.detach().double().requires_grad_() for a in args]
     out, grads = run(getattr(modulation, name), args)
     out64, grads64 = run(getattr(modulation, f"reference_{name}"), exact)
-    labels = [f"{name}, output {i}" for i in range(len(out))] + [f"d{NAMES[i]}" for i in ARGUMENTS[name]]
+    labels = [f"{name}, output {i}" for i in range(len(out))] + [f"d{NAMES[i]}" for i
+                                                                 in ARGUMENTS[name]]
     for label, a, e in zip(labels, out + grads, out64 + grads64, strict=True):
         assert_close(label, a, e.to(a.dtype), tol)
 
@@ -66,7 +71,8 @@ def test_lengths(name, l):
 
 
 @every
-@pytest.mark.parametrize("b, l, d", [(2, 5, 128), (1, 3, 192), (3, 2, 832), (1, 3, 1536), (2, 2, 2432)])
+@pytest.mark.parametrize("b, l, d", [(2, 5, 128), (1, 3, 192), (3, 2, 832), (1, 3, 1536), (2, 2,
+                                                                                           2432)])
 def test_widths(name, b, l, d):
     against_reference(name, inputs(name, b, l, d))
 
@@ -92,7 +98,8 @@ def test_float64_gradients_by_finite_differences(name, eps):
     against_reference(name, args)
     assert torch.autograd.gradcheck(call, args, fast_mode=True)
     if name != "gate":
-        out, expected = flat(call(*args)), flat(getattr(modulation, f"reference_{name}")(*args, eps))
+        out, expected = flat(call(*args)), flat(getattr(modulation, f"reference_{name}")(*args,
+                                                                                         eps))
         for i, (a, e) in enumerate(zip(out, expected)):
             assert_close(f"eps {eps}, output {i}", a, e)
 
@@ -104,7 +111,8 @@ def test_half_precision_is_the_wide_result_rounded_once(name):
         out, grads = run(getattr(modulation, name), args)
         wide, _ = run(getattr(modulation, name), [a.detach().float() for a in args])
         for i, (a, e) in enumerate(zip(out, wide)):
-            if dtype == torch.bfloat16:        # a GPU rounds to nearest, the interpreter towards zero
+            # a GPU rounds to nearest, the interpreter towards zero
+            if dtype == torch.bfloat16:
                 e = (e.view(torch.int32) & -2 ** 16).view(torch.float32)
             assert a.dtype == dtype and torch.equal(a, e.to(dtype)), f"output {i}"
         against_reference(name, args, 1e-2 if dtype == torch.bfloat16 else 2e-3)
@@ -112,11 +120,13 @@ def test_half_precision_is_the_wide_result_rounded_once(name):
 
 def test_extreme_rows():
     x = torch.zeros(1, 3, 64)
-    x[0, 1], x[0, 2] = 1e-3 * torch.randn(64), 1e4 + torch.randn(64)    # constant; variance like eps; offset
+    # constant; variance like eps; offset
+    x[0, 1], x[0, 2] = 1e-3 * torch.randn(64), 1e4 + torch.randn(64)
     shift, scale = torch.randn(1, 64), torch.randn(1, 64)
     y, plain = modulation.modulate(x, shift, scale), modulation.reference_modulate(x, shift, scale)
     exact = modulation.reference_modulate(x.double(), shift.double(), scale.double())
-    # the mean of fp32 numbers around 1e4 is wrong in any order of summation: twice the reference's error
+    # the mean of fp32 numbers around 1e4 is wrong in any order of summation: twice the reference's
+    # error
     assert ((y - exact).abs() <= 2 * (plain - exact).abs().amax(-1, True) + 1e-6).all()
     assert torch.equal(y[:, 0], shift)
 
@@ -138,28 +148,34 @@ def test_chunks_of_the_modulation_are_read_in_place(chunks, monkeypatch):
         found = torch.autograd.grad(out, leaves, dout)
         whole64 = whole.detach().double().requires_grad_()
         views = whole64.chunk(chunks, -1)[-5:]
-        args = [a.detach().double().requires_grad_() if i < 2 else views[i - 2] for i, a in zip(which, args)]
+        args = [a.detach().double().requires_grad_() if i < 2 else views[i - 2] for i, a
+                in zip(which, args)]
         expected = torch.autograd.grad(flat(getattr(modulation, f"reference_{name}")(*args)),
-                                       [a for a in args if a.is_leaf] + [whole64], [g.double() for g in dout])
+                                       [a for a in args if a.is_leaf] + [whole64],
+                                       [g.double() for g in dout])
         for i, (a, e) in enumerate(zip(found, expected, strict=True)):
             assert_close(f"{name}, gradient {i}", a, e.float())
 
 
 @every
 def test_expanded_and_strided(name):
-    """Modulation of batch stride 0; x and branch with other row and batch strides; gradients of stride 0."""
+    """Modulation of batch stride 0; x and branch with other row and batch strides; gradients of
+    stride 0."""
     args = [a.detach() for a in inputs(name, 3, 7, 128)]
     for i, a in enumerate(args):
         if a.ndim == 3:
-            wide = torch.full((7, 3, 200), float("nan"))           # tokens first, then batch, padded rows
+            # tokens first, then batch, padded rows
+            wide = torch.full((7, 3, 200), float("nan"))
             wide[..., 8:136] = a.transpose(0, 1)
             args[i] = wide.transpose(0, 1)[..., 8:136].requires_grad_()
         else:
             args[i] = a[:1].expand(3, -1).requires_grad_()
         assert not args[i].is_contiguous()
     against_reference(name, args)
-    columns = [a.detach().mT.contiguous().mT if a.ndim == 3 else a.detach() for a in args]    # copied once
-    for a, e in zip(flat(getattr(modulation, name)(*columns)), flat(getattr(modulation, name)(*args))):
+    # copied once
+    columns = [a.detach().mT.contiguous().mT if a.ndim == 3 else a.detach() for a in args]
+    for a, e in zip(flat(getattr(modulation, name)(*columns)),
+                    flat(getattr(modulation, name)(*args))):
         assert torch.equal(a, e)
     summed = lambda f, leaves: torch.autograd.grad(sum(o.sum() for o in flat(f(*leaves))), leaves)
     found = summed(getattr(modulation, name), [a.detach().requires_grad_() for a in args])
@@ -171,7 +187,8 @@ def test_expanded_and_strided(name):
 
 
 def padded(t: Tensor, pad: int) -> Tensor:
-    """The values of t in rows that are `pad` longer, between NaN; with three dimensions also tokens first."""
+    """The values of t in rows that are `pad` longer, between NaN; with three dimensions also tokens
+    first."""
     wide = torch.full((*t.shape[:-1], t.shape[-1] + pad), float("nan"), dtype=t.dtype)
     wide = wide.transpose(0, 1).contiguous().transpose(0, 1) if t.ndim == 3 and pad % 16 else wide
     wide[..., :t.shape[-1]] = t
@@ -185,7 +202,8 @@ def test_every_tensor_has_strides_of_its_own(name):
     out, expected = flat(getattr(modulation, name)(*args)), flat(getattr(modulation, name)(*plain))
     dout = [torch.randn(3, 7, 64, generator=rng(i)) for i in range(len(out))]
     found = torch.autograd.grad(out, args, [padded(g, 24 * i + 56) for i, g in enumerate(dout)])
-    for a, e in zip([*out, *found], [*expected, *torch.autograd.grad(expected, plain, dout)], strict=True):
+    for a, e in zip([*out, *found], [*expected, *torch.autograd.grad(expected, plain, dout)],
+                    strict=True):
         assert torch.equal(a, e)
 
 
@@ -220,19 +238,22 @@ def test_every_subset_of_gradients(name, monkeypatch):
             assert torch.equal(a, e), needs
         need = dict(zip((NAMES[i] for i in ARGUMENTS[name]), needs))
         if not any(v for k, v in need.items() if name != "gate" or k != "x"):
-            assert not outputs, needs                                      # gate: dx is dz, nothing to launch
+            # gate: dx is dz, nothing to launch
+            assert not outputs, needs
             continue
         (dx, dbranch, sums), = outputs
         assert dx.numel() == (2 * 5 * 64 if need["x"] and name != "gate" else 0), needs
         assert dbranch.numel() == (2 * 5 * 64 if need.get("branch") else 0), needs
-        assert sums.shape == (2, sum(v for k, v in need.items() if k not in ("x", "branch")), 64), needs
+        vectors = sum(v for k, v in need.items() if k not in ("x", "branch"))
+        assert sums.shape == (2, vectors, 64), needs
 
 
 def test_frozen_networks_save_no_branch():
     x, branch, *vectors = inputs("gate_modulate", 1, 4, 64)
     out = modulation.gate_modulate(x, branch, *(v.detach() for v in vectors))[1]
     saved = [t for t in out.grad_fn.saved_tensors if t is not None]
-    assert sum(t.numel() for t in saved) == 4 * 64 + 2 * 4 + 2 * 64        # x', statistics, gate and scale
+    # x', statistics, gate and scale
+    assert sum(t.numel() for t in saved) == 4 * 64 + 2 * 4 + 2 * 64
 
 
 @pytest.mark.parametrize("name, used", [("modulate2", 0), ("modulate2", 1), ("gate_modulate", 0),
@@ -292,9 +313,9 @@ def test_opcheck(name):
     torch.library.opcheck(torch.ops.ladd.modulation_forward, (*args, 1e-6))
     dz, dy, dy2, h = torch.randn(4, 2, 3, 64).unbind(0)
     norm = name != "gate"
-    args = (None if norm and name != "gate_modulate" else dz, dy if norm else None,
-            dy2 if name == "modulate2" else None, h if norm else None, torch.rand(2, 3, 2) if norm else None,
-            args[1], args[2], args[4], args[6], [a is not None for a in args])
+    args = (None if norm and name != "gate_modulate" else dz, dy if norm else None, dy2
+            if name == "modulate2" else None, h if norm else None, torch.rand(2, 3, 2) if norm
+            else None, args[1], args[2], args[4], args[6], [a is not None for a in args])
     args = [a.detach() if isinstance(a, Tensor) else a for a in args]
     torch.library.opcheck(torch.ops.ladd.modulation_backward, tuple(args))
 
@@ -317,7 +338,8 @@ def test_compiled_as_one_graph():
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     for l in (5, 33):
         expected, found = run(block, block_inputs(l)), run(compiled, block_inputs(l))
-        for i, (a, e) in enumerate(zip(found[0] + found[1], expected[0] + expected[1], strict=True)):
+        for i, (a, e) in enumerate(zip(found[0] + found[1], expected[0] + expected[1],
+                                       strict=True)):
             assert_close(f"output or gradient {i}", a, e, 1e-6)
 
 
@@ -336,7 +358,8 @@ def test_lengths_do_not_recompile():
 def test_length_is_no_part_of_a_kernels_key():
     for kernel in (modulation._forward, modulation._backward):
         text = Path(modulation.__file__).read_text()
-        assert text.count('@triton.jit(do_not_specialize=["L"])\n    def ' + kernel.fn.__name__) == 1
+        start = '@triton.jit(do_not_specialize=["L"])\n    def '
+        assert text.count(start + kernel.fn.__name__) == 1
 
 
 def test_activation_checkpointing():
@@ -363,7 +386,8 @@ def test_at_most_six_percent_of_the_lanes_idle(d):
         for kind, row in rows.items():
             width, tail = modulation.pieces(d, row.block)
             lanes = d // width * width + tail
-            assert d <= lanes and (tail > 0) == (d % width > 0) and 1 - d / lanes <= 0.06, (arch, kind)
+            assert d <= lanes and (tail > 0) == (d % width > 0) and 1 - d / lanes <= 0.06, (arch,
+                                                                                            kind)
             assert width & (width - 1) == 0 and tail & (tail - 1) == 0 and width <= row.block
 
 
@@ -377,13 +401,15 @@ def test_an_unknown_architecture_is_announced_once(monkeypatch, recwarn):
     assert [str(w.message).count("sm_75") for w in recwarn if "sm_" in str(w.message)] == [1]
 
 
-@pytest.mark.parametrize("b, l, programs", [(1, 4096, 256), (2, 4096, 264), (8, 4096, 264), (2, 154, 20)])
+@pytest.mark.parametrize("b, l, programs", [(1, 4096, 256), (2, 4096, 264), (8, 4096, 264), (2, 154,
+                                                                                             20)])
 def test_sums_fill_an_h100_once(b, l, programs, monkeypatch):
     """Two programs an SM while each keeps 16 tokens."""
     grids = []
     monkeypatch.setattr(modulation, "ARCH", 90)
     monkeypatch.setattr(modulation, "_wrap", lambda kernel: Recorder(grids))
-    dy, scale, stats = torch.empty(1, 1, 64).expand(b, l, 64), torch.empty(b, 64), torch.empty(b, l, 2)
+    dy, scale, stats = torch.empty(1, 1, 64).expand(b, l, 64), torch.empty(b, 64), torch.empty(b, l,
+                                                                                               2)
     needs = [True, False, False, True, True, False, False]
     modulation._run_backward(None, dy, None, dy, stats, None, None, scale, None, needs)
     assert [x * y for x, y in grids] == [programs]
@@ -398,17 +424,18 @@ def test_least_tokens_of_a_program_are_whole_tiles():
 
 def test_errors(monkeypatch):
     x, branch, gate, shift, scale = (a.detach() for a in inputs("gate_modulate", 2, 3, 64))
-    for bad in ((x[0], shift, scale), (x[..., :48], shift[:, :48], scale[:, :48]), (x, shift[:1], scale),
-                (x, shift, scale.double()), (x.int(), shift.int(), scale.int()), (x, shift, x)):
-        with pytest.raises(ValueError, match="modulate: expected.*found"):
+    for bad in ((x[0], shift, scale), (x[..., :48], shift[:, :48], scale[:, :48]),
+                (x, shift[:1], scale), (x, shift, scale.double()),
+                (x.int(), shift.int(), scale.int()), (x, shift, x)):
+        with pytest.raises(ValueError, match="modulate: .* must be .*got"):
             modulation.modulate(*bad[:2], bad[2] if bad[2].ndim == 2 else bad[2][:1])
-    with pytest.raises(ValueError, match="gate: expected.*found"):
+    with pytest.raises(ValueError, match="gate: tensors must be .*2, 3, 64.*got .*2, 2, 64"):
         modulation.gate(x, branch[:, :2], gate)
     monkeypatch.setattr(modulation, "INTERPRET", False)
-    with pytest.raises(RuntimeError, match="gate: found a tensor on cpu.*CUDA.*TRITON_INTERPRET"):
+    with pytest.raises(RuntimeError, match="gate: .*CUDA.*TRITON_INTERPRET.*got cpu"):
         modulation.gate(x, branch, gate)
     monkeypatch.setattr(modulation, "triton", None)
-    with pytest.raises(RuntimeError, match="modulate2: found no Triton"):
+    with pytest.raises(RuntimeError, match="modulate2: .*got cpu, without Triton"):
         modulation.modulate2(x, shift, scale, shift, scale)
 
 
@@ -426,7 +453,8 @@ def test_the_file_alone_checks_itself(tmp_path):
     copy = tmp_path / "modulation.py"
     copy.write_text(Path(modulation.__file__).read_text())
     lines = subprocess_python([str(copy)]).splitlines()
-    assert [line.split()[0] for line in lines[2:6]] == ["modulate", "modulate2", "gate", "gate_modulate"]
+    assert [line.split()[0] for line in lines[2:6]] == ["modulate", "modulate2", "gate",
+                                                        "gate_modulate"]
 
 
 TRACE = r"""
@@ -466,12 +494,13 @@ torch.compile(block, fullgraph=True, backend=backend)(*inputs).sum().backward()
 
 @pytest.mark.slow
 def test_torch_compile_sees_the_launches_and_what_they_write():
-    """Without the interpreter: CPU tensors are refused; traced for a GPU that is not here, each launch is in
-    the graph, and only outputs count as written (arguments that stand for absent ones do not)."""
+    """Without the interpreter: CPU tensors are refused; traced for a GPU that is not here, each
+    launch is in the graph, and only outputs count as written (arguments that stand for absent ones
+    do not)."""
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
     first, *lines = subprocess_python(["-c", TRACE], PYTHONPATH=ROOT).splitlines()
-    assert "modulate2: found a tensor on cpu" in first
+    assert "modulate2: tensors must be on CUDA" in first and "got cpu" in first
     assert lines == [f"writes {names}" for names in (
         "y_ptr y2_ptr stats_ptr", "z_ptr y_ptr stats_ptr", "z_ptr",
         "dbranch_ptr partial_ptr", "dx_ptr dbranch_ptr partial_ptr", "dx_ptr partial_ptr")]
@@ -519,8 +548,8 @@ for d in widths:
     for frozen in (False, True):
         x, branch = (torch.empty(2, 4096, d, **bf16, requires_grad=True) for _ in range(2))
         v = torch.empty(2, 9 * d, **bf16, requires_grad=not frozen).chunk(9, -1)
-        for name, args in (("modulate", (x, *v[:2])), ("modulate2", (x, *v[:4])), ("gate", (x, branch, v[0])),
-                           ("gate_modulate", (x, branch, *v[:3]))):
+        for name, args in (("modulate", (x, *v[:2])), ("modulate2", (x, *v[:4])),
+                           ("gate", (x, branch, v[0])), ("gate_modulate", (x, branch, *v[:3]))):
             out = getattr(modulation, name)(*args)
             out = out if isinstance(out, tuple) else (out,)
             torch.autograd.backward(out, [torch.empty_like(o) for o in out])
@@ -529,17 +558,19 @@ print(json.dumps(rows))
 
 
 def compiled_for(arch: int, *widths: int) -> list[dict]:
-    return json.loads(subprocess_python(["-c", OFFLINE, str(arch), *map(str, widths)], PYTHONPATH=ROOT))
+    return json.loads(subprocess_python(["-c", OFFLINE, str(arch), *map(str, widths)],
+                                        PYTHONPATH=ROOT))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 89, 90, 100])
+@pytest.mark.parametrize("arch", [80, 90, 100])
 def test_compiles_without_spills_and_with_wide_accesses(arch):
     rows = compiled_for(arch, 1536, 2432)
     assert len(rows) == 2 * 2 * 4 * 2
     for row in rows:
         print(row)
         sums = {"gate_modulate_backward": 3, "modulate2_backward": 4}.get(row["kernel"], 0)
-        many = not row["frozen"] and sums * row["width"] > modulation.MANY     # see the launch table
+        # see the launch table
+        many = not row["frozen"] and sums * row["width"] > modulation.MANY
         assert row["spills"] == 0 and row["registers"] <= 255, row
         assert max(row["loads"]) >= (64 if many else 128) and max(row["stores"]) >= 128, row

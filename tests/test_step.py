@@ -1,4 +1,5 @@
-"""The step as train.py runs it: nothing is read back from the device, nothing is held longer than needed."""
+"""The step as train.py runs it: nothing is read back from the device, nothing is held longer than
+needed."""
 import dataclasses
 import gc
 import weakref
@@ -7,15 +8,17 @@ from collections import Counter
 import pytest
 import torch
 from conftest import assert_close
-from test_feed import latents
+from test_batches import latents
 from test_train import TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ladd import distill, parallel, speed, step
+from ladd.build import batching_of, compute_of, heads_of, student_lora
 from ladd.config import parse_config
-from ladd.mmdit import MMDiT, MMDiTConfig
+from ladd.core import losses
+from ladd.core.mmdit import MMDiT, MMDiTConfig
+from ladd.engine import parallel, step
+from ladd.report import speed
 
-CPU = torch.device("cpu")
 # what makes the host wait for a device: reading a value, or a shape that depends on values
 WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal",
          "aten::masked_select",
@@ -34,24 +37,28 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def setting(flags: str = "", beside: bool = False):
-    """(config, distillation config, players, the parts of one step); `beside`: of latents with images."""
-    config = parse_config(f"{TINY} --kernels torch --batch 8 --heads-first 0 {flags}".split(), "tiny")
+def setting(flags: str = "", edit: bool = False):
+    """Return (config, distillation config, networks, micro-batches of a step); `edit`: latents with
+    images."""
+    config = parse_config(f"{TINY} --kernels torch --batch 8 --set heads_first=0 {flags}".split())
+    compute = compute_of(config)
     torch.manual_seed(0)
-    base = MMDiT(MMDiTConfig(2, 64, 2, 4, 2 + beside, 2, pos_grid=4), step.ops_of(config))
+    base = MMDiT(MMDiTConfig(2, 64, 2, 4, 2 + edit, 2, pos_grid=4), compute.ops)
     for p in base.parameters():
         torch.nn.init.normal_(p, std=0.05)
-    dc, data = step.distill_config(config), latents(beside=beside)
-    players = step.make_players(config, base, step.Layout(CPU))
-    return config, dc, players, step.step_parts(config, dc, data, 0, 0)
+    networks = step.make_networks(base, compute, config.group(step.Optim),
+                                  heads_of(config, base.config), config.student_depth,
+                                  student_lora(config), config.teacher_fp8)
+    parts = step.step_parts(config.ladd, batching_of(config), latents(with_images=edit), 0, 0)
+    return config, config.ladd, networks, parts
 
 
-@pytest.mark.parametrize("flags", ["--misaligned .5", "--micro-batch 2",
-                                   "--r1-weight 1 --distill-weight 1"])
+@pytest.mark.parametrize("flags", ["--mismatched .5", "--micro-batch 2",
+                                   "--set r1_weight=1 --set distill_weight=1"])
 def test_a_step_reads_nothing_back(flags):
-    config, dc, players, parts = setting(flags)
+    config, dc, networks, parts = setting(flags)
     with Calls() as calls:
-        step.ladd_step(config, dc, players, parts, True)
+        step.ladd_step(dc, networks, parts, config.ema, True)
     assert sum(calls.count.values()) > 500 and not WAITS & set(calls.count)
     with Calls() as calls:                                              # it would be seen
         torch.ones(1).item(), torch.ones(2).nonzero()
@@ -62,8 +69,8 @@ def test_a_step_reads_nothing_back(flags):
 def test_features_are_freed_when_nobody_needs_them(monkeypatch, flags):
     """Alive at once at most the real ones and the fakes of one micro-batch; none when a micro-batch
     starts, and none after the step."""
-    config, dc, players, parts = setting(flags)
-    alive, held, tapped = weakref.WeakSet(), [], distill.__dict__["taps_of"]
+    config, dc, networks, parts = setting(flags)
+    alive, held, tapped = weakref.WeakSet(), [], losses.__dict__["taps_of"]
 
     class Tag:
         """Lives as long as the tensor it hangs on."""
@@ -74,11 +81,11 @@ def test_features_are_freed_when_nobody_needs_them(monkeypatch, flags):
         alive.add(feats[0].tag)
         held.append(len(alive))                         # 1: the fakes; 2: the real ones as well
         return feats
-    monkeypatch.setitem(distill.__dict__, "taps_of", noted)
+    monkeypatch.setitem(losses.__dict__, "taps_of", noted)
     gc.disable()
     try:
         for _ in range(2):
-            step.ladd_step(config, dc, players, parts, True)
+            step.ladd_step(dc, networks, parts, config.ema, True)
             assert not alive
     finally:
         gc.enable()
@@ -86,22 +93,34 @@ def test_features_are_freed_when_nobody_needs_them(monkeypatch, flags):
 
 
 def test_gradients_are_dropped_not_filled_with_zeros():
-    config, dc, players, parts = setting()
-    step.ladd_step(config, dc, players, parts, True)
+    config, dc, networks, parts = setting()
+    step.ladd_step(dc, networks, parts, config.ema, True)
     with Calls() as calls:
-        players.opt_g.zero_grad(), players.opt_d.zero_grad()
+        networks.opt_g.zero_grad(), networks.opt_d.zero_grad()
     assert not any(name.startswith("aten") for name in calls.count)
-    assert all(p.grad is None for n in players[::3] for p in n.parameters())
+    assert all(p.grad is None for n in networks[::3] for p in n.parameters())
+
+
+def test_weights_do_not_decay():
+    """Where the gradient is 0 an optimizer's step changes nothing."""
+    layer = torch.nn.Linear(3, 2)
+    before = [p.detach().clone() for p in layer.parameters()]
+    for p in layer.parameters():
+        p.grad = torch.zeros_like(p)
+    step.make_optimizer(layer, 0.1, 0.9).step()
+    assert all(torch.equal(p, start) for p, start in zip(layer.parameters(), before))
 
 
 def test_gradients_are_clipped_network_by_network(monkeypatch):
-    config, dc, players, parts = setting("--clip 1e-3")
+    config, dc, networks, parts = setting()
+    monkeypatch.setattr(step, "CLIP", 1e-3)
     grads = lambda net: [p.grad for p in net.parameters() if p.grad is not None]
     seen, norm = {}, lambda net: torch.stack(torch._foreach_norm(grads(net))).norm()
-    for name, optimizer, net in (("d", players.opt_d, players.heads), ("g", players.opt_g, players.student)):
+    for name, optimizer, net in (("d", networks.opt_d, networks.heads),
+                                 ("g", networks.opt_g, networks.student)):
         take = lambda name=name, net=net: seen.update({name: float(norm(net))})
         monkeypatch.setattr(optimizer, "step", take)
-    norms = step.ladd_step(config, dc, players, parts, True)[1]
+    norms = step.ladd_step(dc, networks, parts, config.ema, True)[1]
     assert norms.keys() == {"heads", "student"}
     assert min(n.total for n in norms.values()) > 0.01                 # before clipping
     assert seen == {"d": pytest.approx(1e-3, rel=.01), "g": pytest.approx(1e-3, rel=.01)}
@@ -110,39 +129,40 @@ def test_gradients_are_clipped_network_by_network(monkeypatch):
 def test_levels_count_the_students_steps_and_data_the_heads(monkeypatch):
     config, dc, _, _ = setting("--heads-steps 2")
     config, seen = dataclasses.replace(config, heads_first=2), []
-    monkeypatch.setattr(step.feed, "parts", lambda _, index, count, *rest: seen.append((index, count)))
+    monkeypatch.setattr(step, "micro_batches", lambda latents, batching, dc, index, count, key:
+                        seen.append((index, count)))
     for it, j in step.step_keys(0, 4, 2):
-        step.step_parts(config, dc, None, it, j)
+        step.step_parts(dc, batching_of(config), None, it, j)
     assert seen == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (5, 0), (6, 1), (7, 1)]
 
 
 def test_processes_and_micro_batches_share_the_calibration(monkeypatch):
-    config, dc, players, _ = setting("--micro-batch 2")
-    heads, rows, own, tapped = players.heads, [], [], step.taps_of
-    one = parse_config(f"{TINY} --kernels torch --batch 8 --heads-first 0".split(), "tiny")
-    step.calibrate(one, dc, players.teacher, heads, latents())
+    one, dc, networks, _ = setting()
+    config, heads, teacher = setting("--micro-batch 2")[0], networks.heads, networks.teacher
+    rows, own, tapped = [], [], losses.taps_of
+    step.calibrate(dc, batching_of(one), teacher, heads, latents())
     whole = heads.feat_mean.clone(), heads.feat_std.clone()
     monkeypatch.setattr(step, "taps_of", lambda *args: rows.append(len(args[2])) or tapped(*args))
     monkeypatch.setattr(parallel, "averaged", lambda moments: own.append(moments) or moments)
     for rank in (0, 1):
         monkeypatch.setattr(parallel, "ranks", lambda rank=rank: (rank, 2))
-        step.calibrate(config, dc, players.teacher, heads, latents())
+        step.calibrate(dc, batching_of(config), teacher, heads, latents())
     assert rows == [2, 2, 2, 2] and not torch.equal(*own)
     heads.calibrate((own[0] + own[1]) / 2)
     assert_close("mean", heads.feat_mean, whole[0])
     assert_close("std", heads.feat_std, whole[1])
 
 
-def student_after(flags: str, beside: bool = False) -> torch.Tensor:
+def student_after(flags: str, edit: bool = False) -> torch.Tensor:
     """All weights of the student after a step."""
-    config, dc, players, parts = setting(flags, beside)
-    step.ladd_step(config, dc, players, parts, True)
-    return torch.cat([p.detach().flatten() for p in players.student.parameters()])
+    config, dc, networks, parts = setting(flags, edit)
+    step.ladd_step(dc, networks, parts, config.ema, True)
+    return torch.cat([p.detach().flatten() for p in networks.student.parameters()])
 
 
 def test_micro_batches_bring_their_own_images():
     """A step on micro-batches is that on the whole batch, images and mismatched captions too."""
-    flags = "--lr 1e-3 --misaligned .5"
+    flags = "--lr 1e-3 --mismatched .5"
     start, whole, split = (student_after(f"{flags} {more}", True)
                            for more in ("--lr 0", "", "--micro-batch 2"))
     moved = (whole - start).norm()
@@ -150,7 +170,7 @@ def test_micro_batches_bring_their_own_images():
     assert moved > 0.1 and (split - whole).norm() < 0.02 * moved
 
 
-def gradients(monkeypatch, players: step.Players) -> dict[str, dict[str, torch.Tensor]]:
+def gradients(monkeypatch, networks: step.Networks) -> dict[str, dict[str, torch.Tensor]]:
     """Gradients of heads and student by name, filled in when their optimizers step, which then do
     not move anything."""
     found = {}
@@ -161,32 +181,33 @@ def gradients(monkeypatch, players: step.Players) -> dict[str, dict[str, torch.T
                            if p.grad is not None}
         return taken
 
-    monkeypatch.setattr(players.opt_d, "step", keep("heads", players.heads))
-    monkeypatch.setattr(players.opt_g, "step", keep("student", players.student))
+    monkeypatch.setattr(networks.opt_d, "step", keep("heads", networks.heads))
+    monkeypatch.setattr(networks.opt_g, "step", keep("student", networks.student))
     return found
 
 
-@pytest.mark.parametrize("flags", ["", "--misaligned .5 --r1-weight 1 --distill-weight 1"])
+@pytest.mark.parametrize("flags", ["", "--mismatched .5 --set r1_weight=1 --set distill_weight=1"])
 @pytest.mark.parametrize("micro", [8, 2])
 def test_gradients_equal_those_of_separate_forwards(monkeypatch, flags, micro):
     """The discriminator loss from a student and a teacher forward without a graph, the student loss
     from another student and another teacher forward, both of the whole batch."""
-    flags = f"--clip 1e9 --misaligned 0 {flags}"
-    _, dc, players, (whole,) = setting(flags)
-    x0, text, wrong, draws = whole
-    nets = players.student, players.teacher, players.heads
+    monkeypatch.setattr(step, "CLIP", 1e9)
+    flags = f"--mismatched 0 {flags}"
+    _, dc, networks, (whole,) = setting(flags)
+    x0, text, mismatched, draws = whole
+    nets = networks.student, networks.teacher, networks.heads
     with torch.no_grad():
-        fake = distill.fake_pass(*nets, x0, text, draws, dc)
-    distill.heads_loss(*nets[1:], x0, text, wrong, fake.feats, draws, dc)[0].backward()
-    expected = {"heads": {k: p.grad for k, p in players.heads.named_parameters()}}
-    fake = distill.fake_pass(*nets, x0, text, draws, dc)
-    distill.student_loss(nets[2], text, fake, draws, dc, distill.grid_of(nets[1], x0))[0].backward()
-    expected["student"] = {k: p.grad for k, p in players.student.named_parameters()
+        fake = losses.fake_pass(*nets, x0, text, draws, dc)
+    losses.heads_loss(*nets[1:], x0, text, mismatched, fake.feats, draws, dc)[0].backward()
+    expected = {"heads": {k: p.grad for k, p in networks.heads.named_parameters()}}
+    fake = losses.fake_pass(*nets, x0, text, draws, dc)
+    losses.student_loss(nets[2], text, fake, draws, dc, losses.grid_of(nets[1], x0))[0].backward()
+    expected["student"] = {k: p.grad for k, p in networks.student.named_parameters()
                            if p.grad is not None}
 
-    config, dc, players, parts = setting(f"{flags} --micro-batch {micro}")
-    found = gradients(monkeypatch, players)
-    step.ladd_step(config, dc, players, parts, True)
+    config, dc, networks, parts = setting(f"{flags} --micro-batch {micro}")
+    found = gradients(monkeypatch, networks)
+    step.ladd_step(dc, networks, parts, config.ema, True)
     assert len(parts) == 8 // micro
     for name, grads in expected.items():
         assert found[name].keys() == grads.keys() and len(grads) > 10
@@ -195,35 +216,35 @@ def test_gradients_equal_those_of_separate_forwards(monkeypatch, flags, micro):
 
 
 @pytest.mark.parametrize("update_student", [True, False])
-@pytest.mark.parametrize("flags", ["", "--micro-batch 2 --misaligned .5 --r1-weight 1"])
+@pytest.mark.parametrize("flags", ["", "--micro-batch 2 --mismatched .5 --set r1_weight=1"])
 def test_a_micro_batch_takes_one_student_forward_and_two_teacher_forwards(flags, update_student):
     """The teacher's: of the fake, for both losses; of all that needs no gradient, together."""
-    config, dc, players, parts = setting(f"--misaligned 0 {flags}")
-    with speed.forwards(student=players.student, teacher=players.teacher) as count:
-        step.ladd_step(config, dc, players, parts, update_student)
+    config, dc, networks, parts = setting(f"--mismatched 0 {flags}")
+    with speed.forwards(student=networks.student, teacher=networks.teacher) as count:
+        step.ladd_step(dc, networks, parts, config.ema, update_student)
     assert count == {"student": len(parts), "teacher": 2 * len(parts)}
 
 
 def test_only_the_heads_train_without_update_student():
-    config, dc, players, parts = setting("--micro-batch 2")
-    before = {k: t.detach().clone() for k, t in players.tensors().items()}
-    stats, norms = step.ladd_step(config, dc, players, parts, False)
-    after = players.tensors()
+    config, dc, networks, parts = setting("--micro-batch 2")
+    before = {k: t.detach().clone() for k, t in networks.tensors().items()}
+    stats, norms = step.ladd_step(dc, networks, parts, config.ema, False)
+    after = networks.tensors()
     changed = {name for name, t in before.items() if not t.equal(after[name])}
     assert {name.split(".")[0] for name in changed} == {"heads", "opt_d"}      # .step counts
-    assert not players.opt_g.state and all(p.grad is None for p in players.student.parameters())
+    assert not networks.opt_g.state and all(p.grad is None for p in networks.student.parameters())
     assert norms.keys() == {"heads"} and "loss_d" in stats and "loss_g" not in stats
 
 
 def test_the_student_reads_the_heads_before_their_step():
     """So a step of the heads, however large, changes nothing in the student's step."""
-    near, far = (student_after(f"--lr 1e-3 --beta1 0 --heads-lr {lr}") for lr in ("0", "0.1"))
+    near, far = (student_after(f"--lr 1e-3 --heads-lr {lr}") for lr in ("0", "0.1"))
     assert torch.equal(near, far) and not torch.equal(near, student_after("--lr 0"))
 
 
 def test_only_the_last_micro_batch_reduces_the_students_gradients(monkeypatch):
-    config, dc, players, parts = setting("--micro-batch 2")
+    config, dc, networks, parts = setting("--micro-batch 2")
     seen = []
     monkeypatch.setattr(parallel, "accumulate", lambda net, last: seen.append((net, last)))
-    step.ladd_step(config, dc, players, parts, True)
-    assert seen == [(players.student, last) for last in (False, False, False, True)]
+    step.ladd_step(dc, networks, parts, config.ema, True)
+    assert seen == [(networks.student, last) for last in (False, False, False, True)]

@@ -1,4 +1,5 @@
-"""The kernels in place: load's choice, one whole LADD step on them, compiled, checkpointed, offline."""
+"""The kernels in place: load's choice, one whole LADD step on them, compiled, checkpointed,
+offline."""
 import copy
 import json
 import os
@@ -15,24 +16,30 @@ from torch import Tensor
 
 import kernels
 import train
-from ladd.config import InputError
-from ladd.discriminator import Discriminator, DiscriminatorConfig
-from ladd.distill import DistillConfig, Text, Wrong, draw, fake_pass, grid_of, heads_loss, student_loss
-from ladd.mmdit import MMDiT, MMDiTConfig
-from ladd.run import compute_dtype, pick_kernels
+from ladd import build
+from ladd.cli import InputError
+from ladd.core.discriminator import Discriminator, DiscriminatorConfig
+from ladd.core.losses import (LaddConfig, Mismatched, draw, fake_pass, grid_of, heads_loss,
+                              student_loss)
+from ladd.core.mmdit import MMDiT, MMDiTConfig, Text
+from ladd.engine.networks import pick_kernels
+from ladd.engine.run import compute_dtype
 
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[1]
-STEP = DistillConfig((1.0, 0.5), (0.5, 0.5), 0, 3.0, 0.0, 1.0, False, 0.5, "teacher", 0.1, 0.05, 0.3)
+STEP = LaddConfig((1.0, 0.5), (0.5, 0.5), 0, 3.0, 0.0, 0.5, 0.1, 0.3)
 
 
 # load
 
 def test_load_takes_the_kernels():
-    assert kernels.load("triton") == kernels.Kernels(
-        kernels.attention.joint_attention, kernels.modulation.modulate, kernels.modulation.modulate2,
-        kernels.modulation.gate_modulate, kernels.modulation.gate, kernels.heads.discriminator_heads)
+    assert kernels.load("triton") == kernels.Kernels(kernels.attention.joint_attention,
+                                                     kernels.modulation.modulate,
+                                                     kernels.modulation.modulate2,
+                                                     kernels.modulation.gate_modulate,
+                                                     kernels.modulation.gate,
+                                                     kernels.heads.discriminator_heads)
 
 
 def seem(monkeypatch, name: str, major: int) -> None:
@@ -54,16 +61,17 @@ def gpu(monkeypatch):
     kernels.announce.cache_clear()
 
 
-@pytest.mark.parametrize("cuda, capability, triton, interpret, auto, why, refused", [
-    (True, (9, 0), True, False, "triton", "H100", False),
-    (True, (8, 0), True, False, "triton", "H100", False),
-    (True, (7, 5), True, False, "torch", "H100 has compute capability 7.5 and the kernels need 8.0", True),
-    (True, (9, 0), False, False, "torch", "triton is not installed", True),
-    (False, None, True, False, "torch", "no CUDA device was found", True),
-    (False, None, True, True, "torch", "no CUDA device was found", False),
-    (False, None, False, False, "torch", "no CUDA device was found", True)])
-def test_which_path_is_taken_and_why_is_said_once(monkeypatch, capsys, gpu, cuda, capability, triton,
-                                                  interpret, auto, why, refused):
+@pytest.mark.parametrize("cuda, capability, triton, interpret, auto, why, refused",
+                         [(True, (9, 0), True, False, "triton", "H100", False),
+                          (True, (8, 0), True, False, "triton", "H100", False),
+                          (True, (7, 5), True, False, "torch", "H100 has compute capability 7.5 "
+                           "and the kernels need 8.0", True),
+                          (True, (9, 0), False, False, "torch", "triton is not installed", True),
+                          (False, None, True, False, "torch", "no CUDA device was found", True),
+                          (False, None, True, True, "torch", "no CUDA device was found", False),
+                          (False, None, False, False, "torch", "no CUDA device was found", True)])
+def test_which_path_is_taken_and_why_is_said_once(monkeypatch, capsys, gpu, cuda, capability,
+                                                  triton, interpret, auto, why, refused):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(kernels.attention, "triton", object() if triton else None)
@@ -77,7 +85,8 @@ def test_which_path_is_taken_and_why_is_said_once(monkeypatch, capsys, gpu, cuda
             kernels.load("triton")
     else:
         kernels.load("triton")
-    assert capsys.readouterr().out == "" and kernels.load("torch").gate is kernels.modulation.reference_gate
+    assert capsys.readouterr().out == ""
+    assert kernels.load("torch").gate is kernels.modulation.reference_gate
 
 
 def test_the_reference_is_taken_for_a_kernel_that_fails(monkeypatch, capsys, gpu):
@@ -87,7 +96,8 @@ def test_the_reference_is_taken_for_a_kernel_that_fails(monkeypatch, capsys, gpu
     assert capsys.readouterr().out == (f"kernels: triton (H100)\nkernels: {wrong}; "
                                        "the reference is used instead\n")
     plain = kernels.modulation.reference_gate
-    ours = kernels.Kernels(*(getattr(kernels.HOMES[field], field) for field in kernels.Kernels._fields))
+    ours = kernels.Kernels(*(getattr(kernels.HOMES[field], field) for field
+                             in kernels.Kernels._fields))
     assert found == ours._replace(gate=plain)
     with pytest.raises(ValueError, match="^kernels: gate fails its self-check"):
         kernels.load("triton")
@@ -102,22 +112,27 @@ def refuse(error: BaseException):
     return run
 
 
-BROKEN = {
-    "value": (lambda x, y, g: kernels.modulation.reference_gate(x, y, 1.2 * g), "output 0 is .* must be .*"),
-    "gradient": (lambda x, y, g: kernels.modulation.reference_gate(x, y.detach() + 0 * y, g),
-                 "the gradient of input 1 is 0 and must be .* within .*"),
-    "NaN": (lambda x, y, g: kernels.modulation.reference_gate(x, y, g * float("nan")), "output 0 is nan .*"),
-    "launcher": (refuse(AssertionError()), "AssertionError: no message"),
-    "driver": (refuse(RuntimeError("Triton Error [CUDA]: invalid argument")), "RuntimeError: .*argument"),
-    "compiler": (refuse(kernels.attention.triton.TritonError("line 3\ndoes not fit")),
-                 "TritonError: does not fit")}
+BROKEN = {"value": (lambda x, y, g: kernels.modulation.reference_gate(x, y, 1.2 * g),
+                    "output 0 is .* must be .*"), "gradient": (lambda x, y,
+                                                               g: kernels.modulation.reference_gate(
+                                                                   x, y.detach() + 0 * y, g),
+                                                               "the gradient of input 1 is 0 and "
+                                                               "must be .* within .*"),
+          "NaN": (lambda x, y, g: kernels.modulation.reference_gate(x, y, g * float("nan")),
+                  "output 0 is nan .*"), "launcher": (refuse(AssertionError()), "AssertionError: "
+                                                      "no message"),
+          "driver": (refuse(RuntimeError("Triton Error [CUDA]: invalid argument")), "RuntimeError: "
+                     ".*argument"),
+          "compiler": (refuse(kernels.attention.triton.TritonError("line 3\ndoes not fit")),
+                       "TritonError: does not fit")}
 
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_the_self_check_finds_a_broken_kernel_and_only_that(monkeypatch, kind):
     broken, sentence = BROKEN[kind]
     monkeypatch.setattr(kernels.modulation, "gate", broken)
-    kept = {name: kernels.samples(torch.device("cpu"), torch.float32)[name] for name in ("gate", "modulate")}
+    kept = {name: kernels.samples(torch.device("cpu"), torch.float32)[name] for name
+            in ("gate", "modulate")}
     monkeypatch.setattr(kernels, "samples", lambda device, dtype: kept)
     kernels.failures.cache_clear()
     found = kernels.failures(torch.device("cpu"))
@@ -160,7 +175,7 @@ def test_a_kernel_that_ends_the_gpu_ends_the_run(monkeypatch):
         kernels.failures(torch.device("cpu"))
 
 
-def test_the_cpu_is_for_the_references_even_beside_a_gpu(monkeypatch, gpu):
+def test_the_cpu_gets_the_references_even_next_to_a_gpu(monkeypatch, gpu):
     assert pick_kernels("auto", "cpu") == kernels.load("torch")
     assert pick_kernels("auto", "auto") == kernels.load("triton")
     assert pick_kernels("auto", "auto", "fp32") == kernels.load("torch")
@@ -169,7 +184,7 @@ def test_the_cpu_is_for_the_references_even_beside_a_gpu(monkeypatch, gpu):
     with pytest.raises(InputError, match="must be auto or torch for --device cpu .got triton"):
         pick_kernels("triton", "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InputError, match="--kernels: found 'triton', but no CUDA device"):
+    with pytest.raises(InputError, match="--kernels must be .*'triton', but no CUDA device"):
         pick_kernels("triton", "auto")
 
 
@@ -193,7 +208,7 @@ def test_bf16_is_for_gpus_that_compute_in_it(monkeypatch, tmp_path, name, major,
         compute_dtype("bf16", cuda)
     assert compute_dtype("bf16", torch.device("cpu")) == torch.bfloat16
     monkeypatch.chdir(tmp_path)                           # before anything is written or allocated
-    monkeypatch.setattr(train, "pick_device", lambda name: cuda)
+    monkeypatch.setattr(build, "pick_device", lambda name: cuda)
     with pytest.raises(InputError, match="--precision must be auto or fp32 on Tesla T4,.*got bf16"):
         train.main(["--precision", "bf16"])
     assert not list(tmp_path.iterdir())
@@ -206,27 +221,30 @@ def networks(ops: kernels.Kernels, qk_norm: bool, dual: tuple[int, ...], device:
     sizes = MMDiTConfig(2, 64, 24, 20, 4, 4, qk_norm=qk_norm, dual_blocks=dual, pos_grid=12)
     torch.manual_seed(0)
     student, teacher = (randomise(MMDiT(sizes, ops, dtype), seed).to(device) for seed in (1, 2))
-    heads = randomise(Discriminator(DiscriminatorConfig((0, 1), 64, 20, width=32), ops), 3).to(device)
+    heads = randomise(Discriminator(DiscriminatorConfig((0, 1), 64, 20, width=32), ops),
+                      3).to(device)
     return student, teacher.requires_grad_(False), heads
 
 
-def ladd_step(ops: kernels.Kernels, qk_norm: bool = True, dual: tuple[int, ...] = (), device: str = "cpu",
-              dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def ladd_step(ops: kernels.Kernels, qk_norm: bool = True, dual: tuple[int, ...] = (),
+              device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Losses and all gradients of one step."""
     student, teacher, heads = networks(ops, qk_norm, dual, device, dtype)
     g = rng(5)
     x0 = torch.randn(2, 4, 6, 10, generator=g)
-    text = Text(torch.randn(2, 5, 24, generator=g).to(device), torch.randn(2, 20, generator=g).to(device))
+    text = Text(torch.randn(2, 5, 24, generator=g).to(device),
+                torch.randn(2, 20, generator=g).to(device))
     drawn = draw(x0.to(device), 10, STEP, (5,))
-    wrong = Wrong(torch.tensor([1], device=device), Text(*(t[:1] for t in text)),
-                  torch.ones(1, device=device), 1.0)
+    wrong = Mismatched(torch.tensor([1], device=device), text.map(lambda t: t[:1]),
+                       torch.ones(1, device=device), 1.0)
     fake = fake_pass(student, teacher, heads, x0.to(device), text, drawn, STEP)
     loss_d, _ = heads_loss(teacher, heads, x0.to(device), text, wrong, fake.feats, drawn, STEP)
     loss_d.backward()
     out = {"loss_d": loss_d} | {f"heads.{k}": p.grad.clone() for k, p in heads.named_parameters()}
     loss_g, _ = student_loss(heads, text, fake, drawn, STEP, grid_of(teacher, x0))
     loss_g.backward(inputs=list(student.parameters()))
-    zero = lambda p: torch.zeros_like(p) if p.grad is None else p.grad       # of queries that are not there
+    # of queries that are not there
+    zero = lambda p: torch.zeros_like(p) if p.grad is None else p.grad
     out |= {"loss_g": loss_g} | {f"student.{k}": zero(p) for k, p in student.named_parameters()}
     return {k: v.detach().cpu() for k, v in out.items()}
 
@@ -271,8 +289,10 @@ def test_a_block_compiles_whole_and_both_ways(dual):
 
 
 def test_a_selective_checkpoint_keeps_attention(monkeypatch):
-    """Attention's output is saved, the rest is computed again: the forward op runs once, modulation twice."""
-    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+    """Attention's output is saved, the rest is computed again: the forward op runs once, modulation
+    twice."""
+    from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
+                                        create_selective_checkpoint_contexts)
     model, _, _ = networks(kernels.load("triton"), True, ())
     inputs = [torch.randn(s, requires_grad=True)
               for s in ((2, 15, 64), (2, 5, 64), (2, 64))]
@@ -291,9 +311,11 @@ def test_a_selective_checkpoint_keeps_attention(monkeypatch):
         out = checkpoint(model.joint_blocks[0], *inputs, True, use_reentrant=False,
                          context_fn=lambda: create_selective_checkpoint_contexts(policy))
         sum(o.square().sum() for o in out).backward()
-    counted = {name: n for name, n in calls.items() if name.startswith("ladd.") and "forward" in name}
+    counted = {name: n for name, n in calls.items() if name.startswith("ladd.") and "forward"
+               in name}
     assert counted.pop(str(keep)) == 1
-    assert sum(n for name, n in counted.items() if "modulat" in name) == 2 * 6     # two of three kinds, twice
+    # two of three kinds, twice
+    assert sum(n for name, n in counted.items() if "modulat" in name) == 2 * 6
 
 
 # offline

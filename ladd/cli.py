@@ -1,0 +1,79 @@
+"""Command line: the class of input errors, the parser, and the reading of values.
+
+Standard library only.
+"""
+import argparse
+import difflib
+import sys
+from collections.abc import Callable
+
+
+class InputError(ValueError):
+    """Report refused input; the scripts print it as one line and exit with code 2."""
+
+
+def run_script(name: str, main: Callable[[list[str]], None]) -> None:
+    """Call main with the command line; turn an InputError into one line and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def must(ok: bool, message: str) -> None:
+    """Raise InputError(message) unless `ok`."""
+    if not ok:
+        raise InputError(message)
+
+
+class Parser(argparse.ArgumentParser):
+    """Raise InputError for what argparse refuses, and name the flag nearest to an unknown one."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        """Raise InputError; argparse calls this where it would exit."""
+        raise InputError(message)
+
+    def parse(self, argv: list[str]) -> argparse.Namespace:
+        """Return the flags; raise InputError for an unknown one."""
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            flags = [s for a in self._actions for s in a.option_strings if s.startswith("--")]
+            # with a cutoff of 0 there always is a nearest one
+            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1, 0)
+            raise InputError(f"unknown argument {unknown[0]!r}; the nearest flag is {near[0]}")
+        return args
+
+
+def describe(kind) -> str:
+    """Return what a value of this type must look like on the command line."""
+    if hasattr(kind, "__args__"):
+        of = {int: "whole numbers", float: "numbers", str: "words"}[kind.__args__[0]]
+        return f"{of} separated by commas"
+    return {bool: "on or off", int: "a whole number", float: "a number", str: "text"}[kind]
+
+
+def parse_value(text: str, kind):
+    """Return `text` as a value of the type `kind`; tuples are comma-separated. Raise ValueError or
+    KeyError for text of another form."""
+    if kind is bool:
+        return {"true": True, "on": True, "1": True, "false": False, "off": False,
+                "0": False}[text.lower()]
+    if kind in (int, float, str):
+        return kind(text)
+    return tuple(kind.__args__[0](part) for part in text.split(",") if part)
+
+
+def parse_size(text: str, flag: str = "--sizes") -> tuple[int, int]:
+    """Return (H, W) of "HxW", multiples of 16 (8 of the autoencoder, 2 of the patches)."""
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(p.isdecimal() for p in parts):
+        raise InputError(f"{flag} must be HxW in pixels, such as 64x64 (got {text!r})")
+    h, w = map(int, parts)
+    if min(h, w) < 16 or h % 16 or w % 16:
+        near = "x".join(str(max(16, round(s / 16) * 16)) for s in (h, w))
+        raise InputError(f"{flag} must be multiples of 16, such as {near} (got {text})")
+    return h, w

@@ -1,0 +1,387 @@
+"""Checkpoints of a run: each process writes its rows during training; any number can read them.
+
+A folder step_000123/ is complete or absent and holds
+
+    part-00001-of-00004.safetensors   the rows of sharded tensors that process 1 of 4 has; "rows" in
+                                      the header is {name: [full shape, first row in this file]}
+    part-00000-of-00004.safetensors   also the replicated tensors
+    meta.json                         {"parts": 4, "meta": value of the caller}
+"""
+import copy
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from ladd.cli import InputError, must
+from ladd.data.files import read_json, read_tensors, sync, write_json
+
+
+class Placed(NamedTuple):
+    """The part of a tensor that one process holds."""
+    shape: list[int]   # of the full tensor
+    first: int         # row of the full tensor at which `local` begins
+    local: Tensor      # shares the tensor's storage
+    writes: bool       # True in one of the processes that hold the same rows
+
+
+class Stored(NamedTuple):
+    """A tensor of a checkpoint: (first row, memory-mapped [rows, ...]) by first row; a scalar is
+    stored as [1]."""
+    shape: list[int]
+    dtype: torch.dtype
+    parts: list[tuple[int, Tensor]]
+
+
+class State(NamedTuple):
+    """An open checkpoint, of which only the headers were read."""
+    path: Path
+    step: int
+    meta: Any
+    tensors: dict[str, Stored]
+
+
+def placed(name: str, tensor: Tensor, rank: int = 0) -> Placed:
+    """Return the part of `tensor` that this process holds.
+
+    A plain tensor is replicated. A DTensor is sharded along dimension 0 over one mesh axis, as by
+    fully_shard: ceil(n / processes) rows each, the last ones fewer or none. Raise InputError for
+    other placements.
+    """
+    if not isinstance(tensor, DTensor):
+        return Placed(list(tensor.shape), 0, tensor.detach(), rank == 0)
+    placements, mesh = tensor.placements, tensor.device_mesh
+    shards = [p for p in placements if type(p) is not Replicate]
+    must(len(shards) <= 1 and all(type(p) is Shard and p.dim == 0 for p in shards),
+         f"checkpoint: placements of {name} must be Replicate and at most one Shard(0) "
+         f"(got {placements})")
+    first, writes = 0, True
+    for axis, (placement, at) in enumerate(zip(placements, mesh.get_coordinate())):
+        if type(placement) is Shard:
+            first = min(at * -(-tensor.shape[0] // mesh.size(axis)), tensor.shape[0])
+        else:
+            writes &= at == 0
+    return Placed(list(tensor.shape), first, tensor.to_local().detach(), writes)
+
+
+# --- reading ---
+
+def states(folder: str | Path) -> list[Path]:
+    """Return the checkpoints in a folder, oldest first. For the same step, the replaced (.old)
+    checkpoint sorts first."""
+    found = []
+    for path in Path(folder).glob("step_*"):
+        if m := re.fullmatch(r"step_(\d+)(\.old)?", path.name):
+            found.append((int(m[1]), m[2] is None, path))
+    return [path for _, _, path in sorted(found)]
+
+
+def open_state(folder: str | Path) -> State | None:
+    """Return the newest checkpoint, or None if there is none. Only headers are read here.
+
+    Raise InputError that names what is damaged: an older checkpoint is never taken silently.
+    """
+    found = states(folder)
+    if not found:
+        return None
+    path = found[-1]
+    about = read_json(path / "meta.json")
+    must(isinstance(about, dict) and set(about) == {"parts", "meta"}
+         and type(about["parts"]) is int,
+         f"{path / 'meta.json'} must have a number of parts and meta (got {about!r:.60})")
+    tensors: dict[str, Stored] = {}
+    for rank in range(about["parts"]):
+        part = part_file(path, rank, about["parts"])
+        held, header = read_tensors(part)
+        rows = json.loads(header.get("rows", "{}"))
+        for name, tensor in held.items():
+            shape, first = rows.get(name, (list(tensor.shape), 0))
+            stored = tensors.setdefault(name, Stored(shape, tensor.dtype, []))
+            fits = shape == stored.shape and list(tensor.shape[1:]) == shape[1:]
+            must(fits and tensor.dtype == stored.dtype,
+                 f"{part}: {name} must be rows of {stored.shape} {stored.dtype} "
+                 f"(got {list(tensor.shape)} {tensor.dtype} of {shape})")
+            stored.parts.append((first, torch.atleast_1d(tensor)))
+    for name, stored in tensors.items():
+        check_rows(path, name, stored)
+    return State(path, int(path.stem.removeprefix("step_")), about["meta"], tensors)
+
+
+def check_rows(path: Path, name: str, stored: Stored) -> None:
+    """Sort the parts of a tensor; raise InputError unless they have each of its rows once."""
+    stored.parts.sort(key=lambda part: (part[0], len(part[1])))
+    rows = stored.shape[0] if stored.shape else 1
+    end, complete = 0, True
+    for first, part in stored.parts:
+        complete &= first == end
+        end = first + len(part)
+    spans = ", ".join(f"{first}:{first + len(part)}" for first, part in stored.parts)
+    must(complete and end == rows,
+         f"{path}: {name} must have each of the rows 0:{rows} once (got {spans})")
+
+
+def fill(state: State, targets: dict[str, Tensor]) -> None:
+    """Copy the checkpoint into `targets`, plain tensors and DTensors, in place. Only the rows that
+    this process holds are read.
+
+    Raise InputError, before anything is written, unless names, shapes and dtypes are those of the
+    checkpoint.
+    """
+    differences = []
+    for kind, names in (("missing", set(targets) - set(state.tensors)),
+                        ("unknown", set(state.tensors) - set(targets))):
+        if names:
+            differences.append(f"{len(names)} {kind}: {', '.join(sorted(names)[:3])}")
+    must(not differences, f"{state.path} must have the {len(targets)} tensors of this run "
+         f"(got {'; '.join(differences)})")
+    for name, target in targets.items():
+        shape, dtype, _ = state.tensors[name]
+        must(shape == list(target.shape) and dtype == target.dtype,
+             f"{state.path}: {name} must be {list(target.shape)} {target.dtype} "
+             f"(got {shape} {dtype})")
+    for name, target in targets.items():
+        _, low, local, _ = placed(name, target)
+        local = torch.atleast_1d(local)
+        for first, rows in state.tensors[name].parts:
+            start, end = max(first, low), min(first + len(rows), low + len(local))
+            if start < end:
+                local[start - low:end - low].copy_(rows[start - first:end - first])
+
+
+# --- optimizers ---
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, named: dict[str, Tensor],
+                      prefix: str) -> dict[str, Tensor]:
+    """Return AdamW's step counts and moments, as `prefix` + parameter name + .step, .exp_avg,
+    .exp_avg_sq. `named` must be all parameters of the optimizer.
+
+    A parameter that never had a step has step 0 and no moments. Learning rates are not included:
+    the schedule sets them from the step.
+    """
+    groups_of(optimizer, named, prefix)
+    return {f"{prefix}{name}.{key}": value for name, p in named.items()
+            for key, value in (optimizer.state.get(p) or {"step": torch.zeros(())}).items()}
+
+
+def optimizer_targets(optimizer: torch.optim.Optimizer, named: dict[str, Tensor], prefix: str,
+                      state: State) -> dict[str, Tensor]:
+    """Return optimizer_tensors as targets of `fill`: each parameter gets moments, placed like
+    itself, if the checkpoint has them, and loses them otherwise. Hyperparameters do not change."""
+    groups = groups_of(optimizer, named, prefix)
+    for name, p in named.items():
+        optimizer.state.pop(p, None)
+        step, group = state.tensors.get(f"{prefix}{name}.step"), groups[id(p)]
+        if step is not None and any(rows.any() for _, rows in step.parts):
+            device = p.device if group["fused"] or group["capturable"] else "cpu"   # as in AdamW
+            optimizer.state[p] = {"step": torch.zeros((), dtype=step.dtype, device=device),
+                                  "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer_tensors(optimizer, named, prefix)
+
+
+def groups_of(optimizer: torch.optim.Optimizer, named: dict[str, Tensor],
+              prefix: str) -> dict[int, dict]:
+    """Return the group of each parameter, by id; raise ValueError unless `named` has them all."""
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    if set(groups) != {id(p) for p in named.values()}:
+        raise ValueError(f"optimizer {prefix!r} must have the {len(named)} named parameters "
+                         f"(got {len(groups)})")
+    return groups
+
+
+# --- writing ---
+
+class Saver:
+    """Write checkpoints into `folder` in the background; a kill at any moment leaves the earlier
+    ones.
+
+        saver.begin(step, tensors, meta)            # tensors may change once it returns
+        if not any_rank(not saver.written):         # after each step
+            saver.publish()
+        saver.finish()                              # at the end, and on a signal
+
+    Every process makes a Saver and the same calls. `meet` is a barrier over all processes. The copy
+    of the tensors on the host, pinned if they are on a GPU, is kept and reused. An error of the
+    background write is raised as InputError by the next call.
+    """
+
+    def __init__(self, folder: str | Path, rank: int = 0, world: int = 1,
+                 meet: Callable[[], Any] = lambda: None, keep: int = 2):
+        self.folder = Path(folder)
+        self.rank, self.world, self.meet = rank, world, meet
+        self.keep = keep
+        self.buffers: dict[str, Tensor] = {}
+        self.pending: tuple[int, Any] | None = None     # (step, meta) begun and not published
+        self.job: Future[None] | None = None
+        self.pool = ThreadPoolExecutor(1, "state")
+        if rank == 0:       # others write nothing before the barrier in begin
+            for left in self.folder.glob(".tmp_*"):
+                shutil.rmtree(left)
+
+    @property
+    def written(self) -> bool:
+        """Return whether this process's part is on disk, or nothing is pending."""
+        if self.pending is None:
+            return True
+        if not self.job.done():
+            return False
+        self.job.result()       # raises the error of the write
+        return True
+
+    def begin(self, step: int, tensors: dict[str, Tensor], meta: Any) -> None:
+        """Copy this process's part of `tensors` to the host and start writing it; a pending
+        checkpoint is published first. `meta` is JSON, and that of process 0 is stored."""
+        self.finish()
+        own = {name: part for name, t in tensors.items()
+               if (part := placed(name, t, self.rank)).writes}
+        self.buffers = snapshot({name: part.local for name, part in own.items()}, self.buffers)
+        rows = {name: [p.shape, p.first] for name, p in own.items()
+                if isinstance(tensors[name], DTensor)}
+        self.meet()     # process 0 has removed leftovers and published what was pending
+        self.pending = step, copy.deepcopy(meta)
+        part = part_file(self.work, self.rank, self.world)
+        self.job = self.pool.submit(write_part, part, self.buffers, rows)
+
+    def publish(self) -> None:
+        """Make a pending checkpoint the newest one; all processes must have written their parts."""
+        if self.pending is None:
+            return
+        self.job.result()
+        if self.rank == 0:
+            commit(self.work, {"parts": self.world, "meta": self.pending[1]}, self.keep)
+        self.pending = None
+
+    def finish(self) -> None:
+        """Wait until all processes have written a pending checkpoint, and publish it."""
+        if self.pending is not None:
+            self.job.result()
+            self.meet()
+            self.publish()
+
+    @property
+    def work(self) -> Path:
+        return self.folder / f".tmp_step_{self.pending[0]:06d}"
+
+
+def snapshot(tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies on the host, in the buffers of the same name that fit. They are complete on
+    return."""
+    fitting = {}
+    for name, tensor in tensors.items():
+        old = buffers.get(name)
+        if old is not None and old.shape == tensor.shape and old.dtype == tensor.dtype:
+            fitting[name] = old
+    new = host_memory({name: tensor for name, tensor in tensors.items() if name not in fitting})
+    memory = fitting | new
+    out = {name: memory[name].copy_(tensor, non_blocking=True) for name, tensor in tensors.items()}
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        torch.cuda.synchronize()
+    return out
+
+
+def host_memory(like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a tensor on the host for each of `like`, pinned if one of those is on a GPU."""
+    pin = any(tensor.is_cuda for tensor in like.values())
+    out = {}
+    for size, names in packed({name: tensor.nbytes for name, tensor in like.items()}):
+        block = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pin)
+        first = 0
+        for name in names:
+            tensor = like[name]
+            part = block[first:first + tensor.nbytes]
+            out[name] = part.view(tensor.dtype).view(tensor.shape)
+            first += aligned(tensor.nbytes)
+    return out
+
+
+def packed(sizes: dict[str, int]) -> list[tuple[int, list[str]]]:
+    """Return [(bytes, names)]: blocks for tensors of these sizes; each size is a power of two.
+
+    torch rounds pinned memory up to powers of two. A block per tensor would add 65 % to the
+    checkpoint of sd3.5-large, one block for all up to 100 %. Here the largest power of two below
+    the remaining bytes is filled with the largest tensors that fit, which wastes almost nothing.
+    """
+    left = sorted(sizes, key=sizes.__getitem__, reverse=True)
+    blocks = []
+    while left:
+        total = sum(aligned(sizes[name]) for name in left)
+        largest = aligned(sizes[left[0]])
+        size = room = max(1 << total.bit_length() - 1, 1 << (largest - 1).bit_length())
+        names, rest = [], []
+        for name in left:
+            if aligned(sizes[name]) <= room:
+                names.append(name)
+                room -= aligned(sizes[name])
+            else:
+                rest.append(name)
+        blocks.append((size, names))
+        left = rest
+    return blocks
+
+
+def aligned(size: int) -> int:
+    """Return the bytes that a tensor of `size` takes in a block: a multiple of 64, at least 64."""
+    return max(-(-size // 64) * 64, 64)
+
+
+def part_file(path: Path, rank: int, world: int) -> Path:
+    return path / f"part-{rank:05d}-of-{world:05d}.safetensors"
+
+
+def write_part(path: Path, tensors: dict[str, Tensor], rows: dict[str, list]) -> None:
+    """Write the part of one process. files.write_tensors would copy the tensors once more."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path, {"rows": json.dumps(rows)})
+        path.chmod(0o644)
+        sync(path)
+        sync(path.parent)
+
+
+def commit(work: Path, about: dict[str, Any], keep: int) -> None:
+    """Make the folder `work` with all its parts the newest checkpoint; remove all but the last
+    `keep`."""
+    path = work.with_name(work.name.removeprefix(".tmp_"))
+    before = path.with_suffix(".old")
+    parts = [part_file(work, rank, about["parts"]) for rank in range(about["parts"])]
+    for part in parts:
+        must(part.exists(), f"{part} does not exist; a checkpoint needs the part of each process")
+    with writing(work / "meta.json"):
+        write_json(work / "meta.json", about)
+        sync(work)
+    # a folder cannot be renamed onto another: the old one gets another name, still readable
+    if path.exists():
+        discard(before)
+        os.replace(path, before)
+    os.replace(work, path)
+    sync(path.parent)
+    discard(before)
+    for state in states(path.parent)[:-keep]:
+        discard(state)
+
+
+def discard(path: Path) -> None:
+    """Remove a folder if it exists. It is renamed first, so that a partly removed one is never read
+    as a checkpoint."""
+    if path.exists():
+        shutil.rmtree(path.rename(path.with_name(f".tmp_gone_{path.name}")))
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn errors of writing `path` into an InputError of one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be written ({error}); earlier checkpoints are "
+                         "intact") from None

@@ -1,0 +1,212 @@
+"""One LADD iteration: networks, optimizers and micro-batches, in one process or several.
+
+The losses are in ladd/core/losses.py, sharding over processes in ladd/engine/parallel.py.
+"""
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ladd.cli import must
+from ladd.core import flow
+from ladd.core.discriminator import Discriminator, DiscriminatorConfig, channel_moments
+from ladd.core.losses import LaddConfig, fake_pass, grid_of, heads_loss, student_loss, taps_of
+from ladd.core.mmdit import MMDiT
+from ladd.data.batches import Batching, MicroBatch, micro_batches, moved
+from ladd.data.shards import Latents
+from ladd.engine import parallel, state
+from ladd.engine.fp8 import in_fp8
+from ladd.engine.networks import (Compute, LoraConfig, checkpoint_tensors, make_student, network,
+                                  trainable)
+from ladd.engine.parallel import Norms
+
+# our choices, for student and discriminator
+BETA1 = 0.0      # Adam without momentum
+DECAY = 0.4      # fraction of the student's steps at the end in which learning rates fall to 0
+CLIP = 1.0       # largest gradient norm of a network
+
+
+class Optim(NamedTuple):
+    """How student and discriminator are optimized."""
+    lr: float          # student
+    heads_lr: float    # discriminator
+    beta2: float
+    steps: int         # of the student
+    warmup: int        # steps of linear warm-up
+
+
+class Networks(NamedTuple):
+    """Networks and optimizers of a training step."""
+    student: MMDiT
+    ema: MMDiT
+    teacher: MMDiT
+    heads: Discriminator
+    opt_g: torch.optim.Optimizer
+    opt_d: torch.optim.Optimizer
+
+    def tensors(self, saved: state.State | None = None) -> dict[str, Tensor]:
+        """Return what a run resumes from, by name: the weights that train, EMA, discriminator and
+        optimizers. With `saved` the optimizers first get the moments that it has. Frozen weights
+        are in the teacher's file."""
+        networks = {"student": checkpoint_tensors(self.student, self.student),
+                    "ema": checkpoint_tensors(self.ema, self.student),
+                    "heads": self.heads.state_dict()}
+        out = {f"{name}.{k}": v for name, tensors in networks.items() for k, v in tensors.items()}
+        return (out | moments(self.opt_g, self.student, "opt_g.", saved)
+                | moments(self.opt_d, self.heads, "opt_d.", saved))
+
+
+def moments(optimizer: torch.optim.Optimizer, network: nn.Module, prefix: str,
+            saved: state.State | None) -> dict[str, Tensor]:
+    """Return the optimizer's step counts and moments, by name; with `saved` empty tensors of the
+    shapes stored there, to be filled."""
+    named = trainable(network)
+    if saved is None:
+        return state.optimizer_tensors(optimizer, named, prefix)
+    return state.optimizer_targets(optimizer, named, prefix, saved)
+
+
+def make_optimizer(model: nn.Module, lr: float, beta2: float) -> torch.optim.AdamW:
+    """Return AdamW for the parameters of `model` that train."""
+    return torch.optim.AdamW(trainable(model).values(), lr, betas=(BETA1, beta2), weight_decay=0.0,
+                             fused=True)
+
+
+def make_networks(base: MMDiT, compute: Compute, optim: Optim, heads: DiscriminatorConfig,
+                  depth: int = 0, adapter: LoraConfig | None = None,
+                  teacher_fp8: bool = False) -> Networks:
+    """Return student and EMA with the weights of the teacher `base`, the frozen teacher, a new
+    discriminator and both optimizers."""
+    must(not (teacher_fp8 and compute.shard_teacher),
+         "--teacher-fp8 requires a replicated teacher: --shard none or student")
+    teacher = network(base.config, base.state_dict(), compute, compute.dtype, False,
+                      compute.shard_teacher)
+    student, ema = make_student(base, teacher, compute, depth, adapter)
+    if teacher_fp8:
+        in_fp8(teacher)
+    discriminator = Discriminator(heads, compute.ops).to(compute.device)
+    parallel.broadcast(discriminator)
+    return Networks(student, ema, teacher, discriminator,
+                    make_optimizer(student, optim.lr, optim.beta2),
+                    make_optimizer(discriminator, optim.heads_lr, optim.beta2))
+
+
+def calibrate(dc: LaddConfig, batching: Batching, teacher: MMDiT, heads: Discriminator,
+              latents: Latents) -> None:
+    """Standardise the features that the heads read, by the statistics of one batch of renoised real
+    samples. Processes and micro-batches share that batch as they share a step's."""
+    # easy_steps: the noise levels as they are after the warm-up
+    parts = micro_batches(latents, batching, dc, 0, dc.easy_steps, (batching.seed, 3))
+    total = 0
+    for part in parts:
+        x0, text, _, draws = moved(part, heads.feat_mean.device)
+        with torch.no_grad():
+            xt = flow.noised(x0, draws.eps_r, draws.sigma_r)
+            total += channel_moments(taps_of(teacher, heads, xt, draws.sigma_r, text))
+    heads.calibrate(parallel.averaged(total / len(parts)))
+
+
+# --- the step ---
+
+def learning_rate(optim: Optim, step: int, steps_taken: int) -> float:
+    """Return the factor of a network's learning rate: linear warm-up over the steps that it has
+    taken, then constant, then linear to 0 over the last DECAY of the student's steps. `step` counts
+    the student's steps and is negative while only the discriminator trains."""
+    left = (optim.steps - max(step, 0)) / max(1, DECAY * optim.steps)
+    return min(1, (steps_taken + 1) / max(1, optim.warmup), left)
+
+
+def step_keys(start: int, total: int, heads_steps: int) -> Iterator[tuple[int, int]]:
+    """Yield (iteration, discriminator step) for each batch from iteration `start` on."""
+    return ((it, j) for it in range(start, total) for j in range(heads_steps))
+
+
+def step_parts(dc: LaddConfig, batching: Batching, latents: Latents, it: int,
+               j: int) -> list[MicroBatch]:
+    """Return this process's micro-batches for discriminator step j of iteration `it`.
+
+    Each discriminator step has its own batch; noise levels follow the student's steps.
+    """
+    return micro_batches(latents, batching, dc, it * batching.heads_steps + j,
+                         max(it - batching.heads_first, 0), (batching.seed, 2, it, j))
+
+
+def joined(stats: Sequence[dict[str, Tensor | None]]) -> dict[str, Tensor | None]:
+    """Return the stats of a batch from those of its micro-batches: logits [k, b, h, w] are
+    concatenated along b, losses averaged."""
+    out = {}
+    for name, first in stats[0].items():
+        values = [s[name] for s in stats]
+        if first is None:
+            out[name] = None
+        else:
+            out[name] = torch.cat(values, 1) if first.ndim else torch.stack(values).mean()
+    return out
+
+
+def no_lap(name: str) -> None:
+    """Do nothing: the default where nobody measures the stages of a step."""
+
+
+def ladd_step(dc: LaddConfig, p: Networks, parts: list[MicroBatch], ema_decay: float,
+              update_student: bool, lap: Callable[[str], None] = no_lap
+              ) -> tuple[dict[str, Tensor | None], dict[str, Norms]]:
+    """Run one LADD step on the micro-batches `parts`; return (stats, gradient norms by network).
+
+    One student forward and one teacher forward of the fake serve both losses of a micro-batch.
+    Both are computed before the heads' optimizer steps, so each graph is freed after its
+    micro-batch and no forward is repeated. Without `update_student` only the heads train. stats:
+    `loss_d`, and what `heads_loss` and `student_loss` return. `lap` is called with the name of each
+    stage that ends.
+    """
+    def backward(part: MicroBatch, last: bool) -> dict[str, Tensor | None]:
+        x0, text, mismatched, draws = part
+
+        # 1. generate: student, renoise, frozen teacher, through which the student's gradient flows
+        with torch.set_grad_enabled(update_student):
+            fake = fake_pass(p.student, p.teacher, p.heads, x0, text, draws, dc)
+        lap("generate")
+
+        # 2. discriminator loss: it detaches the fake features, so only the heads get gradients
+        loss_d, stats = heads_loss(p.teacher, p.heads, x0, text, mismatched, fake.feats, draws, dc)
+        (loss_d / len(parts)).backward()
+        stats = {"loss_d": loss_d.detach()} | stats
+        lap("discriminator loss")
+
+        # 3. student loss: it detaches the heads' parameters, so only the student gets gradients
+        if update_student:
+            loss_g, stats_g = student_loss(p.heads, text, fake, draws, dc, grid_of(p.teacher, x0))
+            parallel.accumulate(p.student, last)
+            (loss_g / len(parts)).backward()
+            stats |= stats_g
+            lap("student loss")
+        return stats
+
+    # one call per micro-batch frees its features and graphs before the next one starts
+    stats = joined([backward(part, part is parts[-1]) for part in parts])
+
+    # 4. optimizers, then the EMA
+    parallel.average_gradients(p.heads)
+    norms = {"heads": parallel.clip(p.heads, CLIP)}
+    p.opt_d.step()
+    p.opt_d.zero_grad()
+    lap("heads' optimizer")
+    if update_student:
+        norms["student"] = student_update(p.student, p.ema, p.opt_g, ema_decay)
+        lap("student's optimizer, EMA")
+    return stats, norms
+
+
+@torch.no_grad()        # otherwise the EMA would keep the graph of each step
+def student_update(student: MMDiT, ema: MMDiT, optimizer: torch.optim.Optimizer,
+                   decay: float) -> Norms:
+    """Clip the student's gradients, step its optimizer and update the EMA; return the norms before
+    clipping."""
+    norms = parallel.clip(student, CLIP)
+    optimizer.step()
+    optimizer.zero_grad()       # sets them to None: they need no memory during the next forward
+    pairs = [(e, p) for e, p in zip(ema.parameters(), student.parameters()) if p.requires_grad]
+    averages, weights = map(list, zip(*pairs))
+    torch._foreach_lerp_(averages, weights, 1 - decay)
+    return norms

@@ -1,0 +1,428 @@
+"""The layouts in which MMDiTs are published: a single file, and the diffusers folder of a
+transformer or a pipeline.
+
+One map serves reading and writing: the names in the file that hold the rows of each of our tensors.
+
+    single      our names, with PREFIX or without; the file may also hold a VAE and text encoders
+    diffusers   q, k and v are separate, and the last two norms read (scale, shift) where ours read
+                (shift, scale)
+
+Sources: Stability-AI/sd3.5 and diffusers 0.42. tests/test_formats.py shows that both networks
+compute the same.
+"""
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+import torch
+from torch import Tensor
+
+from ladd.cli import InputError, must
+from ladd.core import flow
+from ladd.core.mmdit import BASE_GRID, HEAD_DIM, MMDiTConfig
+from ladd.core.sampler import SAMPLERS
+from ladd.data.files import read_json, read_tensors, sync, write_json
+
+PREFIX = "model.diffusion_model."
+# other networks that a single file may hold; they are ignored
+OTHERS = "first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.", "vae."
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+CLASS = "SD3Transformer2DModel"
+PIPELINE = "StableDiffusion3Pipeline"
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HEADER = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+# our modules and those of diffusers, whose rows we stack in this order
+OUTER = {
+    "x_embedder.proj": "pos_embed.proj",
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+    "context_embedder": "context_embedder",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
+INNER = {
+    "x_block.attn.qkv": "attn.to_q attn.to_k attn.to_v",
+    "x_block.attn.ln_q": "attn.norm_q",
+    "x_block.attn.ln_k": "attn.norm_k",
+    "x_block.attn.proj": "attn.to_out.0",
+    "x_block.attn2.qkv": "attn2.to_q attn2.to_k attn2.to_v",
+    "x_block.attn2.ln_q": "attn2.norm_q",
+    "x_block.attn2.ln_k": "attn2.norm_k",
+    "x_block.attn2.proj": "attn2.to_out.0",
+    "x_block.mlp.fc1": "ff.net.0.proj",
+    "x_block.mlp.fc2": "ff.net.2",
+    "x_block.adaLN_modulation.1": "norm1.linear",
+    "context_block.attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+    "context_block.attn.ln_q": "attn.norm_added_q",
+    "context_block.attn.ln_k": "attn.norm_added_k",
+    "context_block.attn.proj": "attn.to_add_out",
+    "context_block.mlp.fc1": "ff_context.net.0.proj",
+    "context_block.mlp.fc2": "ff_context.net.2",
+    "context_block.adaLN_modulation.1": "norm1_context.linear",
+}
+FOREIGN = (   # what else a file may be, by the names of its tensors
+    (r"lora_|\.lora[._]|\.alpha$", "a LoRA"),
+    (r"(double|single|single_transformer)_blocks\.", "Flux or a relative"),
+    (rf"^({re.escape(PREFIX)})?(input|down)_blocks\.", "a UNet of Stable Diffusion 1, 2 or XL"),
+    (r"^(first_stage_model\.|vae\.)?(encoder|decoder)\.", "a VAE alone"),
+    (r"^(text_encoders\.|text_model\.|shared\.)", "text encoders alone"))
+# published models by (blocks, width, QK norm, blocks with a second attention), for the header
+SIZES = {(24, 1536, False, 0): "-medium", (24, 1536, True, 13): ".5-medium",
+         (38, 2432, True, 0): ".5-large"}
+
+
+# --- names ---
+
+def diffusers_names(name: str) -> tuple[str, ...]:
+    """Return the names in diffusers of the tensors whose rows are stacked in our tensor `name`:
+    three for a qkv, otherwise one."""
+    if name == "pos_embed":
+        return ("pos_embed.pos_embed",)
+    module, kind = name.rsplit(".", 1)
+    if block := re.fullmatch(r"joint_blocks\.(\d+)\.(.+)", module):
+        parts = INNER[block[2]].split()
+        return tuple(f"transformer_blocks.{block[1]}.{part}.{kind}" for part in parts)
+    return (f"{OUTER[module]}.{kind}",)
+
+
+def naming(names: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+    """Return the function from our name to the names in a file whose tensors are called `names`."""
+    if any(name.startswith("transformer_blocks.") for name in names):
+        return diffusers_names
+    prefix = PREFIX if any(name.startswith(PREFIX) for name in names) else ""
+    return lambda name: (prefix + name,)
+
+
+def swap_halves(name: str, tensor: Tensor, depth: int) -> Tensor:
+    """Return `tensor` with its halves swapped if diffusers orders them the other way (shift and
+    scale of the last two norms). The function is its own inverse."""
+    last = f"joint_blocks.{depth - 1}.context_block.adaLN_modulation."
+    if name.startswith((last, "final_layer.adaLN_modulation.")):
+        return tensor.roll(len(tensor) // 2, 0)
+    return tensor
+
+
+# --- reading ---
+
+def weights_of(folder: Path) -> Path:
+    """Return the weights in a transformer or pipeline folder, or the index of their shards."""
+    if (folder / "transformer").is_dir():
+        folder = folder / "transformer"
+    config = folder / "config.json"
+    about = read_json(config) if config.exists() else {}
+    kind = about.get("_class_name", CLASS) if isinstance(about, dict) else about
+    must(kind == CLASS, f"{config}: _class_name must be {CLASS} (got {kind})")
+    for name in (INDEX, WEIGHTS):
+        if (folder / name).exists():
+            return folder / name
+    names = ", ".join(sorted(path.name for path in folder.iterdir())[:4]) or "an empty folder"
+    raise InputError(f"{folder} must be a finished run or a folder with {WEIGHTS} (got {names})")
+
+
+def open_weights(path: Path) -> tuple[dict[str, tuple[Tensor, Path]], dict[str, str]]:
+    """Return ({name: (mapped tensor, its file)}, metadata) of a safetensors file or an index."""
+    must(path.suffix not in (".ckpt", ".pt", ".pth", ".bin", ".pkl"),
+         f"{path} must be a safetensors file (got a pickle, which can run code)")
+    files = [path]
+    weight_map = {}
+    if path.suffix == ".json":
+        index = read_json(path)
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        # a bare file name: an index must not reach outside its folder
+        must(isinstance(weight_map, dict) and len(weight_map) > 0
+             and all(isinstance(name, str) and name == Path(name).name
+                     for name in weight_map.values()),
+             f"{path}: weight_map must give a file in the same folder for each tensor "
+             f"(got {weight_map!r:.80})")
+        files = [path.with_name(name) for name in sorted(set(weight_map.values()))]
+    found = {}
+    for file in files:
+        must(not weight_map or file.exists(),
+             f"{path}: shard {file.name} is missing; copy all shards into one folder")
+        tensors, metadata = read_tensors(file)
+        found |= {name: (tensor, file) for name, tensor in tensors.items()}
+    for name, shard in weight_map.items():
+        must(name in found and found[name][1].name == shard,
+             f"{path}: {name} is not in {shard}; use the index that belongs to these shards")
+    return found, metadata
+
+
+def infer_config(shapes: dict[str, list[int]], path: Path) -> MMDiTConfig:
+    """Return the configuration of a network whose tensors, named as in the file, have these shapes.
+    Raises InputError where no MMDiT has them."""
+    names_of = naming(shapes)
+
+    def shape(name: str, rank: int) -> list[int]:
+        name, = names_of(name)
+        if len(shapes.get(name, [])) == rank and 0 not in shapes[name]:
+            return shapes[name]
+        for pattern, kind in FOREIGN:
+            if name not in shapes and any(re.search(pattern, other) for other in shapes):
+                raise InputError(f"{path} must hold a complete MMDiT of SD3 or SD3.5 (got {kind}: "
+                                 f"{len(shapes)} tensors such as {min(shapes)})")
+        got = shapes.get(name, f"none among {len(shapes)} tensors")
+        raise InputError(f"{path}: {name} of an MMDiT must be a tensor of rank {rank} (got {got})")
+
+    width, channels, patch, _ = shape("x_embedder.proj.weight", 4)
+    pattern = rf"(?:{re.escape(PREFIX)})?(?:joint|transformer)_blocks\.(\d+)\.(.+)"
+    matches = [re.fullmatch(pattern, name) for name in shapes]
+    blocks = [(int(match[1]), match[2]) for match in matches if match]
+    must(len(blocks) > 0 and width % HEAD_DIM == 0,
+         f"{path}: an MMDiT must have a width that is a multiple of {HEAD_DIM} and tensors named "
+         f"joint_blocks.* (got width {width} and {len(blocks)} such tensors)")
+    dual = {index for index, name in blocks if name.startswith(("x_block.attn2.", "attn2."))}
+    return MMDiTConfig(
+        depth=max(index for index, _ in blocks) + 1, width=width,
+        context_dim=shape("context_embedder.weight", 2)[1],
+        pooled_dim=shape("y_embedder.mlp.0.weight", 2)[1], in_channels=channels,
+        out_channels=shape("final_layer.linear.weight", 2)[0] // patch ** 2, patch=patch,
+        qk_norm=any(".ln_q." in name or ".norm_q." in name for _, name in blocks),
+        dual_blocks=tuple(sorted(dual)), pos_grid=math.isqrt(shape("pos_embed", 3)[1]))
+
+
+def assemble(wanted: dict[str, Tensor], stored: dict[str, tuple[Tensor, Path]], depth: int,
+             path: Path) -> dict[str, Tensor]:
+    """Return the tensors named and shaped as `wanted` (on the meta device) of a network of `depth`
+    blocks, from the result of open_weights. Only tensors that must be joined are copied into
+    memory; other networks in the file (OTHERS) are ignored.
+
+    Raises InputError that names missing, unknown and misshapen tensors as the file names them.
+    """
+    names_of = naming(stored)
+    sizes = {}
+    for name, tensor in wanted.items():
+        parts = names_of(name)
+        sizes |= {part: [len(tensor) // len(parts), *tensor.shape[1:]] for part in parts}
+    own = {name: tensor for name, (tensor, _) in stored.items() if not name.startswith(OTHERS)}
+    found = {name: list(tensor.shape) for name, tensor in own.items()}
+    dtypes = ", ".join(HEADER.values())
+    faults = {
+        "missing": [name for name in sizes if name not in found],
+        "unknown": [name for name in found if name not in sizes],
+        "misshapen": [f"{name} {found[name]}, not {size}" for name, size in sizes.items()
+                      if found.get(name, size) != size],
+        "of another dtype": [f"{name} {tensor.dtype}, not {dtypes}" for name, tensor in own.items()
+                             if tensor.dtype not in HEADER]}
+    listed = [f"{len(names)} {fault}: {', '.join(names[:3])}" for fault, names in faults.items()
+              if names]
+    must(not listed,
+         f"{path} must hold the {len(sizes)} tensors of this MMDiT (got {'; '.join(listed)})")
+
+    def read(name: str) -> Tensor:
+        # a memory mapping of its own: its pages are released together with the tensor
+        with safe_open(stored[name][1], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def assembled(name: str) -> Tensor:
+        parts = names_of(name)
+        if len(parts) > 1:
+            return torch.cat([read(part) for part in parts])
+        tensor = own[parts[0]]
+        return swap_halves(name, tensor, depth) if names_of is diffusers_names else tensor
+
+    return {name: assembled(name) for name in wanted}
+
+
+# --- writing ---
+
+def to_layout(state: dict[str, Tensor], layout: str, depth: int) -> dict[str, Tensor]:
+    """Return a state dict with the names of a published layout, "single" or "diffusers". All
+    tensors are views but those whose halves are swapped."""
+    if layout == "single":
+        return {PREFIX + name: tensor for name, tensor in state.items()}
+    out = {}
+    for name, tensor in state.items():
+        names = diffusers_names(name)
+        out |= zip(names, swap_halves(name, tensor, depth).chunk(len(names)))
+    return out
+
+
+def header(c: MMDiTConfig, layout: str, title: str, metadata: dict[str, str]) -> dict[str, str]:
+    """Return the header of a file: what Stability's ModelSpec 1.0 requires, and `metadata`, which
+    may replace some of that."""
+    size = SIZES.get((c.depth, c.width, c.qk_norm, len(c.dual_blocks)), "")
+    source = "https://github.com/Stability-AI/sd3.5" if layout == "single" else "diffusers"
+    return {"modelspec.sai_model_spec": "1.0.0", "modelspec.title": title,
+            "modelspec.architecture": f"stable-diffusion-v3{size}",
+            "modelspec.prediction_type": "velocity", **metadata, "modelspec.implementation": source,
+            "format": "pt"}
+
+
+def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str],
+                  dtype: torch.dtype | None = None) -> None:
+    """Write a safetensors file in `dtype` (None: as they are), one tensor at a time, so that the
+    network is not copied in memory. Raises InputError for a value beyond the range of fp16."""
+    dtypes = {name: dtype or tensor.dtype for name, tensor in tensors.items()}
+    entries = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors.items():
+        start = end
+        end += tensor.numel() * dtypes[name].itemsize
+        entries[name] = {"dtype": HEADER[dtypes[name]], "shape": list(tensor.shape),
+                         "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)   # the data must start at a multiple of 8 bytes
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            cast = tensor.detach().to("cpu", dtypes[name]).contiguous()
+            if dtype == torch.float16 and not cast.isfinite().all():
+                raise InputError(f"{name}: values must be at most 65504 in fp16 "
+                                 f"(got {tensor.abs().max():g})")
+            file.write(cast.flatten().view(torch.uint8).numpy())
+    sync(path)
+
+
+def write_transformer(folder: Path, state: dict[str, Tensor], c: MMDiTConfig,
+                      metadata: dict[str, str], dtype: torch.dtype | None,
+                      max_shard_bytes: int = 10 ** 10) -> None:
+    """Write the folder that SD3Transformer2DModel.from_pretrained loads: config.json and the
+    weights, in several files with an index where one would be larger than `max_shard_bytes`."""
+    folder.mkdir()
+    write_json(folder / "config.json", transformer_config(c))
+    shards = [{}]
+    size = total = 0
+    for name, tensor in to_layout(state, "diffusers", c.depth).items():
+        more = tensor.numel() * (dtype or tensor.dtype).itemsize
+        if shards[-1] and size + more > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += more
+        total += more
+    if len(shards) == 1:
+        write_weights(folder / WEIGHTS, shards[0], metadata, dtype)
+    else:
+        weight_map = {}
+        for i, shard in enumerate(shards, 1):
+            file = WEIGHTS.replace(".", f"-{i:05d}-of-{len(shards):05d}.")
+            write_weights(folder / file, shard, metadata, dtype)
+            weight_map |= dict.fromkeys(shard, file)
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    sync(folder)
+
+
+def transformer_config(c: MMDiTConfig) -> dict[str, Any]:
+    """Return the config.json of SD3Transformer2DModel."""
+    return {
+        "_class_name": CLASS,
+        # latent size of the images that a pipeline generates by default
+        "sample_size": min(2 * BASE_GRID, c.patch * c.pos_grid),
+        "patch_size": c.patch, "in_channels": c.in_channels, "out_channels": c.out_channels,
+        "num_layers": c.depth, "attention_head_dim": HEAD_DIM,
+        "num_attention_heads": c.width // HEAD_DIM, "joint_attention_dim": c.context_dim,
+        "caption_projection_dim": c.width, "pooled_projection_dim": c.pooled_dim,
+        "pos_embed_max_size": c.pos_grid, "dual_attention_layers": list(c.dual_blocks),
+        "qk_norm": "rms_norm" if c.qk_norm else None}
+
+
+# --- a pipeline ---
+
+CARD = """---
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+The transformer of {base}, distilled by latent adversarial diffusion distillation (LADD). All other
+parts are those of the base, whose license holds. It generates an image in {steps} steps, without
+guidance.
+
+```python
+import torch
+from diffusers import {classes}
+
+pipe = StableDiffusion3Pipeline.from_pretrained("{name}", torch_dtype={dtype})
+pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config, stochastic_sampling={stochastic})
+pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+image = pipe("a red circle", {size}sigmas={sigmas}, guidance_scale=0.0,
+             generator=torch.manual_seed(0)).images[0]
+image.save("image.png")
+```
+
+Always pass `sigmas`: the scheduler shifts them by {shift:g} to the noise levels of the student,
+{levels}.
+With `num_inference_steps={steps}` it would take other levels, the last one close to 0, and its
+configuration cannot hold a list.
+The student was trained for the sampler "{sampler}", {meaning}:
+`stochastic_sampling={stochastic}`.
+"""
+MEANING = {"euler": "which follows the velocity from level to level",
+           "renoise": "which predicts the clean image and adds new noise up to the next level"}
+
+
+def write_pipeline(path: Path, base: Path, card: str, write: Callable[[Path], None]) -> None:
+    """Write a copy of the pipeline folder `base` with the transformer folder that `write` makes and
+    the model card. Hidden files and weights at the top of `base`, which duplicate its parts in a
+    single file, are left out."""
+    at_top = shutil.ignore_patterns("transformer", "README.md", ".*", "*.safetensors")
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        return at_top(folder, names) if Path(folder) == base else set()
+
+    shutil.copytree(base, path, ignore=ignored)
+    (path / "README.md").write_text(card)
+    for file in path.rglob("*"):
+        sync(file)
+    write(path / "transformer")
+    sync(path)
+
+
+def model_card(name: str, base: Path, c: MMDiTConfig, metadata: dict[str, str],
+               dtype: torch.dtype) -> str:
+    """Return the README of a pipeline folder `name`: how to sample the student that `metadata`
+    describes. Raises InputError where `base` is no SD3 pipeline for this network, or where its
+    scheduler cannot sample at the noise levels of the student."""
+    def read(file: str, kind: str) -> dict[str, Any]:
+        found = read_json(base / file)
+        must(isinstance(found, dict),
+             f"{base / file} must be a JSON object (got {type(found).__name__})")
+        must(found.get("_class_name") == kind,
+             f"{base / file}: _class_name must be {kind} (got {found.get('_class_name')})")
+        return found
+
+    read("model_index.json", PIPELINE)
+    scheduler = read("scheduler/scheduler_config.json", SCHEDULER)
+    transformer = read("transformer/config.json", CLASS)
+    student = transformer_config(c)
+    for key in ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim"):
+        must(transformer.get(key) == student[key],
+             f"{base}/transformer: {key} must be the student's {student[key]} "
+             f"(got {transformer.get(key)})")
+    others = [key for key, value in scheduler.items() if value
+              and re.fullmatch("use_dynamic_shifting|shift_terminal|invert_sigmas|use_.*_sigmas",
+                               key)]
+    must(not others, f"{base}/scheduler must shift by a constant only (got {', '.join(others)})")
+    for key in ("levels", "shift", "sampler"):
+        must(key in metadata, f"metadata must have levels, shift and sampler (got no {key})")
+    sampler = metadata["sampler"]
+    must(sampler in SAMPLERS,
+         f"metadata: sampler must be {' or '.join(SAMPLERS)} (got {sampler!r})")
+    try:
+        levels = torch.tensor([float(level) for level in metadata["levels"].split(",")],
+                              dtype=torch.float64)
+        final = flow.shift(levels, float(metadata["shift"]))
+    except ValueError:
+        raise InputError(f"metadata: levels and shift must be numbers (got {metadata['levels']!r} "
+                         f"and {metadata['shift']!r})") from None
+    shift = scheduler.get("shift", 1.0)
+    sigmas = flow.shift(final, 1 / shift)   # the scheduler's own shift turns these into `final`
+    size = ""
+    if "sizes" in metadata:
+        h, w = metadata["sizes"].split(",")[0].split("x")
+        size = f"height={h}, width={w}, "
+
+    def rounded(values: Tensor) -> list[float]:
+        return [round(value, 7) for value in values.tolist()]
+
+    return CARD.format(name=name, base=base.resolve().name, classes=f"{SCHEDULER}, {PIPELINE}",
+                       scheduler=SCHEDULER, dtype=dtype, size=size, sigmas=rounded(sigmas),
+                       shift=shift, levels=rounded(final), steps=len(levels), sampler=sampler,
+                       meaning=MEANING[sampler], stochastic=sampler == "renoise")

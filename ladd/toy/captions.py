@@ -1,0 +1,108 @@
+"""Captions of the toy dataset: words of attributes, their grammar, word embeddings."""
+import difflib
+
+import torch
+from torch import Tensor
+
+from ladd.cli import InputError, must
+from ladd.toy.scenes import (ANY_SHAPE, COLOURS, PHRASES, RELATIONS, VOCAB, attribute_names,
+                             cosine_waves, words_of)
+
+
+def draw_captions(attributes: Tensor, generator: torch.Generator, stated: float = 0.6) -> Tensor:
+    """Return codes [n, a]: the attributes that a caption states, -1 where it leaves them open.
+
+    Each is stated with probability `stated`, at least one of them, and a relation always.
+    """
+    n, a = attributes.shape
+    keep = torch.rand(n, a, generator=generator) < stated
+    one = torch.randint(a, (n,), generator=generator)
+    if a == 8:
+        keep[:, 3] = True
+    else:
+        keep[torch.arange(n), one] |= ~keep.any(1)
+    return torch.where(keep, attributes, -1)
+
+
+def caption(codes: Tensor | list[int], objects: int) -> str:
+    """Return the caption of a row of codes, e.g. "large red circle left of small blue square"."""
+    words = []
+    for name, phrases, code in zip(attribute_names(objects), PHRASES[objects], map(int, codes),
+                                   strict=True):
+        if code >= 0:
+            words.append(phrases[code])
+        elif name == "relation":
+            raise InputError("a caption of two objects must have a relation, one of "
+                             f"{', '.join(RELATIONS)} (got none)")
+        elif name.startswith("shape"):
+            words.append(ANY_SHAPE)
+    return " ".join(words)
+
+
+def check_words(words: list[str], known: list[str], text: str) -> None:
+    """Raise InputError for the first word that is not known."""
+    for word in words:
+        if word not in known:
+            near = (difflib.get_close_matches(word, known, 1, 0) or known)[0]
+            raise InputError(f"prompt {text!r}: unknown word {word!r}, the nearest known word is "
+                             f"{near!r}; use {' '.join(known)}")
+
+
+def parse(text: str, objects: int) -> list[int]:
+    """Return the codes of a caption, in any case: parse(caption(c)) == c.
+
+    Raise InputError for what is not a caption.
+    """
+    names, rest, codes = attribute_names(objects), text.lower().split(), []
+    check_words(rest, words_of(PHRASES[objects]), text)
+    for name, phrases in zip(names, PHRASES[objects]):
+        code, words = -1, []
+        if name.startswith("shape"):
+            words = [ANY_SHAPE]
+        for i, phrase in enumerate(phrases):
+            if rest[:len(phrase.split())] == phrase.split():
+                code, words = i, phrase.split()
+                break
+        if rest[:len(words)] != words or name == "relation" and code < 0:
+            break
+        rest = rest[len(words):]
+        codes.append(code)
+    if rest or len(codes) < len(names):
+        needed = f"a shape (or the word {ANY_SHAPE!r})"
+        if objects == 2:
+            needed += " and the relation"
+        raise InputError(f"prompt {text!r} must be {' '.join(names)} in this order, all but "
+                         f"{needed} may be left out (got {rest[0] if rest else 'its end'!r} out of "
+                         "place)")
+    if objects == 2:
+        must(codes[1] < 0 or codes[1] != codes[5], f"prompt {text!r}: its objects must have two "
+             f"colours (got {COLOURS[codes[1]]} twice)")
+    return codes
+
+
+def max_words(objects: int) -> int:
+    """Return the number of words of the longest caption."""
+    return sum(max(len(phrase.split()) for phrase in phrases) for phrases in PHRASES[objects])
+
+
+def embed(texts: list[str], length: int, dim: int,
+          vocab: list[str] = VOCAB) -> tuple[Tensor, Tensor]:
+    """Return (context [n, length, dim], pooled [n, dim]) of texts.
+
+    context = word + 0.3 position; pooled = sum of the words / sqrt(count). The vectors are frozen
+    cosine waves, the first ones for words and the last ones for positions, so they are orthogonal
+    where dim allows. Word 0 pads to `length`; "" is all padding, and its pooled vector is zero.
+    """
+    must(dim > len(vocab),
+         f"width of the text embedding must be at least {len(vocab) + 1} (got {dim})")
+    ids = torch.zeros(len(texts), length, dtype=torch.long)
+    for row, text in zip(ids, texts):
+        words = text.lower().split()
+        check_words(words, vocab, text)
+        must(len(words) <= length,
+             f"prompt {text!r} must have at most {length} words (got {len(words)})")
+        row[:len(words)] = torch.tensor([vocab.index(word) + 1 for word in words],
+                                        dtype=torch.long)
+    waves, said = cosine_waves(dim), (ids > 0)[..., None]                       # said [n, l, 1]
+    words, positions = waves[ids], waves[-1 - torch.arange(length) % dim]
+    return words + 0.3 * positions, (words * said).sum(1) / said.sum(1).clamp(min=1).sqrt()

@@ -1,0 +1,267 @@
+"""Scenes of the toy dataset: one or two coloured shapes, rendered from a seed; the latent codec.
+
+Nothing is downloaded; everything follows from a seed. A scene is a row of attributes (integers, -1
+for an absent object or an open attribute) and a geometry (cx as a fraction of W, cy of H, r in
+`unit`s). Images are in [-1, 1]. All constants are our choice. Letters: n images, a attributes,
+o objects, h w in pixels.
+"""
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ladd.cli import must
+
+SIZES = ("small", "large")
+COLOURS = ("red", "green", "blue", "yellow")
+SHAPES = ("circle", "triangle", "cross", "square")
+POSITIONS = ("left", "right", "top", "bottom")
+RELATIONS = ("left of", "right of", "above", "below")
+BACKGROUNDS = ("on black", "on gray", "on white")
+ANY_SHAPE = "shape"      # the noun of a caption that leaves the shape open
+ATTRIBUTES = {1: ("size", "colour", "shape", "position", "background"),
+              2: ("size", "colour", "shape", "relation", "size2", "colour2", "shape2",
+                  "background")}
+# One object is never a square: a small teacher learns corners last, and draws a square without
+# corners, which is a circle.
+PHRASES = {1: (SIZES, COLOURS, SHAPES[:3], POSITIONS, BACKGROUNDS),
+           2: (SIZES, COLOURS, SHAPES, RELATIONS, SIZES, COLOURS, SHAPES, BACKGROUNDS)}
+CHOICES = {objects: tuple(map(len, phrases)) for objects, phrases in PHRASES.items()}
+# of COLOURS
+COLOUR_RGB = torch.tensor([[0.8, -0.8, -0.8], [-0.8, 0.55, -0.75], [-0.75, -0.55, 0.8],
+                           [0.8, 0.7, -0.8]])
+# of BACKGROUNDS
+BACKGROUND_RGB = torch.tensor([[-0.8] * 3, [0.0] * 3, [0.8] * 3])
+# (least, most) r in units, of small and large objects; two large ones and a gap fit into 192x320
+RADII = {1: ((0.25, 0.26), (0.355, 0.365)), 2: ((0.09, 0.105), (0.15, 0.175))}
+GAP = 0.04               # least gap between two objects, in units
+# In r: half the side of a square, the height of a triangle, half the thickness of a cross's arm.
+SQUARE, TALL, ARM = 0.88, 1.725, 0.36
+# by SHAPES: area in r^2; distance of the centroid below the centre of the bounding box, in r
+AREA = torch.tensor([math.pi, TALL**2 / math.sqrt(3), 8 * ARM - 4 * ARM**2, 4 * SQUARE**2])
+SINK = torch.tensor([0.0, TALL / 6, 0.0, 0.0])
+
+
+def words_of(phrases: tuple[tuple[str, ...], ...]) -> list[str]:
+    """Return the distinct words of the phrases of all attributes, and ANY_SHAPE."""
+    return list(dict.fromkeys(" ".join(sum(phrases, (ANY_SHAPE,))).split()))
+
+
+VOCAB = words_of(PHRASES[1] + PHRASES[2])
+
+
+class ToyConfig(NamedTuple):
+    """Settings of the toy dataset."""
+    task: str                         # text, edit or inpaint
+    objects: int                      # in a scene
+    stated: float                     # probability that a caption states an attribute
+    text_dim: int                     # width of a text token and of the pooled text
+    hw: tuple[tuple[int, int], ...]   # sizes of images, in pixels
+
+
+class Scenes(NamedTuple):
+    """n scenes."""
+    attributes: Tensor                # [n, a] int64
+    geometry: Tensor                  # [n, o, 3] fp32: cx of W, cy of H, r in units
+
+
+def attribute_names(objects: int) -> tuple[str, ...]:
+    """Return the names of the attributes; raise InputError unless `objects` is 1 or 2."""
+    must(objects in ATTRIBUTES, f"objects must be 1 or 2 (got {objects!r})")
+    return ATTRIBUTES[objects]
+
+
+def check_size(hw: tuple[int, int]) -> None:
+    """Raise InputError unless (H, W) are positive multiples of 16."""
+    must(len(hw) == 2 and all(side >= 16 and side % 16 == 0 for side in hw),
+         f"image size (H, W) must be positive multiples of 16 (got {tuple(hw)})")
+
+
+def unit(hw: tuple[int, int], objects: int) -> float:
+    """Return the pixels of a unit, in which radii are given.
+
+    One object: the short side, on which its offset from the image's centre depends, too. MMDiT
+    crops its position table around the centre, so sizes whose sides in patches are all even (or
+    all odd) show a scene at the same positions, and a small network need not learn each aspect
+    ratio separately (measured). Two objects: sqrt(H W).
+    """
+    return float(min(hw)) if objects == 1 else math.sqrt(hw[0] * hw[1])
+
+
+def swap(attributes: Tensor) -> Tensor:
+    """Return the same scenes [..., 8] told from the other object.
+
+    "A left of B" becomes "B right of A".
+    """
+    out = attributes[..., [4, 5, 6, 3, 0, 1, 2, 7]]
+    # Relations come in pairs of opposites, so the last bit turns one into its opposite.
+    out[..., 3] = torch.where(out[..., 3] < 0, -1, out[..., 3] ^ 1)
+    return out
+
+
+def is_heldout(attributes: Tensor) -> Tensor:
+    """Return whether a scene has a combination that is held out from training.
+
+    Two objects: one of 6 (colour, shape, relation) of 64, told from either object. One object: one
+    of 4 (colour, shape, position) of 48.
+    """
+    _, colour, shape, place = attributes[..., :4].unbind(-1)
+    held = ((colour + shape) % 4 == place) & ((2 * colour + shape) % 8 % 3 == 1)
+    if attributes.shape[-1] == 8:
+        held = held | is_heldout(swap(attributes)[..., :4])
+    return held
+
+
+@lru_cache
+def _rows(objects: int, heldout: bool) -> Tensor:
+    """Return all rows of attributes that are held out, or that are not."""
+    rows = torch.cartesian_prod(*map(torch.arange, CHOICES[objects]))
+    if objects == 2:
+        rows = rows[rows[:, 1] != rows[:, 5]]       # two objects have two colours
+    return rows[is_heldout(rows) == heldout]
+
+
+def sample_scenes(n: int, hw: tuple[int, int], objects: int, generator: torch.Generator,
+                  heldout: bool = False) -> Scenes:
+    """Return n scenes, uniform over the attribute rows that are (or are not) held out."""
+    attribute_names(objects)
+    check_size(hw)
+
+    def rand(*size: int) -> Tensor:
+        return torch.rand(*size, generator=generator)
+
+    rows = _rows(objects, heldout)
+    attributes = rows[torch.randint(len(rows), (n,), generator=generator)]
+    side, px = torch.tensor([hw[1], hw[0]]).float(), unit(hw, objects)
+    least, most = torch.tensor(RADII[objects])[attributes[:, [0, 4][:objects]]].unbind(-1)
+    r = (least + (most - least) * rand(n, objects)) * px                # [n, o] pixels
+    place = attributes[:, 3]
+    main = F.one_hot(place // 2, 2).bool()                              # [n, 2] axis of the word
+    sign = torch.where(place % 2 == 0, -1.0, 1.0)[:, None]
+    if objects == 1:
+        # The offset from the image's centre is in units of the free way of the short side: 0.75 to
+        # 0.85 along the axis of the word, at most 0.1 across.
+        way = torch.where(main, sign * (0.75 + 0.1 * rand(n, 1)), 0.2 * rand(n, 1) - 0.1)
+        centre = (side / 2 + way * (min(hw) / 2 - r))[:, None]
+    else:
+        # First the step from the first centre to the second, then the pair anywhere in the image.
+        both = r.sum(1, keepdim=True)
+        along = both + GAP * px + rand(n, 1) * (side - 2 * both - GAP * px)         # [n, 2]
+        across = (2 * rand(n, 1) - 1) * torch.minimum(0.4 * along.flip(1), side - both)
+        step = torch.where(main, -sign * along, across)
+        low = torch.maximum(r[:, :1], r[:, 1:] - step)
+        high = torch.minimum(side - r[:, :1], side - r[:, 1:] - step)
+        first = low + rand(n, 2) * (high - low)
+        centre = torch.stack([first, first + step], 1)
+    return Scenes(attributes, torch.cat([centre / side, r[..., None] / px], -1))
+
+
+# --- renderer ---
+
+def signed_distance(shape: int, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
+    """Return the signed distance [n, h, w] in pixels to a shape, exact at its sides.
+
+    The bounding box of the shape is centred at 0; y points down.
+    """
+    if shape == 0:
+        return (x.square() + y.square()).sqrt() - r
+    x = x.abs()
+    if shape == 3:
+        return torch.maximum(x, y.abs()) - SQUARE * r
+    if shape == 1:
+        return torch.maximum(0.5 * (math.sqrt(3) * x - y - TALL / 2 * r), y - TALL / 2 * r)
+    y = y.abs()
+    return torch.minimum(torch.maximum(x - r, y - ARM * r), torch.maximum(x - ARM * r, y - r))
+
+
+def pixel_grid(h: int, w: int, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """Return pixel centres relative to `centre` [n, 2] (x, y): x [n, 1, w], y [n, h, 1]."""
+    x, y = (torch.arange(side, device=centre.device) + 0.5 for side in (w, h))
+    return x - centre[:, 0, None, None], y[:, None] - centre[:, 1, None, None]
+
+
+def coverage(shape: int, h: int, w: int, centre: Tensor, r: Tensor) -> Tensor:
+    """Return how much of each pixel a shape covers, [n, h, w]: clamp(1/2 - signed distance).
+
+    centre [n, 2] (x, y) and r [n, 1] in pixels.
+    """
+    distance = signed_distance(shape, *pixel_grid(h, w, centre), r[..., None])
+    return (0.5 - distance).clamp_(0, 1)
+
+
+def render(scenes: Scenes, hw: tuple[int, int]) -> Tensor:
+    """Return images [n, 3, H, W] in [-1, 1] of scenes, objects over the background."""
+    check_size(hw)
+    h, w = hw
+    chunk, out = max(1, 2**18 // (h * w)), torch.empty(len(scenes.attributes), 3, h, w)
+    scale = torch.tensor([w, h, unit(hw, scenes.geometry.shape[1])])
+    for attributes, geometry, images in zip(*(t.split(chunk) for t in (*scenes, out))):
+        images.copy_(BACKGROUND_RGB[attributes[:, -1], :, None, None].expand_as(images))
+        for o in range(geometry.shape[1]):
+            centre, r = (geometry[:, o] * scale).split((2, 1), -1)
+            for shape in range(4):
+                i = (attributes[:, 4 * o + 2] == shape).nonzero().flatten()
+                colour = COLOUR_RGB[attributes[i, 4 * o + 1], :, None, None]
+                cover = coverage(shape, h, w, centre[i], r[i])[:, None]
+                images[i] = torch.lerp(images[i], colour, cover)
+    return out
+
+
+@lru_cache
+def cosine_waves(dim: int) -> Tensor:
+    """Return [dim, dim]: row k is the k-th cosine of the DCT-II.
+
+    The rows are orthogonal, have unit mean square, and are the same on every machine.
+    """
+    k = torch.arange(dim, dtype=torch.float64)[:, None]
+    j = torch.arange(dim, dtype=torch.float64) + 0.5
+    return (torch.cos(math.pi / dim * k * j) * torch.where(k > 0, math.sqrt(2), 1.0)).float()
+
+
+# --- latent codec ---
+
+SCALE, SHIFT = 1.5305, 0.0609                    # SD3's affine: latent = (z - SHIFT) * SCALE
+# (colour axis, vertical frequency, horizontal frequency, gain) of each channel. Axes: luma, red -
+# blue, red + blue - 2 green. Gains are proportional to deviation^-0.7 over the dataset, such that
+# the mean of luma has deviation 1 and the finest detail 0.3.
+CHANNELS = ((0, 0, 0, 0.08), (0, 0, 1, 0.35), (0, 1, 0, 0.35), (0, 1, 1, 0.61), (0, 0, 2, 0.63),
+            (0, 2, 0, 0.62), (1, 0, 0, 0.18), (1, 0, 1, 0.41), (1, 1, 0, 0.41), (1, 1, 1, 0.71),
+            (1, 0, 2, 0.74), (2, 0, 0, 0.21), (2, 0, 1, 0.5), (2, 1, 0, 0.5), (2, 1, 1, 0.88),
+            (2, 2, 0, 0.88))
+
+
+@lru_cache
+def _filters(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return orthonormal filters [16, 3, 8, 8] and their gains [16, 1, 1, 1].
+
+    A filter is a colour axis times a 2-D DCT wave.
+    """
+    axis, row, column, gain = (torch.tensor(field) for field in zip(*CHANNELS))
+    colour = F.normalize(torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]]))
+    wave = cosine_waves(8) / math.sqrt(8)
+    filters = torch.einsum("kc,ky,kx->kcyx", colour[axis], wave[row], wave[column])
+    return filters.to(device), gain.to(device)[:, None, None, None]
+
+
+def encode(images: Tensor) -> Tensor:
+    """Return latents [n, 16, H/8, W/8] of images [n, 3, H, W].
+
+    A latent is (gain * <filter, 8x8 block> - SHIFT) * SCALE.
+    """
+    check_size(images.shape[2:])
+    filters, gain = _filters(images.device)
+    return (F.conv2d(images.float(), filters * gain, stride=8) - SHIFT) * SCALE
+
+
+def decode(latents: Tensor) -> Tensor:
+    """Return images [n, 3, H, W] of latents, clamped to [-1, 1].
+
+    A block is the sum of the filters, each times its coefficient / gain.
+    """
+    filters, gain = _filters(latents.device)
+    blocks = F.conv2d(latents.float() / SCALE + SHIFT,
+                      (filters / gain).flatten(1).t()[..., None, None])
+    return F.pixel_shuffle(blocks, 8).clamp_(-1, 1)     # faster than conv_transpose2d on a CPU
