@@ -287,7 +287,7 @@ BAD = {"--stepz 5": ("'--stepz'", "--steps"), "--heads-learning-rate 1": ("--hea
        "--lora 4 --lora-targets to_q": ("LoRA targets", "to_q", "joint_blocks", "attn.qkv"),
        "--lora 4 --student-depth 1 --lora-targets joint_blocks.1.*": ("LoRA targets",
                                                                       r"joint_blocks\.1"),
-       "--lora 129": ("LoRA", "rank 129", "1 to the network's width 128"),
+       "--lora 129": ("LoRA rank", "got 129", "1 to the network's width, 128"),
        "--lora 4 --lora-targets ,": ("--lora-targets", "at least one value"),
        "--teacher-lora 4": ("--teacher-lora requires --base", "got 4"), "--teacher-lora 4 "
        "--teacher t": ("--teacher-lora must be left out with --teacher", "not trained", "got 4"),
@@ -607,7 +607,7 @@ def test_kernels_are_those_asked_for(home):
         with mock.patch.object(kernels, "load", wraps=kernels.load) as load:
             main(home, f"--name kernels-{name} --kernels {name} --set stop_after=1 "
                  f"{STAGES['student']}")
-        assert load.call_count >= 2 and {call.args for call in load.call_args_list} == {(loaded,)}
+        assert load.called and {call.args for call in load.call_args_list} == {(loaded,)}
     # the others are asked for too, by networks on the meta device, which compute nothing
     plain, calls = kernels.load("torch"), {"triton": 0, "torch": 0}
 
