@@ -172,15 +172,22 @@ def test_kernels_does_not_disturb_the_libraries(folder, tmp_path, installed):
         about.mkdir(parents=True)
         (about / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: "
                                         f"{version}\n")
-    code = ("import sys, importlib.metadata as m\nassert sys.path[0] == "
-            f"''\nsys.path.append({str(tmp_path / 'site')!r})\n" "if {installed}: assert "
-            "m.version('kernels')\nimport kernels\nfrom ladd.encode import "
-            "libraries\nlibraries()\nassert sys.modules['kernels'] is kernels and "
-            "kernels.load('torch')\nimport torch\nfrom diffusers import StableDiffusion3Pipeline\n"
-            f"pipe = StableDiffusion3Pipeline.from_pretrained({str(folder)!r}, "
-            "local_files_only=True)\nout = pipe('a red circle', height=64, width=96, "
-            "num_inference_steps=2, output_type='np')\n"
-            "assert out.images.shape == (1, 64, 96, 3)\n").replace("{installed}", str(installed))
+    code = f"""
+import sys, importlib.metadata as m
+assert sys.path[0] == ""
+sys.path.append({str(tmp_path / 'site')!r})
+if {installed}:
+    assert m.version("kernels")
+import kernels
+from ladd.sd3.encoders import libraries
+libraries()
+assert sys.modules["kernels"] is kernels and kernels.load("torch")
+import torch
+from diffusers import StableDiffusion3Pipeline
+pipe = StableDiffusion3Pipeline.from_pretrained({str(folder)!r}, local_files_only=True)
+out = pipe("a red circle", height=64, width=96, num_inference_steps=2, output_type="np")
+assert out.images.shape == (1, 64, 96, 3)
+"""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                           env=env)
