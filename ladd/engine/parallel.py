@@ -57,6 +57,16 @@ def start(device: torch.device, timeout_s: float) -> None:
          "several processes with torchrun")
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                             timeout=timedelta(seconds=2 * timeout_s))
+    sys.excepthook = _exit_after_error
+
+
+def _exit_after_error(kind, error, trace) -> None:
+    """Print an uncaught error and exit with code 1, without the interpreter's shutdown; see
+    finish."""
+    traceback.print_exception(kind, error, trace)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def finish() -> None:
