@@ -46,7 +46,7 @@ from ladd.engine.parallel import Watch, any_rank, ranks
 from ladd.engine.run import (Health, Log, Stopped, Stopper, device_name, memory_gb, open_run,
                              progress)
 from ladd.engine.step import (CLIP, Optim, calibrate, ladd_step, learning_rate, make_networks,
-                              moments, step_keys, step_parts)
+                              step_keys, step_parts)
 from ladd.report import evaluate, speed
 from ladd.report.evaluate import Sizes, make_reference
 from ladd.sd3 import checkpoint, encoders
@@ -54,34 +54,24 @@ from ladd.sd3.encoders import sd3_codec
 from ladd.toy.prompts import BEST, VALIDATION, draw_prompts, toy_codec, toy_latents, toy_plan
 
 
-def save_every(config: Config, saver: state.Saver, health: Health, step: int, done: int,
-               stopper: Stopper, tensors, meta) -> None:
+def save_or_stop(config: Config, saver: state.Saver, health: Health, step: int, done: int,
+                 stopper: Stopper, to_checkpoint: Callable, meta: dict) -> None:
     """Save at the interval, and on a signal or stop_after, then raise Stopped. `done` counts the
     steps of this process. Losses and gradients are checked first: NaN or inf ends the run
-    instead."""
-    # a checkpoint that was written in the background becomes the newest once all have written it
+    instead. `to_checkpoint` returns the arguments of state.collect."""
     wish = bool(stopper) or bool(config.stop_after and done >= config.stop_after)
     stop, unwritten = any_rank((wish, not saver.written))
+    # a checkpoint that is written in the background becomes the newest once all have written it
     if not unwritten:
         saver.publish()
     if stop or step % config.save_every == 0:
-        check_health(health, saver)
-        saver.begin(step, tensors(), meta)
+        health.check()
+        saver.begin(step, state.collect(*to_checkpoint()), meta)
     if stop:
         saver.finish()
         reason = stopper.signal or ("stop_after" if done == config.stop_after
                                     else "a signal elsewhere")
         raise Stopped(f"{reason}: saved step {step} in {saver.folder}; the same command resumes")
-
-
-def check_health(health: Health, saver: state.Saver) -> None:
-    """End a run whose losses or gradients are NaN or inf, with the checkpoint before them on
-    disk."""
-    try:
-        health.check()
-    except FloatingPointError:
-        saver.finish()
-        raise
 
 
 # --- stage 1: teacher ---
@@ -102,10 +92,10 @@ def train_teacher(config: Config, run: Path, needs: Needs, pairs: Latents | None
     optimizer = torch.optim.AdamW(trainable(model).values(), config.teacher_lr, betas=(0.9, 0.99),
                                   weight_decay=0.01, fused=True)
 
-    def tensors(saved: state.State | None = None) -> dict[str, Tensor]:
-        """Return what a checkpoint holds: weights and the optimizer's moments."""
-        weights = {f"model.{k}": v for k, v in checkpoint_tensors(model, model).items()}
-        return weights | moments(optimizer, model, "opt.", saved)
+    def to_checkpoint() -> tuple[state.Tensors, state.Optimizers]:
+        """Return what the stage resumes from."""
+        return ({"model": checkpoint_tensors(model, model)},
+                {"opt": (optimizer, trainable(model))})
 
     saver = state.Saver(run / "checkpoints" / "teacher", rank, world, any_rank)
     start = 0
@@ -114,7 +104,7 @@ def train_teacher(config: Config, run: Path, needs: Needs, pairs: Latents | None
         start = saved.step
         must(saved.meta == meta, f"--base must be the file that {saver.folder} began with (got "
              f"{config.base}), or take another --name")
-        state.fill(saved, tensors(saved))
+        state.restore(saved, *to_checkpoint())
     latents = pairs or toy_latents(toy_of(config), config.teacher_images, config.seed)
     exclude = latents.holdout if pairs else 0
     null = Text(*latents.null).to(device)
@@ -149,7 +139,7 @@ def train_teacher(config: Config, run: Path, needs: Needs, pairs: Latents | None
     since = time.perf_counter()
     steps = range(start, config.teacher_steps)
     feed = Prefetch(make, ((i,) for i in steps), device)
-    with Watch("teacher", config.timeout) as watch:
+    with Watch("teacher", config.timeout) as watch, saver:
         for step, batch in zip(steps, feed):
             watch.heartbeat(step)
             # 1. loss and gradients, micro-batch by micro-batch
@@ -173,13 +163,13 @@ def train_teacher(config: Config, run: Path, needs: Needs, pairs: Latents | None
             bar.update()
             health.note(step + 1, {"loss": loss}, {"": (model, norms)})
             if (step + 1) % config.log_every == 0:
-                check_health(health, saver)
+                health.check()
                 line = parallel.mean({"loss": loss.item(), "grad_norm": norms.total.item()})
                 log.write(step + 1, **line, seconds=time.perf_counter() - since)
                 bar.set_postfix(loss=f"{line['loss']:.3f}", gb=f"{memory_gb(device):.1f}")
-            save_every(config, saver, health, step + 1, step + 1 - start, stopper, tensors, meta)
-        check_health(health, saver)
-        saver.finish()
+            save_or_stop(config, saver, health, step + 1, step + 1 - start, stopper, to_checkpoint,
+                         meta)
+        health.check()
     bar.close()
     base = Path(config.base).name
     if config.task != "text":
@@ -249,7 +239,7 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
     meta = {"best": math.inf, "first": {}}
     if saved := state.open_state(saver.folder):
         start, meta = saved.step, saved.meta
-        state.fill(saved, p.tensors(saved))
+        state.restore(saved, *p.to_checkpoint())
     else:
         calibrate(dc, batching, p.teacher, p.heads, latents)
 
@@ -300,7 +290,7 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
             save_network(p.ema, untrained, out.with_name("best.safetensors"),
                          recipe.metadata("student", config.real), origin)
 
-    with Watch("distill", config.timeout) as watch:
+    with Watch("distill", config.timeout) as watch, saver:
         for it in range(start, total + 1):
             # 1. once in a while: evaluate; `step` counts the student's steps and is negative while
             # only the discriminator trains
@@ -328,7 +318,7 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
             losses = {k: v for k, v in stats.items() if k.startswith("loss")}
             health.note(it + 1, losses, {name: (getattr(p, name), n) for name, n in norms.items()})
             if (it + 1) % config.log_every == 0:
-                check_health(health, saver)
+                health.check()
                 line = {k: v.item() for k, v in losses.items()}
                 line |= {f"norm_{'d' if name == 'heads' else 'g'}": n.total.item() for name, n
                          in norms.items()}
@@ -339,9 +329,9 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
                 bar.set_postfix({k: f"{line[k]:.2f}" for k in ("loss_d", "loss_g") if k in line},
                                 gb=f"{line['gb']:.1f}")
                 warn(bar, step, found)
-            save_every(config, saver, health, it + 1, it + 1 - start, stopper, p.tensors, meta)
-        check_health(health, saver)
-        saver.finish()
+            save_or_stop(config, saver, health, it + 1, it + 1 - start, stopper, p.to_checkpoint,
+                         meta)
+        health.check()
     bar.close()
     if config.profile and start < total:
         profiler.stop()

@@ -186,11 +186,12 @@ def train(args: Namespace, means: tuple[float, ...], model: MMDiT, reference: MM
     named = lora.parameters(model)
     optimizer = torch.optim.AdamW(named.values(), args.lr, betas=(0.9, 0.99), weight_decay=0.0,
                                   fused=True)
+    parts = {"lora": named}, {"opt": (optimizer, named)}        # what training resumes from
     saver = state.Saver(out / "checkpoints")
     start = 0
     if saved := state.open_state(saver.folder):
         start = saved.step
-        state.fill(saved, named | state.optimizer_targets(optimizer, named, "opt.", saved))
+        state.restore(saved, *parts)
 
     def make(step: int) -> tuple[Tensor, ...]:
         """Return chosen, rejected, noise, noise level and text, a function of the step alone."""
@@ -205,24 +206,25 @@ def train(args: Namespace, means: tuple[float, ...], model: MMDiT, reference: MM
     batches = Prefetch(make, ((i,) for i in steps), device)
     health = Health()
     bar = progress("dpo", args.steps, start)
-    for step, (*x0, eps, sigma, context, pooled) in zip(steps, batches):
-        optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / WARMUP)
-        loss, stats = dpo_loss(model, reference, *x0, eps, sigma, Text(context, pooled), args.beta)
-        loss.backward()
-        norms = parallel.clip(model, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        health.note(step + 1, {"loss": loss}, {"": (model, norms)})
-        bar.update()
-        done = step + 1 == args.steps or bool(stopper)
-        if done or (step + 1) % 10 == 0:
-            health.check()
-            bar.set_postfix(loss=f"{loss.item():.3f}", right=f"{stats['right'].item():.2f}")
-        if done or (step + 1) % args.save_every == 0:
-            saver.begin(step + 1, named | state.optimizer_tensors(optimizer, named, "opt."), None)
-        if done:
-            break
-    saver.finish()
+    with saver:
+        for step, (*x0, eps, sigma, context, pooled) in zip(steps, batches):
+            optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / WARMUP)
+            text = Text(context, pooled)
+            loss, stats = dpo_loss(model, reference, *x0, eps, sigma, text, args.beta)
+            loss.backward()
+            norms = parallel.clip(model, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            health.note(step + 1, {"loss": loss}, {"": (model, norms)})
+            bar.update()
+            done = step + 1 == args.steps or bool(stopper)
+            if done or (step + 1) % 10 == 0:
+                health.check()
+                bar.set_postfix(loss=f"{loss.item():.3f}", right=f"{stats['right'].item():.2f}")
+            if done or (step + 1) % args.save_every == 0:
+                saver.begin(step + 1, state.collect(*parts), None)
+            if done:
+                break
     bar.close()
 
 

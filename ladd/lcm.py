@@ -36,9 +36,10 @@ from ladd.data.batches import Prefetch
 from ladd.data.shards import Latents
 from ladd.engine import parallel, state
 from ladd.engine.inputs import load_data, load_teacher
-from ladd.engine.networks import Compute, checkpoint_tensors, inference, make_student, save_network
+from ladd.engine.networks import (Compute, checkpoint_tensors, inference, make_student,
+                                  save_network, trainable)
 from ladd.engine.run import Health, Stopper, progress
-from ladd.engine.step import Optim, learning_rate, make_optimizer, moments, student_update
+from ladd.engine.step import Optim, learning_rate, make_optimizer, student_update
 from ladd.report.evaluate import compare_on_toy, student_rows, teacher_row
 from ladd.sd3 import checkpoint
 from ladd.toy.prompts import toy_codec, toy_latents
@@ -141,12 +142,9 @@ def train(config: Config, path_steps: int, base: MMDiT, teacher: MMDiT, compute:
     student, ema = make_student(base, teacher, compute, config.student_depth, student_lora(config))
     optimizer = make_optimizer(student, optim.lr, optim.beta2)
 
-    def tensors(saved: state.State | None = None) -> dict[str, Tensor]:
-        out = {}
-        for role, model in (("student", student), ("ema", ema)):
-            for name, tensor in checkpoint_tensors(model, student).items():
-                out[f"{role}.{name}"] = tensor
-        return out | moments(optimizer, student, "opt.", saved)
+    def to_checkpoint() -> tuple[state.Tensors, state.Optimizers]:
+        return ({"student": checkpoint_tensors(student, student),
+                 "ema": checkpoint_tensors(ema, student)}, {"opt": (optimizer, trainable(student))})
 
     start = 0
     if saved := state.open_state(saver.folder):
@@ -154,7 +152,7 @@ def train(config: Config, path_steps: int, base: MMDiT, teacher: MMDiT, compute:
         must(not changed, f"{saver.folder}: began with another {' and '.join(changed)}; use the "
              "same or take another --out")
         start = saved.step
-        state.fill(saved, tensors(saved))
+        state.restore(saved, *to_checkpoint())
     levels = flow.euler_levels(path_steps, config.shift).to(device)
     null = Text(*latents.null).to(device)
     make = partial(draw_parts, latents, batch=config.batch, micro=config.micro(1), seed=config.seed,
@@ -165,7 +163,7 @@ def train(config: Config, path_steps: int, base: MMDiT, teacher: MMDiT, compute:
     # The batch with which the LADD iteration of the same number begins, so that both methods see
     # the same latents in the same order.
     keys = ((step * config.heads_steps, step) for step in steps)
-    try:
+    with saver:
         for step, parts in zip(steps, Prefetch(make, keys, device)):
             optimizer.param_groups[0]["lr"] = config.lr * learning_rate(optim, step, step)
             loss = torch.zeros((), device=device)
@@ -185,12 +183,10 @@ def train(config: Config, path_steps: int, base: MMDiT, teacher: MMDiT, compute:
                 health.check()
                 bar.set_postfix(loss=f"{loss.item():.3f}")
             if save:
-                saver.begin(step + 1, tensors(), recipe)
+                saver.begin(step + 1, state.collect(*to_checkpoint()), recipe)
             if done:
                 break
-    finally:
-        saver.finish()           # also after an error: the last checkpoint becomes visible
-        bar.close()
+    bar.close()
     return ema
 
 

@@ -11,6 +11,7 @@ import signal
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from itertools import count, product
 from pathlib import Path
@@ -27,8 +28,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.multiprocessing import start_processes
 
 from ladd.cli import InputError
-from ladd.build import networks_on_meta
-from ladd.config import parse_config
 from ladd.data import files
 from ladd.engine import parallel, state
 from ladd.engine.state import Saver, fill, open_state, optimizer_targets, optimizer_tensors, states
@@ -218,60 +217,47 @@ def test_a_second_begin_waits_for_the_first_and_loses_none(tmp_path, gate):
     assert_values(tmp_path, 2, {"values": 2})
 
 
-def test_buffers_are_used_again_and_fit_what_comes(tmp_path):
+def test_buffers_are_used_again_for_the_names_that_come(tmp_path):
     saver, at = Saver(tmp_path), []
-    for size in (4, 4, 5):
-        saver.begin(size, {"a": torch.full((size,), 2.0), "b": torch.ones(3)}, None)
+    for step in (4, 5):
+        saver.begin(step, {"a": torch.full((4,), float(step)), "b": torch.ones(3)}, None)
         saver.finish()
         at.append((saver.buffers["a"].data_ptr(), saver.buffers["b"].data_ptr()))
-    assert at[0] == at[1] and at[1][1] == at[2][1]
-    got = {"a": torch.zeros(5), "b": torch.zeros(3)}
+    assert at[0] == at[1]
+    got = {"a": torch.zeros(4), "b": torch.zeros(3)}
     load(tmp_path, got)
-    assert got["a"].tolist() == [2.0] * 5
+    assert got["a"].tolist() == [5.0] * 4
     saver.begin(9, {"b": torch.ones(3)}, None)
     saver.finish()
     assert set(open_state(tmp_path).tensors) == {"b"}
 
 
-def test_copies_on_the_host_do_not_overlap():
-    """Of all dtypes, without elements and without axes, the large ones after the small ones."""
+def test_the_end_of_the_block_publishes_unless_another_process_may_not_arrive(tmp_path):
+    for world, error, kept in ((1, RuntimeError, True), (1, None, True), (2, FloatingPointError, True),
+                               (2, RuntimeError, False)):
+        folder = tmp_path / f"{world} {error}"
+        with suppress(error or ()):
+            with Saver(folder, 0, world) as saver:
+                saver.begin(1, {"a": torch.zeros(2)}, None)
+                saver.job.result()
+                state.write_part(state.part_file(saver.work, 1, 2), {"b": torch.ones(1)}, {})
+                if error:
+                    raise error("an error")
+        assert bool(states(folder)) == kept
+
+
+def test_copies_on_the_host_keep_their_memory():
+    """Of all dtypes, without elements and without axes."""
     kinds = product([(), (0, 3), (3,), (5, 7), (65, 9)],
                     [torch.float32, torch.uint8, torch.bfloat16, torch.int64])
     tensors = {f"{dtype} {shape}": torch.full(shape, i + 1, dtype=dtype)
                for i, (shape, dtype) in enumerate(kinds)}
-    found = state.snapshot(tensors, {})
+    found = state.host_copies(tensors, {})
     assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
                and found[name].is_contiguous() for name, tensor in tensors.items())
-    kept = state.snapshot(tensors, found)
-    assert all(kept[name].data_ptr() == found[name].data_ptr() for name in tensors)
-
-
-def rounded(size: int) -> int:
-    """What torch's pinned allocator takes for a block (CachingHostAllocator.h)."""
-    return 1 << (size - 1).bit_length()
-
-
-@pytest.mark.parametrize("preset, asked, alone", [
-    ("sd3-medium", 33.4e9, 1.47), ("sd3.5-large", 130.6e9, 1.65)])
-def test_pinned_memory_of_a_state_is_hardly_more_than_its_bytes(preset, asked, alone):
-    """The student, its EMA and two moments, the heads and two moments."""
-    config = parse_config(["--preset", preset, "--dry-run"])
-    student, heads = networks_on_meta(config, config.model, torch.float32)[1:]
-    sizes = {f"{i} {name}": p.nbytes for module, copies in ((student, 4), (heads, 3))
-             for i in range(copies) for name, p in module.named_parameters()}
-    blocks, total = state.packed(sizes), sum(sizes.values())
-    assert sorted(name for _, names in blocks for name in names) == sorted(sizes)
-    assert all(sum(map(sizes.get, names)) <= size == rounded(size) for size, names in blocks)
-    assert total == pytest.approx(asked, rel=.002)
-    assert sum(map(rounded, sizes.values())) > alone * total              # a block for each tensor
-    assert sum(size for size, _ in blocks) < 1.001 * total
-
-
-def test_blocks_fit_few_tensors_too():
-    assert state.packed({}) == [] and state.packed({"a": 0}) == [(64, ["a"])]
-    assert state.packed({"a": 65, "b": 1}) == [(128, ["a"]), (64, ["b"])]
-    assert state.packed({"a": 2 ** 20}) == [(2 ** 20, ["a"])]
-    assert state.packed({"a": 2 ** 20 + 1, "b": 4}) == [(2 ** 21, ["a", "b"])]
+    kept = state.host_copies({name: tensor + 1 for name, tensor in tensors.items()}, found)
+    assert all(kept[name] is found[name] and torch.equal(found[name], tensor + 1)
+               for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("call", [

@@ -16,7 +16,7 @@ from ladd.build import batching_of, compute_of, heads_of, student_lora
 from ladd.config import parse_config
 from ladd.core import losses
 from ladd.core.mmdit import MMDiT, MMDiTConfig
-from ladd.engine import parallel, step
+from ladd.engine import parallel, state, step
 from ladd.report import speed
 
 # what makes the host wait for a device: reading a value, or a shape that depends on values
@@ -227,9 +227,9 @@ def test_a_micro_batch_takes_one_student_forward_and_two_teacher_forwards(flags,
 
 def test_only_the_heads_train_without_update_student():
     config, dc, networks, parts = setting("--micro-batch 2")
-    before = {k: t.detach().clone() for k, t in networks.tensors().items()}
+    before = {k: t.detach().clone() for k, t in state.collect(*networks.to_checkpoint()).items()}
     stats, norms = step.ladd_step(dc, networks, parts, config.ema, False)
-    after = networks.tensors()
+    after = state.collect(*networks.to_checkpoint())
     changed = {name for name, t in before.items() if not t.equal(after[name])}
     assert {name.split(".")[0] for name in changed} == {"heads", "opt_d"}      # .step counts
     assert not networks.opt_g.state and all(p.grad is None for p in networks.student.parameters())

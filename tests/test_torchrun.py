@@ -408,13 +408,13 @@ def test_a_collapse_warning_is_printed_and_logged(home, whole, monkeypatch):
 
 
 def test_a_checkpoint_is_published_before_the_next_one_begins(home, whole, monkeypatch):
-    seen, save_every = {}, train.save_every
+    seen, save_or_stop = {}, train.save_or_stop
 
     def spied(config, saver, health, step, *rest):
         until(lambda: saver.written)
-        save_every(config, saver, health, step, *rest)
+        save_or_stop(config, saver, health, step, *rest)
         seen[step] = [path.name for path in state.states(saver.folder)]
-    monkeypatch.setattr(train, "save_every", spied)
+    monkeypatch.setattr(train, "save_or_stop", spied)
     main(home, f"--name published {REUSE} {QUIET} --save-every 4")
     assert seen[3] == seen[4] == [] and seen[5] == ["step_000004"]
 

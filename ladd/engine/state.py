@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +26,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ladd.cli import InputError, must
 from ladd.data.files import read_json, read_tensors, sync, write_json
+
+
+# by the name of the network; by that of the optimizer, with all parameters that it steps
+Tensors = Mapping[str, Mapping[str, Tensor]]
+Optimizers = Mapping[str, tuple[torch.optim.Optimizer, dict[str, Tensor]]]
 
 
 class Placed(NamedTuple):
@@ -189,6 +194,23 @@ def optimizer_targets(optimizer: torch.optim.Optimizer, named: dict[str, Tensor]
     return optimizer_tensors(optimizer, named, prefix)
 
 
+def collect(weights: Tensors, optimizers: Optimizers) -> dict[str, Tensor]:
+    """Return all tensors of a checkpoint by name: weights, step counts and moments. Names begin
+    with those of the networks and of the optimizers."""
+    out = {f"{network}.{name}": tensor for network, tensors in weights.items()
+           for name, tensor in tensors.items()}
+    for name, (optimizer, named) in optimizers.items():
+        out |= optimizer_tensors(optimizer, named, f"{name}.")
+    return out
+
+
+def restore(saved: State, weights: Tensors, optimizers: Optimizers) -> None:
+    """Copy the checkpoint `saved` into what `collect` returns for these weights and optimizers."""
+    for name, (optimizer, named) in optimizers.items():
+        optimizer_targets(optimizer, named, f"{name}.", saved)
+    fill(saved, collect(weights, optimizers))
+
+
 def groups_of(optimizer: torch.optim.Optimizer, named: dict[str, Tensor],
               prefix: str) -> dict[int, dict]:
     """Return the group of each parameter, by id; raise ValueError unless `named` has them all."""
@@ -205,14 +227,16 @@ class Saver:
     """Write checkpoints into `folder` in the background; a kill at any moment leaves the earlier
     ones.
 
-        saver.begin(step, tensors, meta)            # tensors may change once it returns
-        if not any_rank(not saver.written):         # after each step
-            saver.publish()
-        saver.finish()                              # at the end, and on a signal
+        with saver:
+            saver.begin(step, tensors, meta)            # tensors may change once it returns
+            if not any_rank(not saver.written):         # after each step
+                saver.publish()
 
+    The end of the block publishes what is pending, also after an error that all processes raise.
     Every process makes a Saver and the same calls. `meet` is a barrier over all processes. The copy
-    of the tensors on the host, pinned if they are on a GPU, is kept and reused. An error of the
-    background write is raised as InputError by the next call.
+    of the tensors on the host is kept and reused; it is not pinned, since a checkpoint every few
+    hundred steps may take a second longer. An error of the background write is raised as InputError
+    by the next call.
     """
 
     def __init__(self, folder: str | Path, rank: int = 0, world: int = 1,
@@ -227,6 +251,14 @@ class Saver:
         if rank == 0:       # others write nothing before the barrier in begin
             for left in self.folder.glob(".tmp_*"):
                 shutil.rmtree(left)
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        # another error may have occurred in one process only: the others would not arrive
+        if kind in (None, FloatingPointError) or self.world == 1:
+            self.finish()
 
     @property
     def written(self) -> bool:
@@ -244,7 +276,8 @@ class Saver:
         self.finish()
         own = {name: part for name, t in tensors.items()
                if (part := placed(name, t, self.rank)).writes}
-        self.buffers = snapshot({name: part.local for name, part in own.items()}, self.buffers)
+        self.buffers = host_copies({name: part.local for name, part in own.items()},
+                                   self.buffers)
         rows = {name: [p.shape, p.first] for name, p in own.items()
                 if isinstance(tensors[name], DTensor)}
         self.meet()     # process 0 has removed leftovers and published what was pending
@@ -273,65 +306,15 @@ class Saver:
         return self.folder / f".tmp_step_{self.pending[0]:06d}"
 
 
-def snapshot(tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies on the host, in the buffers of the same name that fit. They are complete on
-    return."""
-    fitting = {}
-    for name, tensor in tensors.items():
-        old = buffers.get(name)
-        if old is not None and old.shape == tensor.shape and old.dtype == tensor.dtype:
-            fitting[name] = old
-    new = host_memory({name: tensor for name, tensor in tensors.items() if name not in fitting})
-    memory = fitting | new
-    out = {name: memory[name].copy_(tensor, non_blocking=True) for name, tensor in tensors.items()}
-    if any(tensor.is_cuda for tensor in tensors.values()):
-        torch.cuda.synchronize()
-    return out
-
-
-def host_memory(like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a tensor on the host for each of `like`, pinned if one of those is on a GPU."""
-    pin = any(tensor.is_cuda for tensor in like.values())
+def host_copies(tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies on the host, in the buffers of the same names where there are some."""
     out = {}
-    for size, names in packed({name: tensor.nbytes for name, tensor in like.items()}):
-        block = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pin)
-        first = 0
-        for name in names:
-            tensor = like[name]
-            part = block[first:first + tensor.nbytes]
-            out[name] = part.view(tensor.dtype).view(tensor.shape)
-            first += aligned(tensor.nbytes)
+    for name, tensor in tensors.items():
+        memory = buffers.get(name)
+        if memory is None:
+            memory = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        out[name] = memory.copy_(tensor)
     return out
-
-
-def packed(sizes: dict[str, int]) -> list[tuple[int, list[str]]]:
-    """Return [(bytes, names)]: blocks for tensors of these sizes; each size is a power of two.
-
-    torch rounds pinned memory up to powers of two. A block per tensor would add 65 % to the
-    checkpoint of sd3.5-large, one block for all up to 100 %. Here the largest power of two below
-    the remaining bytes is filled with the largest tensors that fit, which wastes almost nothing.
-    """
-    left = sorted(sizes, key=sizes.__getitem__, reverse=True)
-    blocks = []
-    while left:
-        total = sum(aligned(sizes[name]) for name in left)
-        largest = aligned(sizes[left[0]])
-        size = room = max(1 << total.bit_length() - 1, 1 << (largest - 1).bit_length())
-        names, rest = [], []
-        for name in left:
-            if aligned(sizes[name]) <= room:
-                names.append(name)
-                room -= aligned(sizes[name])
-            else:
-                rest.append(name)
-        blocks.append((size, names))
-        left = rest
-    return blocks
-
-
-def aligned(size: int) -> int:
-    """Return the bytes that a tensor of `size` takes in a block: a multiple of 64, at least 64."""
-    return max(-(-size // 64) * 64, 64)
 
 
 def part_file(path: Path, rank: int, world: int) -> Path:

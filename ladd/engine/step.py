@@ -45,26 +45,14 @@ class Networks(NamedTuple):
     opt_g: torch.optim.Optimizer
     opt_d: torch.optim.Optimizer
 
-    def tensors(self, saved: state.State | None = None) -> dict[str, Tensor]:
-        """Return what a run resumes from, by name: the weights that train, EMA, discriminator and
-        optimizers. With `saved` the optimizers first get the moments that it has. Frozen weights
-        are in the teacher's file."""
-        networks = {"student": checkpoint_tensors(self.student, self.student),
-                    "ema": checkpoint_tensors(self.ema, self.student),
-                    "heads": self.heads.state_dict()}
-        out = {f"{name}.{k}": v for name, tensors in networks.items() for k, v in tensors.items()}
-        return (out | moments(self.opt_g, self.student, "opt_g.", saved)
-                | moments(self.opt_d, self.heads, "opt_d.", saved))
-
-
-def moments(optimizer: torch.optim.Optimizer, network: nn.Module, prefix: str,
-            saved: state.State | None) -> dict[str, Tensor]:
-    """Return the optimizer's step counts and moments, by name; with `saved` empty tensors of the
-    shapes stored there, to be filled."""
-    named = trainable(network)
-    if saved is None:
-        return state.optimizer_tensors(optimizer, named, prefix)
-    return state.optimizer_targets(optimizer, named, prefix, saved)
+    def to_checkpoint(self) -> tuple[state.Tensors, state.Optimizers]:
+        """Return the weights and the optimizers that a run resumes from. Frozen weights are in the
+        teacher's file."""
+        return ({"student": checkpoint_tensors(self.student, self.student),
+                 "ema": checkpoint_tensors(self.ema, self.student),
+                 "heads": self.heads.state_dict()},
+                {"opt_g": (self.opt_g, trainable(self.student)),
+                 "opt_d": (self.opt_d, trainable(self.heads))})
 
 
 def make_optimizer(model: nn.Module, lr: float, beta2: float) -> torch.optim.AdamW:
