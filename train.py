@@ -45,7 +45,7 @@ from ladd.engine.networks import (Compute, check_lora, distribute, inference, ch
 from ladd.engine.parallel import Watch, any_rank, ranks
 from ladd.engine.run import (Health, Log, Stopped, Stopper, device_name, memory_gb, open_run,
                              progress)
-from ladd.engine.step import (CLIP, Optim, calibrate, ladd_step, learning_rate, make_networks,
+from ladd.engine.step import (CLIP, Optim, calibrate, ladd_step, rate_factor, make_networks,
                               step_keys, step_parts)
 from ladd.report import evaluate, speed
 from ladd.report.evaluate import Sizes, make_reference
@@ -87,8 +87,8 @@ def train_teacher(config: Config, run: Path, needs: Needs, pairs: Latents | None
     sizes, untrained = start_of(needs, config.base, config.seed, compute.ops)
     # x_embedder has new input channels for the image, so it trains next to a LoRA
     reads_image = "x_embedder" if config.task != "text" else ""
-    model = network(sizes, untrained, compute, torch.float32, True, adapter=teacher_lora(config),
-                    also=reads_image)
+    model = network(sizes, untrained, compute, torch.float32, trains=True,
+                    adapter=teacher_lora(config), also=reads_image)
     optimizer = torch.optim.AdamW(trainable(model).values(), config.teacher_lr, betas=(0.9, 0.99),
                                   weight_decay=0.01, fused=True)
 
@@ -196,15 +196,12 @@ def make_data(config: Config, run: Path, teacher: MMDiT, pairs: Latents | None, 
     else:
         prompts, _ = read_prompts(config.prompts)
         plan = prompt_plan(prompts, config.hw, size, shard, seed)
-    dtype, rows = (torch.float32, 1024) if toy else (torch.bfloat16, 256)
     with Watch("data", config.timeout) as watch:
-        whole = generate.generate_latents(run / "data", plan, teacher,
-                                          lambda model: inference(model, compute), codec,
-                                          config.sample_steps, config.shift,
-                                          (config.guidance, config.image_guidance),
-                                          config.sample_batch, dtype, rows, lambda: bool(stopper),
-                                          watch.heartbeat)
-    if not whole:
+        complete = generate.generate_latents(
+            run / "data", plan, teacher, lambda model: inference(model, compute), codec,
+            config.sample_steps, config.shift, (config.guidance, config.image_guidance),
+            config.sample_batch, config.real, stopper, watch.heartbeat)
+    if not complete:
         raise Stopped(f"{stopper.signal}: shards saved in {run / 'data'}; the same command resumes")
     return load_data(run / "data", teacher.config, config.task, config.batch)
 
@@ -264,12 +261,12 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
                       step_keys(start, total, config.heads_steps), device)
     batches = iter(stream)
 
-    def evaluated(it: int, step: int) -> None:
-        """Evaluate, save a grid of samples, keep the best student."""
+    def evaluate_student(it: int) -> None:
+        """Save a grid of samples and the metrics after `it` iterations; keep the best student."""
         if eval_model is not p.ema:
             refresh(eval_model, p.ema, untrained)
         evaluate.save_grid(recipe, codec, eval_model, shown, config.sample_batch,
-                           run / "samples" / f"{step:06d}.png")
+                           run / "samples" / f"{it:06d}.png")
         values = {}
         if reference:
             values = evaluate.quality(recipe, codec, eval_model, prompts, reference,
@@ -278,11 +275,11 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
                                                  config.sample_batch)
         # equal except for rounding; the mean makes all processes choose the same best student
         values = parallel.mean(values)
-        found = evaluate.collapse_warnings(values, meta["first"] or values)
-        evals.write(it, **values, **alarms_column(found))
-        bar.write(f"step {step:5d}  " + "  ".join(
+        warnings = evaluate.collapse_warnings(values, meta["first"] or values)
+        evals.write(it, **values, **warnings_column(warnings))
+        bar.write(f"step {it:5d}  " + "  ".join(
             f"{k} {v:.3f}" for k, v in values.items() if k.startswith(("fd_", "prompt", "auc"))))
-        warn(bar, step, found)
+        warn(bar, it, warnings)
         meta["first"] = meta["first"] or values
         score = values["fd_1"] + values[f"fd_{len(config.levels)}"] if reference else math.inf
         if score < meta["best"]:
@@ -292,12 +289,12 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
 
     with Watch("distill", config.timeout) as watch, saver:
         for it in range(start, total + 1):
-            # 1. once in a while: evaluate; `step` counts the student's steps and is negative while
-            # only the discriminator trains
+            # 1. once in a while: evaluate. Log, files and messages count iterations; `step` counts
+            # the student's steps and is negative while only the discriminator trains
             step = it - first
             if config.eval_every and (step >= 0 and step % config.eval_every == 0 or it == total):
                 with pace.paused():
-                    evaluated(it, step)
+                    evaluate_student(it)
             if it == total:
                 break
             if config.profile and it == max(start, total - 3):
@@ -305,8 +302,8 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
                 profiler.start()
 
             # 2. discriminator steps, each with its own batch; the last one updates the student too
-            p.opt_g.param_groups[0]["lr"] = config.lr * learning_rate(optim, step, max(step, 0))
-            p.opt_d.param_groups[0]["lr"] = config.heads_lr * learning_rate(optim, step, it)
+            p.opt_g.param_groups[0]["lr"] = config.lr * rate_factor(optim, step, max(step, 0))
+            p.opt_d.param_groups[0]["lr"] = config.heads_lr * rate_factor(optim, step, it)
             for j in range(config.heads_steps):
                 parts = next(batches)
                 watch.heartbeat(it)
@@ -324,11 +321,11 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
                          in norms.items()}
                 line = parallel.mean(line) | evaluate.batch_metrics(stats)
                 line |= pace.line(stream.waited, config.log_every)
-                found = evaluate.collapse_warnings(line) if step >= 0 else []
-                log.write(it + 1, **line, **alarms_column(found))
+                warnings = evaluate.collapse_warnings(line) if step >= 0 else []
+                log.write(it + 1, **line, **warnings_column(warnings))
                 bar.set_postfix({k: f"{line[k]:.2f}" for k in ("loss_d", "loss_g") if k in line},
                                 gb=f"{line['gb']:.1f}")
-                warn(bar, step, found)
+                warn(bar, it + 1, warnings)
             save_or_stop(config, saver, health, it + 1, it + 1 - start, stopper, p.to_checkpoint,
                          meta)
         health.check()
@@ -350,15 +347,15 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
     any_rank()
 
 
-def alarms_column(found: list[str]) -> dict[str, list[str]]:
+def warnings_column(warnings: list[str]) -> dict[str, list[str]]:
     """Return the column of the log, which exists only with a warning."""
-    return {"warnings": found} if found else {}
+    return {"warnings": warnings} if warnings else {}
 
 
-def warn(bar, step: int, alarms: list[str]) -> None:
+def warn(bar, it: int, warnings: list[str]) -> None:
     """Print collapse warnings above the progress bar, whose name shows that there was one."""
-    for alarm in alarms:
-        bar.write(f"step {step}: warning: {alarm}")
+    for warning in warnings:
+        bar.write(f"step {it}: warning: {warning}")
         bar.set_description("distill!")
 
 
@@ -372,7 +369,7 @@ def write_report(config: Config, run: Path, base: MMDiT, shown: list[Prompts], c
     student = checkpoint.load_mmdit(run / "checkpoints" / "student.safetensors", compute.ops)
     weights = ((base.config, base.state_dict()), (student.config, student.state_dict()),
                shrunk(base, student.config.depth))
-    networks = [network(*pair, compute, compute.dtype, False, compute.shard_teacher)
+    networks = [network(*pair, compute, compute.dtype, sharded=compute.shard_teacher)
                 for pair in weights]
     with Watch("report", config.timeout) as watch:
         evaluate.compare(config.recipe, toy_of(config), run, shown, codec, networks,
@@ -410,7 +407,7 @@ def check_inputs(config: Config, compute: Compute, needs: Needs, say: Callable) 
     if config.data and config.data != "toy":
         load_data(Path(config.data), sizes, config.task, config.batch)
     stored = config.folder / "config.json"
-    if stored.exists():
+    if stored.exists() and not config.dry_run:
         check_same(config, files.read_json(stored))
     return sizes
 
@@ -446,16 +443,12 @@ def main(argv: list[str]) -> None:
     if device.type == "cuda" and not any(a.startswith("--preset") for a in argv):
         say("preset tiny: the default on every device; --preset shapes is the larger one for a GPU")
     config.micro(world)
-    must(world % config.replicas == 0, f"--replicas must divide the {world} processes (got "
-         f"{config.replicas})")
     if (not config.real or config.base) and not config.teacher:
         config.micro(world, teacher=True)
+    sizes = check_inputs(config, compute, needs, say)
     if config.dry_run:
-        sizes = teacher_sizes(config.teacher_file, needs, config.base, compute.ops)
-        check_lora(sizes, config.student_depth, teacher_lora(config), student_lora(config))
         prompts = len(set(read_prompts(config.prompts)[0])) if config.prompts else config.data_size
         return bench.dry_run(config, sizes, compute, prompts) if rank == 0 else None
-    sizes = check_inputs(config, compute, needs, say)
     parallel.start(device, config.timeout)
 
     def plan(**shards: int) -> dict[str, int]:

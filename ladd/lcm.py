@@ -39,7 +39,7 @@ from ladd.engine.inputs import load_data, load_teacher
 from ladd.engine.networks import (Compute, checkpoint_tensors, inference, make_student,
                                   save_network, trainable)
 from ladd.engine.run import Health, Stopper, progress
-from ladd.engine.step import Optim, learning_rate, make_optimizer, student_update
+from ladd.engine.step import Optim, rate_factor, make_optimizer, student_update
 from ladd.report.evaluate import compare_on_toy, student_rows, teacher_row
 from ladd.sd3 import checkpoint
 from ladd.toy.prompts import toy_codec, toy_latents
@@ -153,7 +153,7 @@ def train(config: Config, path_steps: int, base: MMDiT, teacher: MMDiT, compute:
              "same or take another --out")
         start = saved.step
         state.restore(saved, *to_checkpoint())
-    levels = flow.euler_levels(path_steps, config.shift).to(device)
+    levels = flow.euler_sigmas(path_steps, config.shift).to(device)
     null = Text(*latents.null).to(device)
     make = partial(draw_parts, latents, batch=config.batch, micro=config.micro(1), seed=config.seed,
                    path_steps=path_steps, shift=config.shift)
@@ -165,7 +165,7 @@ def train(config: Config, path_steps: int, base: MMDiT, teacher: MMDiT, compute:
     keys = ((step * config.heads_steps, step) for step in steps)
     with saver:
         for step, parts in zip(steps, Prefetch(make, keys, device)):
-            optimizer.param_groups[0]["lr"] = config.lr * learning_rate(optim, step, step)
+            optimizer.param_groups[0]["lr"] = config.lr * rate_factor(optim, step, step)
             loss = torch.zeros((), device=device)
             for x0, eps, sigma, text in parts:
                 part_loss = lcm_loss(student, ema, teacher, x0, text, null, eps, sigma, levels,

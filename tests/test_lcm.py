@@ -29,7 +29,7 @@ from ladd.lcm import HUBER, draw_parts, lcm_loss
 from ladd.report.sheets import ROW
 from ladd.sd3 import checkpoint, lora_files
 
-LEVELS = flow.euler_levels(4, 2.0).double()                                # 1 .857 .667 .4 0
+LEVELS = flow.euler_sigmas(4, 2.0).double()                                # 1 .857 .667 .4 0
 
 
 class Reader(torch.nn.Module):
@@ -202,7 +202,7 @@ def test_the_first_steps_by_hand(home):
     run_lcm(home, "--out two --steps 2")
     config = read_config(home / "runs/base/config.json")
     student, ema, teacher = (checkpoint.load_mmdit(home / "t.safetensors") for _ in range(3))
-    latents, levels = shards.read_folder(home / "runs/base/data"), flow.euler_levels(16,
+    latents, levels = shards.read_folder(home / "runs/base/data"), flow.euler_sigmas(16,
                                                                                      config.shift)
     moments = {}
     for step in range(2):

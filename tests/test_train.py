@@ -434,8 +434,8 @@ def test_learning_rates_rise_stay_and_fall_and_are_never_negative():
     """The heads warm up in their own first steps: counted by the student's, these steps were
     negative, and so was the rate."""
     optim = step.Optim(1e-3, 1e-3, 0.9, steps=100, warmup=20)
-    heads = [train.learning_rate(optim, it - 40, it) for it in range(140)]     # heads_first: 40
-    student = [train.learning_rate(optim, step, step) for step in range(100)]
+    heads = [train.rate_factor(optim, it - 40, it) for it in range(140)]     # heads_first: 40
+    student = [train.rate_factor(optim, step, step) for step in range(100)]
     assert step.DECAY == 0.4
     assert heads[:20] == pytest.approx([(i + 1) / 20 for i
                                         in range(20)]) and set(heads[20:100]) == {1}

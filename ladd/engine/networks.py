@@ -114,7 +114,7 @@ class LoraConfig(NamedTuple):
 
 
 def network(sizes: MMDiTConfig, tensors: Mapping[str, Tensor], compute: Compute, dtype: torch.dtype,
-            trains: bool, sharded: bool = True, adapter: LoraConfig | None = None,
+            trains: bool = False, sharded: bool = True, adapter: LoraConfig | None = None,
             also: str = "") -> MMDiT:
     """Return an MMDiT with the weights `tensors` in `dtype`, sharded over the mesh.
 
@@ -170,7 +170,7 @@ def make_student(base: MMDiT, teacher: MMDiT, compute: Compute, depth: int,
     share in one process."""
     source = teacher if adapter and not compute.mesh else base
     sizes, tensors = shrunk(source, depth or base.config.depth)
-    student, ema = (network(sizes, tensors, compute, torch.float32, trains, adapter=adapter)
+    student, ema = (network(sizes, tensors, compute, torch.float32, trains=trains, adapter=adapter)
                     for trains in (True, False))
     return student, ema
 
@@ -270,7 +270,8 @@ def distribute(compute: Compute, shard: str, replicas: int,
                plan: Callable[..., dict[str, int]]) -> Compute:
     """Return `compute` with the mesh of this run's processes; rank 0 says what is sharded."""
     rank, world = parallel.ranks()
-    must(world % replicas == 0, f"--replicas must divide the {world} processes (got {replicas})")
+    must(world % replicas == 0, f"--replicas must divide the number of processes, {world} (got "
+         f"{replicas})")
     if world == 1:
         return compute
     device = compute.device

@@ -68,8 +68,8 @@ def make_networks(base: MMDiT, compute: Compute, optim: Optim, heads: Discrimina
     discriminator and both optimizers."""
     must(not (teacher_fp8 and compute.shard_teacher),
          "--teacher-fp8 requires a replicated teacher: --shard none or student")
-    teacher = network(base.config, base.state_dict(), compute, compute.dtype, False,
-                      compute.shard_teacher)
+    teacher = network(base.config, base.state_dict(), compute, compute.dtype,
+                      sharded=compute.shard_teacher)
     student, ema = make_student(base, teacher, compute, depth, adapter)
     if teacher_fp8:
         in_fp8(teacher)
@@ -97,7 +97,7 @@ def calibrate(dc: LaddConfig, batching: Batching, teacher: MMDiT, heads: Discrim
 
 # --- the step ---
 
-def learning_rate(optim: Optim, step: int, steps_taken: int) -> float:
+def rate_factor(optim: Optim, step: int, steps_taken: int) -> float:
     """Return the factor of a network's learning rate: linear warm-up over the steps that it has
     taken, then constant, then linear to 0 over the last DECAY of the student's steps. `step` counts
     the student's steps and is negative while only the discriminator trains."""
@@ -190,7 +190,10 @@ def ladd_step(dc: LaddConfig, p: Networks, parts: list[MicroBatch], ema_decay: f
 def student_update(student: MMDiT, ema: MMDiT, optimizer: torch.optim.Optimizer,
                    decay: float) -> Norms:
     """Clip the student's gradients, step its optimizer and update the EMA; return the norms before
-    clipping."""
+    clipping.
+
+        ema = decay ema + (1 - decay) student
+    """
     norms = parallel.clip(student, CLIP)
     optimizer.step()
     optimizer.zero_grad()       # sets them to None: they need no memory during the next forward
