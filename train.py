@@ -443,6 +443,8 @@ def main(argv: list[str]) -> None:
     if device.type == "cuda" and not any(a.startswith("--preset") for a in argv):
         say("preset tiny: the default on every device; --preset shapes is the larger one for a GPU")
     config.micro(world)
+    must(world % config.replicas == 0, f"--replicas must divide the number of processes, {world} "
+         f"(got {config.replicas})")
     if (not config.real or config.base) and not config.teacher:
         config.micro(world, teacher=True)
     sizes = check_inputs(config, compute, needs, say)

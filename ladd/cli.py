@@ -42,9 +42,9 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv)
         if unknown:
             flags = [s for a in self._actions for s in a.option_strings if s.startswith("--")]
-            # with a cutoff of 0 there always is a nearest one
-            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1, 0)
-            raise InputError(f"unknown argument {unknown[0]!r}; the nearest flag is {near[0]}")
+            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
+            hint = f"the nearest flag is {near[0]}" if near else "--help shows the flags"
+            raise InputError(f"unknown argument {unknown[0]!r}; {hint}")
         return args
 
 

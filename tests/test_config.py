@@ -249,7 +249,7 @@ def test_sizes_of_the_teacher_follow_from_the_options():
 # no batch of each size
 BAD = {"--stepz 5": ("'--stepz'", "--steps"), "--heads-learning-rate 1": ("--heads-learning-rate",
                                                                           "--heads"),
-       "--lr=1 --taps=0 --quality=9": ("--quality", "nearest flag is --"),
+       "--lr=1 --taps=0 --quality=9": ("--quality", "--help shows the flags"),
        "steps": ("'steps'", "--steps"), "--preset huge": ("--preset", "'huge'", "tiny, tiny-edit, "
                                                           "tiny-inpaint, tiny-lora, shapes"),
        "--steps many": ("--steps", "'many'", "whole number"),
@@ -287,7 +287,7 @@ BAD = {"--stepz 5": ("'--stepz'", "--steps"), "--heads-learning-rate 1": ("--hea
        "--lora 4 --lora-targets to_q": ("LoRA targets", "to_q", "joint_blocks", "attn.qkv"),
        "--lora 4 --student-depth 1 --lora-targets joint_blocks.1.*": ("LoRA targets",
                                                                       r"joint_blocks\.1"),
-       "--lora 129": ("LoRA rank", "got 129", "1 to the network's width, 128"),
+       "--lora 129": ("--lora: LoRA rank", "got 129", "1 to the network's width, 128"),
        "--lora 4 --lora-targets ,": ("--lora-targets", "at least one value"),
        "--teacher-lora 4": ("--teacher-lora requires --base", "got 4"), "--teacher-lora 4 "
        "--teacher t": ("--teacher-lora must be left out with --teacher", "not trained", "got 4"),

@@ -233,8 +233,8 @@ def test_buffers_are_used_again_for_the_names_that_come(tmp_path):
 
 
 def test_the_end_of_the_block_publishes_unless_another_process_may_not_arrive(tmp_path):
-    for world, error, kept in ((1, RuntimeError, True), (1, None, True), (2, FloatingPointError, True),
-                               (2, RuntimeError, False)):
+    for world, error, kept in ((1, RuntimeError, True), (1, None, True),
+                               (2, FloatingPointError, True), (2, RuntimeError, False)):
         folder = tmp_path / f"{world} {error}"
         with suppress(error or ()):
             with Saver(folder, 0, world) as saver:

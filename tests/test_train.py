@@ -181,7 +181,7 @@ def test_a_run_ends_with_a_valid_report_that_has_every_baseline(base):
 
 
 def test_what_a_run_leaves(base):
-    """Grids from step 0; of the states the last two, so not step 2; the student."""
+    """Grids from iteration 2 on, the first of the student; the last two checkpoints."""
     states = {f"checkpoints/{stage}/step_{step:06d}/{name}" for stage, step, name
               in product(("teacher", "distill"), (4, 6),
                          ("part-00000-of-00001.safetensors", "meta.json"))}
@@ -189,14 +189,14 @@ def test_what_a_run_leaves(base):
               in enumerate(("4x8", "8x4", "4x8", "8x4"))}
     prompts = {f"data/{name}" for name in ("prompts.json", "prompts.safetensors", "provenance.json",
                                            "text-00000.safetensors")}
-    grids = {f"samples/{step:06d}.png" for step in (0, 2, 4)}
+    grids = {f"samples/{step:06d}.png" for step in (2, 4, 6)}
     networks = {f"checkpoints/{name}.safetensors" for name in ("teacher", "student", "last")}
     rest = {"config.json", "env.txt", "log.jsonl", "report.json", "report.png"}
     whole = states | shards | prompts | grids | networks | rest
     assert stamps(base).keys() - {"seconds.json"} == whole
     env = (base / "env.txt").read_text()
     assert env.startswith("command: ") and "torch: " in env and "commit: " in env
-    with Image.open(base / "samples" / "000000.png") as picture:
+    with Image.open(base / "samples" / "000002.png") as picture:
         assert "euler" in picture.text["parameters"]
 
 

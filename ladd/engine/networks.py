@@ -158,9 +158,13 @@ def check_lora(sizes: MMDiTConfig, depth: int, teacher_lora: LoraConfig | None,
     with torch.device("meta"):
         teacher = MMDiT(sizes, kernels.load("torch"))
         student = MMDiT(shrunk(teacher, depth or sizes.depth)[0], teacher.kernels)
-    for adapter, model in ((teacher_lora, teacher), (student_lora, student)):
+    for flag, adapter, model in (("--teacher-lora", teacher_lora, teacher),
+                                 ("--lora", student_lora, student)):
         if adapter:
-            add_lora(model, adapter)
+            try:
+                add_lora(model, adapter)
+            except InputError as error:
+                raise InputError(f"{flag}: {error}") from None
 
 
 def make_student(base: MMDiT, teacher: MMDiT, compute: Compute, depth: int,
@@ -270,8 +274,6 @@ def distribute(compute: Compute, shard: str, replicas: int,
                plan: Callable[..., dict[str, int]]) -> Compute:
     """Return `compute` with the mesh of this run's processes; rank 0 says what is sharded."""
     rank, world = parallel.ranks()
-    must(world % replicas == 0, f"--replicas must divide the number of processes, {world} (got "
-         f"{replicas})")
     if world == 1:
         return compute
     device = compute.device
