@@ -40,7 +40,6 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 import kernels
 from ladd.cli import InputError, Parser, must, parse_size, parse_value, run_script
@@ -58,7 +57,7 @@ from ladd.engine.graphs import Graphed
 from ladd.engine.networks import frozen, pick_kernels
 from ladd.engine.parallel import finish, ranks
 from ladd.engine.run import (Stopper, commit, compute_dtype, device_name, memory_gb, pick_device,
-                             versions)
+                             progress, versions)
 from ladd.report import sheets
 from ladd.report.speed import wait
 from ladd.sd3 import checkpoint
@@ -590,39 +589,38 @@ def main(argv: list[str]) -> None:
         models = {role: Graphed(model) for role, model in models.items()}
     shape = CHANNELS, hw[0] // 8, hw[1] // 8
     images = {title: [] for title in columns}
-    bar = tqdm(total=len(columns) * len(prompts), desc="images", dynamic_ncols=True)
     seconds, steps = 0.0, 0                                          # of the sampling alone
     begin = time.perf_counter()
-    for title, c in columns.items():
-        sigmas = torch.tensor(c.sigmas)
-        for i in range(0, len(prompts), args.batch):
-            batch = slice(i, i + args.batch)
-            text = codec.embed(prompts[batch]).to(device)
-            x = image_noise(seeds[batch], shape).to(device)         # [b, 16, h, w]
-            if init is not None:
-                x = flow.noised(init.expand_as(x), x, sigmas[:1].to(x))
-            if image is not None:
-                text = text._replace(image=image.expand(len(x), *image.shape[1:]))
-            wait(device)
-            start = time.perf_counter()
-            x0 = sample(models[c.role], x, text, sigmas, c.sampler, seeds[batch], null, c.guidance,
-                        c.image_guidance)
-            wait(device)
-            seconds += time.perf_counter() - start
-            steps += len(sigmas) - 1
-            out = codec.decode(x0)                                  # [b, 3, H, W]
-            if source and source.mask is not None:
-                mask = source.mask.expand(len(out), -1, -1)
-                out = masks.composite(source.image.expand_as(out), out, mask)
-            if args.grid or args.compare:
-                images[title].extend(out)
-            else:
-                # each batch is written at once: an interrupted call keeps its images
-                for path, picture, prompt, seed in zip(paths[batch], out, prompts[batch],
-                                                       seeds[batch]):
-                    sheets.save_png(picture, path, png_text(args, [prompt], [seed], sampling))
-            bar.update(len(out))
-    bar.close()
+    with progress("images", len(columns) * len(prompts)) as bar:
+        for title, c in columns.items():
+            sigmas = torch.tensor(c.sigmas)
+            for i in range(0, len(prompts), args.batch):
+                batch = slice(i, i + args.batch)
+                text = codec.embed(prompts[batch]).to(device)
+                x = image_noise(seeds[batch], shape).to(device)         # [b, 16, h, w]
+                if init is not None:
+                    x = flow.noised(init.expand_as(x), x, sigmas[:1].to(x))
+                if image is not None:
+                    text = text._replace(image=image.expand(len(x), *image.shape[1:]))
+                wait(device)
+                start = time.perf_counter()
+                x0 = sample(models[c.role], x, text, sigmas, c.sampler, seeds[batch], null,
+                            c.guidance, c.image_guidance)
+                wait(device)
+                seconds += time.perf_counter() - start
+                steps += len(sigmas) - 1
+                out = codec.decode(x0)                                  # [b, 3, H, W]
+                if source and source.mask is not None:
+                    mask = source.mask.expand(len(out), -1, -1)
+                    out = masks.composite(source.image.expand_as(out), out, mask)
+                if args.grid or args.compare:
+                    images[title].extend(out)
+                else:
+                    # each batch is written at once: an interrupted call keeps its images
+                    for path, picture, prompt, seed in zip(paths[batch], out, prompts[batch],
+                                                           seeds[batch]):
+                        sheets.save_png(picture, path, png_text(args, [prompt], [seed], sampling))
+                bar.update(len(out))
 
     # 4. one sheet, and what was done
     if args.grid or args.compare:

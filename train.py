@@ -139,7 +139,7 @@ def train_teacher(config: Config, run: Path, needs: Needs, pairs: Latents | None
     since = time.perf_counter()
     steps = range(start, config.teacher_steps)
     feed = Prefetch(make, ((i,) for i in steps), device)
-    with Watch("teacher", config.timeout) as watch, saver:
+    with Watch("teacher", config.timeout) as watch, saver, bar:
         for step, batch in zip(steps, feed):
             watch.heartbeat(step)
             # 1. loss and gradients, micro-batch by micro-batch
@@ -170,7 +170,6 @@ def train_teacher(config: Config, run: Path, needs: Needs, pairs: Latents | None
             save_or_stop(config, saver, health, step + 1, step + 1 - start, stopper, to_checkpoint,
                          meta)
         health.check()
-    bar.close()
     base = Path(config.base).name
     if config.task != "text":
         base += f" of {sizes.in_channels} input channels, with x_embedder of teacher.safetensors"
@@ -287,7 +286,7 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
             save_network(p.ema, untrained, out.with_name("best.safetensors"),
                          recipe.metadata("student", config.real), origin)
 
-    with Watch("distill", config.timeout) as watch, saver:
+    with Watch("distill", config.timeout) as watch, saver, bar:
         for it in range(start, total + 1):
             # 1. once in a while: evaluate. Log, files and messages count iterations; `step` counts
             # the student's steps and is negative while only the discriminator trains
@@ -329,7 +328,6 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
             save_or_stop(config, saver, health, it + 1, it + 1 - start, stopper, p.to_checkpoint,
                          meta)
         health.check()
-    bar.close()
     if config.profile and start < total:
         profiler.stop()
         profiler.export_chrome_trace(config.profile if rank == 0 else f"{config.profile}.{rank}")
@@ -522,7 +520,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        run_script("train.py", main)
+        run_script("train.py", main, parallel.leave)
     except Stopped as stopped:
         if ranks()[0] == 0:
             print(stopped)

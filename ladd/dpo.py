@@ -206,7 +206,7 @@ def train(args: Namespace, means: tuple[float, ...], model: MMDiT, reference: MM
     batches = Prefetch(make, ((i,) for i in steps), device)
     health = Health()
     bar = progress("dpo", args.steps, start)
-    with saver:
+    with saver, bar:
         for step, (*x0, eps, sigma, context, pooled) in zip(steps, batches):
             optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / WARMUP)
             text = Text(context, pooled)
@@ -225,7 +225,6 @@ def train(args: Namespace, means: tuple[float, ...], model: MMDiT, reference: MM
                 saver.begin(step + 1, state.collect(*parts), None)
             if done:
                 break
-    bar.close()
 
 
 def main(argv: list[str]) -> None:

@@ -163,7 +163,7 @@ def train(config: Config, path_steps: int, base: MMDiT, teacher: MMDiT, compute:
     # The batch with which the LADD iteration of the same number begins, so that both methods see
     # the same latents in the same order.
     keys = ((step * config.heads_steps, step) for step in steps)
-    with saver:
+    with saver, bar:
         for step, parts in zip(steps, Prefetch(make, keys, device)):
             optimizer.param_groups[0]["lr"] = config.lr * rate_factor(optim, step, step)
             loss = torch.zeros((), device=device)
@@ -186,7 +186,6 @@ def train(config: Config, path_steps: int, base: MMDiT, teacher: MMDiT, compute:
                 saver.begin(step + 1, state.collect(*to_checkpoint()), recipe)
             if done:
                 break
-    bar.close()
     return ema
 
 

@@ -1,5 +1,7 @@
 """The networks of a run: how they compute, where they are stored, how they are built and saved."""
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +50,10 @@ def make_compute(device: torch.device, flag: str, ops: str, precision: str, comp
     """Return how networks compute on `device`, from the values of --device (`flag`), --kernels
     (`ops`), --precision, --compile and --recompute."""
     compiles = compile == "on" or compile == "auto" and device.type == "cuda"
+    if compiles and device.type == "cpu":
+        compilers = os.environ.get("CXX", "g++"), "g++", "clang++"
+        must(any(map(shutil.which, compilers)), "--compile must be off or auto without a C++ "
+             "compiler, which torch.compile needs on the CPU (got on)")
     return Compute(device, pick_kernels(ops, flag, precision), compute_dtype(precision, device),
                    compiles, recompute)
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ladd.cli import InputError, must
 from ladd.data.files import publish
-from ladd.engine.parallel import Norms, any_rank, ranks
+from ladd.engine.parallel import Norms, any_rank, ranks, variable
 
 
 def pick_device(name: str) -> torch.device:
@@ -29,7 +29,7 @@ def pick_device(name: str) -> torch.device:
     must(gpu or name != "cuda", "--device must be cpu or auto without a CUDA device (got cuda)")
     if name == "cpu" or not gpu:
         return torch.device("cpu")
-    local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    local, count = variable("LOCAL_RANK", 0) if ranks()[1] > 1 else 0, torch.cuda.device_count()
     must(local < count, f"torchrun: --nproc-per-node must be at most {count}, the GPUs of this "
          f"machine (got process {local + 1})")
     torch.cuda.set_device(local)
@@ -76,9 +76,10 @@ def command() -> str:
 
 
 def progress(name: str, total: int, start: int = 0, quiet: bool = False) -> tqdm:
-    """Return a progress bar; a quiet one prints nothing."""
+    """Return a progress bar, to be closed by `with` so that an error begins on a line of its own; a
+    quiet one, or one without a stderr, prints nothing."""
     return tqdm(total=total, initial=start, desc=f"{name:8}", dynamic_ncols=True, smoothing=0.1,
-                mininterval=0.5, disable=bool(quiet))
+                mininterval=0.5, disable=bool(quiet) or sys.stderr is None)
 
 
 class Log:
