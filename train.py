@@ -19,6 +19,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -44,7 +45,7 @@ from ladd.engine.networks import (Compute, check_lora, distribute, inference, ch
                                   network, refresh, save_network, trainable)
 from ladd.engine.parallel import Watch, any_rank, ranks
 from ladd.engine.run import (Health, Log, Stopped, Stopper, device_name, memory_gb, open_run,
-                             progress)
+                             progress, read_seconds, write_seconds)
 from ladd.engine.step import (CLIP, Optim, calibrate, ladd_step, rate_factor, make_networks,
                               step_keys, step_parts)
 from ladd.report import evaluate, speed
@@ -460,53 +461,8 @@ def main(argv: list[str]) -> None:
     if config.bench_steps:
         bench.bench(config, compute)
         return parallel.finish()
-    run = config.folder
-    stopper = Stopper()
-    if config.real:
-        codec = sd3_codec(config.encoders, device, config.t5, config.t5_tokens,
-                          run / "text.safetensors")
-    else:
-        codec = toy_codec(toy_of(config))
-    widths = sizes.context_dim, sizes.pooled_dim
-    must(codec.widths == widths, f"--encoders {config.encoders}: text must have widths {widths} "
-         f"(tokens, pooled), which the teacher reads (got {codec.widths})")
-    pairs = read_pairs(config, sizes, codec)
-    shown = shown_prompts(config, pairs)
-    if rank == 0:
-        open_run(run, to_json(config))
-        # one process writes the file of text, all read it
-        if config.real:
-            codec.embed(["", *(c for p in shown for c in p.captions)])
-            codec.release()
-    # wait until the first process has made the run folder
-    any_rank()
-    say(f"{run}: {device_name(device)}, {compute.dtype}")
-    clock = run / "seconds.json"
-    seconds = files.read_json(clock) if clock.exists() else {}
-
-    def timed(name: str, stage: Callable, *args):
-        """Run a stage; its seconds add up over all calls of the run."""
-        start = time.perf_counter()
-        try:
-            return stage(config, run, *args)
-        finally:
-            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
-            if rank == 0:
-                files.publish(clock, lambda path: files.write_json(path, seconds))
-
     try:
-        teacher = timed("teacher", train_teacher, needs, pairs, compute, stopper)
-        if not config.steps:
-            say(f"--steps 0: the run ends with its teacher, {config.teacher_file}")
-            return parallel.finish()
-        latents = timed("data", make_data, teacher, pairs, codec, compute, stopper)
-        timed("distill", distill, teacher, latents, shown, codec, compute, stopper)
-        if not (run / "report.json").exists():
-            if any_rank(bool(stopper)):
-                raise Stopped(f"{stopper.signal or 'a signal elsewhere'}: the student is saved; "
-                              "the same command reports")
-            stopper.end()
-            write_report(config, run, teacher, shown, codec, compute, seconds)
+        run_stages(config, compute, needs, sizes, say)
     except torch.OutOfMemoryError as error:
         shards = compute.mesh["shard"].size() if compute.mesh else 1
         planned = plan(shard=shards, teacher_shard=shards if compute.shard_teacher else 1)
@@ -516,6 +472,54 @@ def main(argv: list[str]) -> None:
             f"{words}; a --micro-batch below {config.micro(world)}, --recompute selective or full "
             "and --shard student or all need less") from None
     parallel.finish()
+
+
+def run_stages(config: Config, compute: Compute, needs: Needs, sizes: MMDiTConfig,
+               say: Callable[[str], None]) -> None:
+    """Run the stages in the run folder, which only one command at a time may use."""
+    run, rank, stopper = config.folder, ranks()[0], Stopper()
+    if config.real:
+        codec = sd3_codec(config.encoders, compute.device, config.t5, config.t5_tokens,
+                          run / "text.safetensors")
+    else:
+        codec = toy_codec(toy_of(config))
+    widths = sizes.context_dim, sizes.pooled_dim
+    must(codec.widths == widths, f"--encoders {config.encoders}: text must have widths {widths} "
+         f"(tokens, pooled), which the teacher reads (got {codec.widths})")
+    pairs = read_pairs(config, sizes, codec)
+    shown = shown_prompts(config, pairs)
+    if (run / "report.json").exists() and (run / "checkpoints/student.safetensors").exists():
+        return say(f"{run} is complete: {run / 'report.json'}")
+    with open_run(run, to_json(config)) if rank == 0 else nullcontext():
+        # one process writes the file of text, all read it
+        if rank == 0 and config.real:
+            codec.embed(["", *(c for p in shown for c in p.captions)])
+            codec.release()
+        # wait until the first process has made the run folder
+        any_rank()
+        say(f"{run}: {device_name(compute.device)}, {compute.dtype}")
+        seconds = read_seconds(run)
+
+        def timed(name: str, stage: Callable, *args):
+            """Run a stage; its seconds add up over all calls of the run."""
+            start = time.perf_counter()
+            try:
+                return stage(config, run, *args)
+            finally:
+                seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+                if rank == 0:
+                    write_seconds(run, seconds)
+
+        teacher = timed("teacher", train_teacher, needs, pairs, compute, stopper)
+        if not config.steps:
+            return say(f"--steps 0: the run ends with its teacher, {config.teacher_file}")
+        latents = timed("data", make_data, teacher, pairs, codec, compute, stopper)
+        timed("distill", distill, teacher, latents, shown, codec, compute, stopper)
+        if any_rank(bool(stopper)):
+            raise Stopped(f"{stopper.signal or 'a signal elsewhere'}: the student is saved; "
+                          "the same command reports")
+        stopper.end()
+        write_report(config, run, teacher, shown, codec, compute, seconds)
 
 
 if __name__ == "__main__":

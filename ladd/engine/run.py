@@ -60,14 +60,21 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" or precision == "auto" and has else torch.float32
 
 
-def open_run(folder: Path, config: str) -> None:
-    """Make the run folder and write its config.json and env.txt."""
+@contextmanager
+def open_run(folder: Path, config: str) -> Iterator[None]:
+    """Make the run folder and write its config.json and env.txt; keep other commands out of it
+    until the block ends."""
+    must((folder / "config.json").exists() or not any(folder.glob("checkpoints/*")),
+         f"{folder} has checkpoints but no config.json, so they may belong to other flags; take "
+         "another --name")
     for name in ("samples", "checkpoints"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    env = {"command": command(), "commit": commit(), **versions()}
-    lines = "".join(f"{k}: {v}\n" for k, v in env.items())
-    for name, text in (("config.json", config), ("env.txt", lines)):
-        publish(folder / name, lambda path, text=text: path.write_text(text))
+        make_folder(folder / name)
+    with locked(folder):
+        env = {"command": command(), "commit": commit(), **versions()}
+        lines = "".join(f"{k}: {v}\n" for k, v in env.items())
+        for name, text in (("config.json", config), ("env.txt", lines)):
+            publish(folder / name, lambda path, text=text: path.write_text(text))
+        yield
 
 
 def command() -> str:
@@ -104,12 +111,18 @@ class Log:
 
 
 def read_log(folder: Path) -> list[dict]:
-    """Return all lines of the log, except a last one that a kill cut off."""
+    """Return the lines of the log. Those that a kill or a power loss damaged are left out: nothing
+    resumes from a log."""
     path = folder / "log.jsonl"
-    if not path.exists():
-        return []
-    text = path.read_text()
-    return [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]
+    lines = []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and type(line.get("step")) is int and "stage" in line:
+            lines.append(line)
+    return lines
 
 
 def curves(folder: Path, stage: str) -> dict[str, list]:
@@ -121,6 +134,20 @@ def curves(folder: Path, stage: str) -> dict[str, list]:
                 if isinstance(value, (int, float)) and name != "step":
                     out.setdefault(name, []).append((line["step"], value))
     return out
+
+
+def read_seconds(folder: Path) -> dict[str, float]:
+    """Return the seconds of each stage in the calls before this one; a damaged file has none."""
+    try:
+        stored = read_json(folder / "seconds.json", dict)
+    except InputError:
+        return {}
+    return {name: value for name, value in stored.items() if isinstance(value, float)}
+
+
+def write_seconds(folder: Path, seconds: dict[str, float]) -> None:
+    """Write the seconds of each stage."""
+    write_json(folder / "seconds.json", seconds)
 
 
 class Stopper:
