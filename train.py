@@ -509,7 +509,7 @@ def main(argv: list[str]) -> None:
         finally:
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
             if rank == 0:
-                files.publish(clock, lambda path: files.write_json(path, seconds))
+                files.write_json(clock, seconds)
 
     try:
         teacher = timed("teacher", train_teacher, needs, pairs, compute, stopper)
