@@ -2,6 +2,7 @@
 
     python -m ladd.export runs/sd3.5-medium --out turbo.safetensors
 """
+import shutil
 from pathlib import Path
 
 import torch
@@ -41,7 +42,10 @@ def export_mmdit(model: MMDiT, path: str | Path, layout: str = "single",
 
     def write(path: Path) -> None:
         if layout == "pipeline":
-            formats.copy_pipeline(base, path)
+            # weights at the top duplicate the parts in a single file
+            left_out = shutil.ignore_patterns("transformer", "README.md", ".*", "*.safetensors")
+            shutil.copytree(base, path, ignore=lambda folder, names: (
+                left_out(folder, names) if Path(folder) == base else set()))
             (path / "README.md").write_text(card)
             path = path / "transformer"
         formats.write_transformer(path, state, c, facts, dtype, max_shard_bytes)

@@ -18,15 +18,10 @@ DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16
                torch.float64: "F64", torch.int64: "I64"}
 
 
-# --- writing ---
-
 def publish(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let write(temporary path) make a file or folder, then rename it to `path`.
-
-    A run that is killed leaves all of it or nothing. The temporary folder has the final name in
-    its own, so that the next write of `path` removes what a killed run left.
-    """
-    work = path.with_name(f".tmp_{path.name}")
+    """Let write(temporary path) make a file or folder, then rename it to `path`: a run that is
+    killed leaves all of it or nothing."""
+    work = path.with_name(f".tmp_{path.name}")     # so the next write removes what a kill left
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     write(work / path.name)
@@ -92,13 +87,9 @@ def finite_json(value: Any) -> Any:
     return value
 
 
-# --- reading ---
-
 def read_tensors(path: Path, names: Sequence[str] = ()) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return (tensors, metadata) of a safetensors file, of all its tensors or those of `names`.
-
-    The tensors are memory-mapped; writing into one does not change the file.
-    """
+    They are memory-mapped; writing into one does not change the file."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in names or file.keys()}
@@ -139,18 +130,14 @@ def read_lines(path: str | Path) -> list[str]:
 
 
 def is_text(value: Any) -> bool:
-    """Return whether `value` is a string that UTF-8 can encode.
-
-    JSON may hold halves of surrogate pairs, which no tokenizer reads.
-    """
+    """Return whether `value` is a string without halves of surrogate pairs, which JSON may hold and
+    no tokenizer reads."""
     return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def read_objects(path: str | Path, keys: Sequence[str]) -> list[dict]:
-    """Return the objects of a .jsonl file without its empty lines.
-
-    Raise InputError that names the first line which has no text for one of `keys`.
-    """
+    """Return the objects of a .jsonl file without its empty lines; raise InputError that names the
+    first line which has no text for one of `keys`."""
     objects = []
     wanted = ", ".join(f'"{key}": "..."' for key in keys)
     for number, line in enumerate(read_lines(path), 1):

@@ -14,11 +14,8 @@ from ladd.data.shards import Latents
 
 def read_prompts(path: str | Path) -> tuple[list[str], list[str]]:
     """Return (prompts, notes) of a .txt file, one prompt per line, or a .jsonl file with lines
-    {"prompt": ...}.
-
-    Empty lines and, in .txt, lines that begin with # are skipped; notes count them. Raise
-    InputError for a file that cannot be read, a line without a prompt, and a file without any.
-    """
+    {"prompt": ...}. Empty lines and, in .txt, lines that begin with # are skipped; notes count
+    them."""
     lines = read_lines(path)
     comments = 0
     if Path(path).suffix == ".jsonl":
@@ -31,8 +28,6 @@ def read_prompts(path: str | Path) -> tuple[list[str], list[str]]:
     counts = {"empty lines": lines[:-1].count(""), "comments": comments}
     return prompts, [f"{path}: {n} {what} skipped" for what, n in counts.items() if n]
 
-
-# --- text and plans ---
 
 class Codec(NamedTuple):
     """Text encoders and autoencoder, of SD3 or of the toy dataset. Results are on the CPU."""

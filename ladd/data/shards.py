@@ -73,7 +73,7 @@ class Latents:
     # by (h, w): x0 [n, c, h, w], prompt_id [n]
     buckets: dict[tuple[int, int], tuple[Tensor | Rows, Tensor]]
     provenance: dict[str, Any]
-    # by (h, w): [n, e, h, w]; empty without image conditioning
+    # by (h, w): image conditioning [n, e, h, w]; empty where there is none
     images: dict[tuple[int, int], Tensor | Rows] = field(default_factory=dict)
 
     @property
@@ -83,8 +83,7 @@ class Latents:
 
     @property
     def holdout(self) -> int:
-        """Return how many latents of each size never train, to test the discriminator on: a
-        sixteenth of the smallest bucket, at least two."""
+        """Return how many latents of each size never train, to test the discriminator on."""
         return max(2, min(len(ids) for _, ids in self.buckets.values()) // 16)
 
     def gather(self, bucket: tuple[int, int], index: Tensor) -> Batch:
@@ -107,19 +106,14 @@ class Latents:
         out. Raise InputError for a bucket that cannot fill a batch, since its samples would never
         be seen. Our choice.
         """
-        # the batches of an epoch are numbered bucket after bucket
-        starts = {}
-        total = 0
-        for hw in sorted(self.buckets):
-            size = len(self.buckets[hw][1]) - exclude
+        starts = []     # (bucket, first row) of the batches of an epoch
+        for hw, (_, ids) in sorted(self.buckets.items()):
+            size = len(ids) - exclude
             must(size >= batch, f"latents {hw[0]}x{hw[1]} must be at least a batch of {batch} (got "
                  f"{size})")
-            starts[hw] = total
-            total += size // batch
-        epoch, position = divmod(step, total)
-        number = int(permutation(total, seed, epoch)[position])
-        bucket = max(hw for hw, start in starts.items() if start <= number)
-        first = (number - starts[bucket]) * batch
+            starts += [(hw, i * batch) for i in range(size // batch)]
+        epoch, position = divmod(step, len(starts))
+        bucket, first = starts[permutation(len(starts), seed, epoch)[position]]
         order = permutation(len(self.buckets[bucket][1]) - exclude, seed, epoch, bucket)
         return bucket, order[first:first + batch]
 
@@ -134,10 +128,9 @@ def mismatched_captions(codes: Tensor, prompt: Tensor, generator: torch.Generato
                         tries: int = 32) -> tuple[Tensor, Tensor]:
     """Return (others, found): for each of `prompt` [m] another prompt that does not fit its image.
 
-    codes [p, a] are the stated attributes, -1 where open; two captions exclude each other where
-    both state an attribute and differ. Up to `tries` prompts are drawn for each sample. found [m]
-    is False where none of them excludes its caption, as for a caption that states nothing; then
-    `others` has the prompt itself.
+    Two captions exclude each other where both state an attribute (codes [p, a]) and differ. found
+    [m] is False where none of `tries` drawn prompts excludes the caption, as where that states
+    nothing; then `others` has the prompt itself.
     """
     drawn = torch.randint(len(codes), (len(prompt), tries), generator=generator)
     a, b = codes[prompt, None], codes[drawn]                                    # [m, tries, a]
@@ -147,15 +140,10 @@ def mismatched_captions(codes: Tensor, prompt: Tensor, generator: torch.Generato
     return torch.where(found, drawn.gather(1, first)[:, 0], prompt), found
 
 
-# --- writing a folder ---
-
 def open_folder(folder: str | Path, provenance: dict[str, Any], prompts: Sequence[str],
                 codes: Tensor, null: tuple[Tensor, Tensor], rows: int = 1024) -> None:
-    """Create the folder, or check that an existing one was made alike, so that its files can stay.
-
-    `rows` is the number of prompts per file of text. Raise InputError that names the first
-    difference and both values.
-    """
+    """Create the folder with `rows` prompts per file of text, or check that an existing one was
+    made alike, so that its files can stay. Raise InputError that names the first difference."""
     folder, prompts = Path(folder), list(prompts)
     new = {**provenance, "rows": rows}
     tensors = {"null_context": null[0].to("cpu", torch.bfloat16),
@@ -209,10 +197,8 @@ def write_shard(folder: str | Path, index: int, x0: Tensor, prompt_id: Tensor,
 
 
 def missing_shards(folder: str | Path, plan: Sequence[tuple[int, int]]) -> list[int]:
-    """Return the indices into `plan`, the (h, w) of every shard, of shards that do not exist.
-
-    Raise InputError for a shard that the plan does not have.
-    """
+    """Return the indices into `plan`, the (h, w) of every shard, of shards that do not exist; raise
+    InputError for a shard that the plan does not have."""
     present = shards(Path(folder))
     for index, hw, path in present:
         must(index < len(plan) and tuple(plan[index]) == hw,
@@ -220,13 +206,9 @@ def missing_shards(folder: str | Path, plan: Sequence[tuple[int, int]]) -> list[
     return sorted(set(range(len(plan))) - {index for index, _, _ in present})
 
 
-# --- reading a folder ---
-
 def read_folder(folder: str | Path) -> Latents:
-    """Return the latents of a folder, memory-mapped.
-
-    Raise InputError that names the file which is missing, truncated, misshapen or not finite.
-    """
+    """Return the latents of a folder, memory-mapped; raise InputError that names a file which is
+    missing, truncated, misshapen or not finite."""
     folder = Path(folder)
     provenance = read_json(folder / "provenance.json", dict)
     prompts, tensors = read_prompt_files(folder)
@@ -303,8 +285,6 @@ def shards(folder: Path) -> list[tuple[int, tuple[int, int], Path]]:
             found.append((index, (h, w), path))
     return sorted(found)
 
-
-# --- checks ---
 
 def check_shard(where: Path, tensors: dict[str, Tensor], hw: tuple = ("h", "w"),
                 prompts: int | None = None, first: dict[str, Tensor] | None = None) -> None:

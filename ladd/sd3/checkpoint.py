@@ -18,12 +18,9 @@ STUDENT = "checkpoints/student.safetensors"   # the network that a run folder st
 
 def save_mmdit(model: MMDiT, path: str | Path, metadata: dict[str, str],
                tensors: dict[str, Tensor] | None = None) -> None:
-    """Write the weights of `model` (or `tensors` instead) without a name prefix, in their dtypes.
-
-    The header holds `metadata` and, where the network predicts x0, that fact too: a file that does
-    not say predicts v, as published files do.
-    """
-    if model.config.predicts != "v":
+    """Write the weights of `model` (or `tensors` instead) without a name prefix, in their dtypes,
+    and `metadata` in the header."""
+    if model.config.predicts != "v":       # what a file without this predicts, as published ones
         metadata = {**metadata, "predicts": model.config.predicts}
     write_tensors(Path(path), model.state_dict() if tensors is None else tensors, metadata)
 
@@ -31,10 +28,9 @@ def save_mmdit(model: MMDiT, path: str | Path, metadata: dict[str, str],
 def load_mmdit(path: str | Path, kernels: Kernels | None = None) -> MMDiT:
     """Load a single file, a diffusers transformer or pipeline folder, or the student of a run.
 
-    The sizes follow from the shapes of the tensors; the dtypes are those of the file. The weights
-    stay memory-mapped until they are moved or written to; only the separate q, k and v of diffusers
-    are copied, into one qkv. Raises InputError that names missing, unknown and misshapen tensors,
-    or says what else the file is.
+    The sizes follow from the tensors; the dtypes are those of the file. The weights stay
+    memory-mapped until they are moved or written to; only the separate q, k and v of diffusers are
+    copied, into one qkv. Raises InputError that names missing, unknown and misshapen tensors.
     """
     path = model_file(path)
     stored, metadata = formats.open_weights(path)

@@ -25,10 +25,7 @@ from ladd.sd3.checkpoint import content_hash
 def sd3_codec(folder: str | Path, device: torch.device, t5: str, t5_tokens: int,
               cache: Path | None = None, tiled: bool = False) -> Codec:
     """Return the encoders and VAE of a pipeline folder, each of which is loaded when first needed.
-
-    `embed` remembers text in memory and, with a `cache`, also in that file. Raises InputError for a
-    folder without these parts, and for a cache that other encoders wrote.
-    """
+    With `cache`, a file of text, `embed` needs no encoders for prompts that it holds."""
     folder = Path(folder)
     identity = encoder_identity(folder, t5, t5_tokens)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -48,10 +45,23 @@ def sd3_codec(folder: str | Path, device: torch.device, t5: str, t5_tokens: int,
         return encode_prompts(encoders(), prompts).to("cpu", torch.bfloat16)
 
     def embed(prompts: list[str]) -> Text:
-        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]:
-            text = cached_text(cache, identity, new, encode) if cache else encode(new)
-            known.update(zip(new, zip(text.context, text.pooled)))
-        return Text(*(torch.stack(rows) for rows in zip(*(known[prompt] for prompt in prompts))))
+        """Return `encode(prompts)`, remembered in memory and in the file `cache`."""
+        keys = {prompt: hashlib.sha256(prompt.encode()).hexdigest() for prompt in prompts}
+        new = [prompt for prompt, key in keys.items() if f"context.{key}" not in known]
+        if new and cache and cache.exists():
+            tensors, about = read_tensors(cache)
+            must(about.get("encoders") == identity, f"{cache} must hold text of the encoders "
+                 f"{identity} (got {about.get('encoders')})")
+            known.update(tensors)
+            new = [prompt for prompt in new if f"context.{keys[prompt]}" not in known]
+        if new:
+            text = encode(new)
+            for prompt, context, pooled in zip(new, text.context, text.pooled):
+                known.update({f"context.{keys[prompt]}": context, f"pooled.{keys[prompt]}": pooled})
+            if cache:
+                write_tensors(cache, known, {"encoders": identity})
+        return Text(*(torch.stack([known[f"{name}.{keys[prompt]}"] for prompt in prompts])
+                      for name in ("context", "pooled")))
 
     def decode(x0: Tensor) -> Tensor:
         return decode_latents(vae(), x0.to(device), tiled).cpu()
@@ -69,11 +79,10 @@ def sd3_codec(folder: str | Path, device: torch.device, t5: str, t5_tokens: int,
 
 
 def libraries():
-    """Return the modules (transformers, diffusers). Raises InputError that names a missing package.
-
-    Both look for a package called kernels. Ours is hidden from them: where the real one is also
-    installed, they would import ours instead and fail.
-    """
+    """Return the modules (transformers, diffusers). Raises InputError that names a missing
+    package."""
+    # Both look for a package called kernels. Ours is hidden from them: where the real one is also
+    # installed, they would import ours instead and fail.
     ours = sys.modules.get("kernels")
     sys.modules["kernels"] = None
     try:
@@ -95,11 +104,9 @@ def libraries():
 
 
 def load_part(kind: type, folder: Path, **options):
-    """Return kind.from_pretrained(folder): a tokenizer, or with `options` a frozen network.
-
-    Raises InputError where anything is missing: the libraries would fill missing weights with
-    random numbers and only print a warning.
-    """
+    """Return kind.from_pretrained(folder): a tokenizer, or with `options` a frozen network. Raises
+    InputError where anything is missing: the libraries would fill missing weights with random
+    numbers and only print a warning."""
     name = kind.__name__
     files = {path.name: path for path in folder.glob("*.json")}
     complete = bool(files) if options else bool({"tokenizer.json", "vocab.json"} & files.keys())
@@ -148,8 +155,7 @@ class Encoders(NamedTuple):
 def load_encoders(folder: str | Path, device: torch.device, dtype: torch.dtype, t5: str = "device",
                   t5_tokens: int = 256) -> Encoders:
     """Load CLIP-L, CLIP-G and T5 from a pipeline folder. t5 "cpu" keeps T5 on the host, "none"
-    leaves it out. Raises InputError for other values, and for a folder or weights that are not
-    SD3's."""
+    leaves it out."""
     must(t5 in ("device", "cpu", "none"), f"t5 must be device, cpu or none (got {t5!r})")
     must(1 <= t5_tokens <= 512, f"t5_tokens must be from 1 to 512 (got {t5_tokens})")
     transformers, _ = libraries()
@@ -190,12 +196,10 @@ def text_widths(folder: Path) -> tuple[int, int]:
 @torch.no_grad()
 def encode_prompts(encoders: Encoders, prompts: Sequence[str], batch: int = 16) -> Text:
     """Return the Text that SD3 attends to: context [p, l, d] and pooled [p, e] (Esser et al. 2024,
-    Sec. 4 and Fig. 2).
+    Sec. 4 and Fig. 2). Longer prompts are cut.
 
-    context holds the last but one hidden states of the CLIPs, without the final norm, concatenated
-    along the width and padded with zeros to T5's; then the tokens of T5, without a mask, or zeros
-    without T5, as in diffusers. pooled concatenates that of both CLIPs. Longer prompts are cut.
-    Raises InputError without a prompt.
+    context: the last but one hidden states of the CLIPs, without the final norm, side by side and
+    padded with zeros to T5's width; then T5's tokens, without a mask, or zeros, as in diffusers.
     """
     must(len(prompts) > 0, "prompts: at least one is needed (got none)")
     texts = []
@@ -244,24 +248,6 @@ def fingerprint(folder: str | Path, parts: Sequence[str]) -> str:
         must(len(paths) > 0, f"{folder} must be a StableDiffusion3 pipeline folder (got no {part})")
         files += [(f"{part}/{path.name} {path.stat().st_size}\n", path) for path in paths]
     return content_hash(files)
-
-
-def cached_text(path: Path, identity: str, prompts: Sequence[str],
-                encode: Callable[[list[str]], Text]) -> Text:
-    """Return the text of the prompts, bf16 on the CPU, from the file `path`; what it lacks comes
-    from `encode` and is added to it. Raises InputError where encoders other than `identity` (see
-    encoder_identity) wrote the file."""
-    tensors, about = read_tensors(path) if path.exists() else ({}, {"encoders": identity})
-    must(about.get("encoders") == identity,
-         f"{path} must hold text of the encoders {identity} (got {about.get('encoders')})")
-    keys = {prompt: hashlib.sha256(prompt.encode()).hexdigest() for prompt in prompts}
-    if new := [prompt for prompt, key in keys.items() if f"context.{key}" not in tensors]:
-        text = encode(new).to("cpu", torch.bfloat16)
-        for prompt, context, pooled in zip(new, text.context, text.pooled):
-            tensors |= {f"context.{keys[prompt]}": context, f"pooled.{keys[prompt]}": pooled}
-        write_tensors(path, tensors, {"encoders": identity})
-    return Text(*(torch.stack([tensors[f"{name}.{keys[prompt]}"] for prompt in prompts])
-                  for name in ("context", "pooled")))
 
 
 # --- images ---

@@ -12,7 +12,6 @@ compute the same.
 """
 import math
 import re
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -316,17 +315,6 @@ The student was trained for the sampler "{sampler}", {meaning}:
 """
 MEANING = {"euler": "which follows the velocity from level to level",
            "renoise": "which predicts the clean image and adds new noise up to the next level"}
-
-
-def copy_pipeline(base: Path, path: Path) -> None:
-    """Copy the pipeline folder `base` without its transformer and model card. Hidden files and
-    weights at the top, which duplicate its parts in a single file, are left out too."""
-    at_top = shutil.ignore_patterns("transformer", "README.md", ".*", "*.safetensors")
-
-    def ignored(folder: str, names: list[str]) -> set[str]:
-        return at_top(folder, names) if Path(folder) == base else set()
-
-    shutil.copytree(base, path, ignore=ignored)
 
 
 def model_card(name: str, base: Path, c: MMDiTConfig, metadata: dict[str, str],

@@ -33,10 +33,7 @@ ROLES = {"lora_A.weight": "a", "lora_A.default.weight": "a", "lora_down.weight":
 def save(path: str | Path, layers: Mapping[str, Factors], sizes: MMDiTConfig, layout: str,
          metadata: Mapping[str, str] | None = None, dtype: torch.dtype | None = None) -> None:
     """Write the LoRA of a network of these sizes, {layer: matrices}, in `dtype` (None: as it is).
-    The header holds the facts of ModelSpec, rank and alpha of the training, and `metadata`.
-
-    Raises InputError for an unknown layout, without layers, and for a value that is not finite.
-    """
+    The header holds the facts of ModelSpec, rank and alpha of the training, and `metadata`."""
     path = Path(path)
     must(layout in ("diffusers", "comfyui"),
          f"layout must be diffusers or comfyui (got {layout!r})")
@@ -65,8 +62,6 @@ def save(path: str | Path, layers: Mapping[str, Factors], sizes: MMDiTConfig, la
     write_tensors(path, tensors, {**about, **(metadata or {})})
 
 
-# --- reading ---
-
 def place(module: str) -> tuple[str, int, int, bool] | None:
     """Return (our layer, which of the modules stacked in it, their number, named as in diffusers)
     of a module as any of the known programs names it, None if the network has none."""
@@ -87,10 +82,8 @@ def load(path: str | Path) -> dict[str, Factors]:
     """Return {our layer: its LoRA} of a file by diffusers, PEFT, kohya, ComfyUI or OneTrainer, for
     lora.apply.
 
-    q, k and v with the same A become one LoRA of the fused layer with their rank; others become
-    one whose rank is the sum of theirs, with a block-diagonal B, which computes the same. alpha is
-    the rank where neither a tensor nor the header gives it. Raises InputError that names what is
-    unknown, duplicated, incomplete or misshapen.
+    alpha is the rank where neither a tensor nor the header gives it. Raises InputError that names
+    what is unknown, duplicated, incomplete or misshapen.
     """
     path = Path(path)
     tensors, metadata = read_tensors(path)
@@ -161,7 +154,8 @@ def header_alpha(metadata: Mapping[str, str], path: Path) -> Callable[[str, int]
 
 def stacked(parts: list[Factors | None], what: str) -> Factors:
     """Return one LoRA of a stacked layer from those of its parts; a part without one (None) gets
-    zero rows."""
+    zero rows. Parts with the same A keep their rank; others become one whose rank is the sum of
+    theirs, with a block-diagonal B, which computes the same."""
     if len(parts) == 1:
         return parts[0]
     given = [f for f in parts if f is not None]
