@@ -31,7 +31,8 @@ from ladd.core.mmdit import MMDiT, Text
 from ladd.core.sampler import Recipe
 from ladd.data import images
 from ladd.data.batches import Prefetch
-from ladd.data.prompts import Codec, null_text, read_objects
+from ladd.data.files import read_objects
+from ladd.data.prompts import Codec, null_text
 from ladd.data.shards import Latents
 from ladd.engine import parallel, state
 from ladd.engine.networks import factors, frozen, pick_kernels
@@ -200,7 +201,7 @@ def train(args: Namespace, means: tuple[float, ...], model: MMDiT, reference: MM
         chosen, rejected = batch.x0.chunk(2, 1)
         sigma = flow.logit_normal_mixture(len(chosen), means, 1.0, g)
         eps = torch.randn(chosen.shape, generator=g)
-        return chosen, rejected, eps, sigma, batch.context, batch.pooled
+        return chosen, rejected, eps, sigma, *batch.text[:2]
 
     steps = range(start, args.steps)
     batches = Prefetch(make, ((i,) for i in steps), device)

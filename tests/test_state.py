@@ -320,8 +320,8 @@ def test_content_reaches_the_disk_before_the_name(tmp_path, monkeypatch):
                         or replace(old, new))
     save(tmp_path / "states", 1, values(1))
     work = ".tmp_step_000001"
-    assert events == ["part-00000-of-00001.safetensors", work, "meta.json", work, "replace",
-                      "states"]
+    assert events == ["part-00000-of-00001.safetensors", work, "meta.json", ".tmp_meta.json",
+                      "replace", work, work, "replace", "states"]
 
 
 # kills
