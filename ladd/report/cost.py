@@ -1,5 +1,4 @@
-"""Count the FLOPs and the disk space that a run takes, on the meta device: nothing is allocated.
-Its memory is counted in ladd/engine/memory.py."""
+"""Count the FLOPs and the disk space that a run takes; ladd/engine/memory.py counts its memory."""
 import copy
 import time
 from collections.abc import Callable
@@ -15,7 +14,6 @@ from ladd.core.discriminator import Discriminator
 from ladd.core.losses import (LaddConfig, Mismatched, draw, fake_pass, flow_loss, grid_of,
                               heads_loss, student_loss)
 from ladd.core.mmdit import MMDiT, Text
-from ladd.data.batches import MicroBatch
 from ladd.engine.memory import count
 from ladd.engine.parallel import checkpointed
 from ladd.report.speed import wait
@@ -59,21 +57,6 @@ def counted(model: MMDiT, recompute: str) -> MMDiT:
     return checkpointed(model, recompute)
 
 
-def micro_batch(sizes: tuple[int, int, int], context: tuple[int, int], pooled: int, image: int,
-                batch: int, config: LaddConfig) -> MicroBatch:
-    """Return a micro-batch on the meta device. sizes: latents (c, h, w); context: text (tokens,
-    width); pooled: width; image: channels of the image conditioning."""
-    x0 = torch.empty(batch, *sizes, device="meta")
-    text = Text(x0.new_empty(batch, *context), x0.new_empty(batch, pooled))
-    if image:
-        text = text._replace(image=x0.new_empty(batch, image, *sizes[1:]))
-    m = round(config.mismatched * batch)
-    mismatched = Mismatched(torch.arange(m, device="meta"), text.map(lambda t: t[:m]),
-                            x0.new_ones(m), m)
-    return MicroBatch(x0, text, mismatched if m else None,
-                      draw(x0, config.easy_steps, config, (0,)))
-
-
 def step_cost(student: MMDiT, teacher: MMDiT, heads: Discriminator, latent: tuple[int, int, int],
               context: tuple[int, int], batch: int, config: LaddConfig,
               recompute: str = "none") -> dict[str, float]:
@@ -86,9 +69,15 @@ def step_cost(student: MMDiT, teacher: MMDiT, heads: Discriminator, latent: tupl
     """
     student, teacher = counted(student, recompute), counted(teacher, recompute)
     heads = copy.deepcopy(heads)
-    sizes = student.config
-    x0, text, mismatched, draws = micro_batch(latent, context, sizes.pooled_dim,
-                                              sizes.in_channels - latent[0], batch, config)
+    x0 = torch.empty(batch, *latent, device="meta")
+    text = Text(x0.new_empty(batch, *context), x0.new_empty(batch, student.config.pooled_dim))
+    if channels := student.config.in_channels - latent[0]:        # of the image conditioning
+        text = text._replace(image=x0.new_empty(batch, channels, *latent[1:]))
+    draws = draw(x0, config.easy_steps, config, (0,))
+    mismatched = None
+    if m := round(config.mismatched * batch):
+        mismatched = Mismatched(torch.arange(m, device="meta"), text.map(lambda t: t[:m]),
+                                x0.new_ones(m), m)
 
     def flops(function: Callable[..., None], *args) -> int:
         products = {FLASH: attention_flops, FLASH_BACKWARD: attention_backward_flops}

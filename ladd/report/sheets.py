@@ -1,9 +1,4 @@
-"""Write what a run leaves behind: PNG images with their parameters, report.json and report.png.
-
-Curves are {name: [[step, value], ...]}, each with its own steps. report.png shows loss_d and
-loss_g, the shares margin_real, margin_fake, accuracy_real and accuracy_fake, and fd_K and
-prompt_accuracy_K (the student at K steps).
-"""
+"""Write PNG images with their parameters, contact sheets, report.json and report.png."""
 import json
 import math
 import textwrap
@@ -112,10 +107,6 @@ def contact_sheet(images_by_column: dict[str, Sequence[Tensor]], row_titles: lis
     differ.
     """
     columns = [[to_pil(x) for x in images] for images in images_by_column.values()]
-    complete = all(len(column) == len(row_titles) for column in columns)
-    must(bool(columns and row_titles and complete), "contact_sheet must get a column, a row and an "
-         f"image for every row (got columns of {[*map(len, columns)]} images, {len(row_titles)} "
-         "rows)")
     scale = cell / max(side for column in columns for x in column for side in x.size)
 
     def resize(x: Image.Image) -> Image.Image:
@@ -199,9 +190,10 @@ def plot_report(path: str | Path, sheet: Image.Image, curves: dict[str, list], r
     """Write report.png: the sheet, pixel for pixel, above plots of the losses, the discriminator's
     margins and accuracy, the Frechet distance and the prompt accuracy.
 
-    The last two show the teacher's row of most steps, and are left out where floor["fd"] is None.
-    Curves may be taken at a smaller n than the rows: floor["fd_curves"] is the floor at theirs
-    (else floor["fd"]); the teacher's line keeps its distance to it.
+    Curves are {name: [[step, value], ...]}, each with its own steps. The last two plots show the
+    teacher's row of most steps, and are left out where floor["fd"] is None. Curves may be taken at
+    a smaller n than the rows: floor["fd_curves"] is the floor at theirs (else floor["fd"]); the
+    teacher's line keeps its distance to it.
     """
     # imported here: it takes half a second that only this function needs
     from matplotlib.figure import Figure
@@ -263,9 +255,3 @@ def _quality(fd, prompts, curves: dict[str, list], rows: list[dict], floor: dict
     fd.yaxis.set_major_formatter("{x:g}")
     fd.yaxis.set_minor_locator(NullLocator())
     prompts.set_ylim(bottom=0)
-
-
-def write_report(run: Path, sheet: Image.Image, report: dict) -> None:
-    """Write report.json and report.png to the folder of a run."""
-    save_report(run / "report.json", report)
-    plot_report(run / "report.png", sheet, report["curves"], report["rows"], report["floor"])
