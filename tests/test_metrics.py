@@ -115,17 +115,19 @@ def test_features_are_the_same_everywhere(space, size, total, head):
 @pytest.mark.parametrize("space", FEATURES)
 @pytest.mark.parametrize("hw", [(16, 16), (16, 64), (80, 48), (256, 256), (240, 112)])
 def test_features_of_an_image_do_not_depend_on_the_batch(space, hw):
-    images = pattern(*hw, n=metrics.CHUNK + 2 if hw == (16, 16) else 2)
+    images = pattern(*hw, n=66 if hw == (16, 16) else 2)
     feats = FEATURES[space](images)
     assert feats.isfinite().all() and feats.shape[0] == len(images)
     assert_close(space, feats[-1:], FEATURES[space](images[-1:]), 1e-4)
     assert (feats[0] - feats[1]).abs().max() > .1
 
 
-@pytest.mark.parametrize("space", FEATURES)
-def test_features_refuse_nan(space):
+def test_features_are_taken_in_parts_and_refuse_nan():
+    images = [pattern(16, 16, n=66), pattern(16, 32)]
+    for feats, space in zip(evaluate.features(images), FEATURES.values()):
+        assert_close("parts", feats, torch.cat([space(x) for x in images]), 1e-4)
     with pytest.raises(InputError, match=r"finite \(got 768 of 768"):
-        FEATURES[space](torch.full((1, 3, 16, 16), math.nan))
+        evaluate.features([torch.full((1, 3, 16, 16), math.nan)])
 
 
 def test_colours_are_shares_of_pixels():

@@ -85,8 +85,11 @@ def test_a_write_that_stops_halfway_keeps_the_old_file(tmp_path):
 def test_excess_is_relative_to_the_untrained_student_at_one_step():
     rows = [row("untrained", 4, 5.0), row("untrained", 1, 9.0), row("student", 1, 3.0),
             row("teacher", 9, 1)]
-    assert sheets.relative_excess(rows, {"fd": 1.0}) == pytest.approx([.5, 1, .25, 0])
-    assert sheets.relative_excess(rows[2:], {"fd": 1.0}) == [None, None]
+    def excess(rows: list[dict]) -> list[str]:
+        return [line.split("|")[7].strip() for line in sheets.table(rows, {"fd": 1.0}).splitlines()]
+
+    assert excess(rows)[2:] == ["0.500", "1.000", "0.250", "0.000"]
+    assert excess(rows[2:])[2:] == ["-", "-"] and excess(rows)[0] == "excess"
 
 
 def test_table_is_aligned_markdown():

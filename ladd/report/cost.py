@@ -37,15 +37,6 @@ def joint_attention(*args, **kwargs) -> tuple[Tensor | None, Tensor]:
         return kernels.attention.reference_joint_attention(*args, **kwargs)
 
 
-def counted(model: MMDiT, recompute: str) -> MMDiT:
-    """Return a copy of a network on the references, with recomputation."""
-    model = copy.deepcopy(model)
-    ops = kernels.load("torch")._replace(joint_attention=joint_attention)
-    for block in model.joint_blocks:
-        block.kernels = ops
-    return checkpointed(model, recompute)
-
-
 def step_cost(student: MMDiT, teacher: MMDiT, heads: Discriminator, latent: tuple[int, int, int],
               context: tuple[int, int], batch: int, config: LaddConfig,
               recompute: str = "none") -> dict[str, float]:
@@ -56,8 +47,12 @@ def step_cost(student: MMDiT, teacher: MMDiT, heads: Discriminator, latent: tupl
     All networks on the meta device; latent (c, h, w), context (tokens, width). FLOPs are the matrix
     products that torch counts in the references, those of recomputation included.
     """
-    student, teacher = counted(student, recompute), counted(teacher, recompute)
-    heads = copy.deepcopy(heads)
+    student, teacher, heads = (copy.deepcopy(model) for model in (student, teacher, heads))
+    ops = kernels.load("torch")._replace(joint_attention=joint_attention)
+    for model in (student, teacher):
+        for block in model.joint_blocks:
+            block.kernels = ops
+        checkpointed(model, recompute)
     x0 = torch.empty(batch, *latent, device="meta")
     text = Text(x0.new_empty(batch, *context), x0.new_empty(batch, student.config.pooled_dim))
     if channels := student.config.in_channels - latent[0]:        # of the image conditioning

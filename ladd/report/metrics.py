@@ -5,7 +5,6 @@ A Frechet distance is compared at equal n in one feature space, as excess over t
 against real). It is not FID.
 """
 import math
-from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -15,28 +14,7 @@ from torch import Tensor
 from ladd.cli import must
 from ladd.toy.scenes import ATTRIBUTES
 
-CHUNK = 64           # images at a time, so that activations stay in the cache of one core
-
-
 # --- feature spaces ---
-
-def _chunked(features: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Return features(images), CHUNK images at a time."""
-    bad = int((~images.isfinite()).sum())
-    must(not bad, f"images must be finite (got {bad} of {images.numel()} values NaN or inf)")
-    return torch.cat([features(x.float()) for x in images.split(CHUNK)])
-
-
-def features_random(images: Tensor) -> Tensor:
-    """Return features [n, 95] of a frozen random convolution net: std of layers 1-3, 2x2 means of
-    layer 4, and the mean colour.
-
-    images [n, 3, H, W] in [-1, 1] are box-averaged to about 64 px first. In both spaces the gains
-    bring each group of features to about unit variance over the toy dataset, so that none hides
-    another. Our choice.
-    """
-    return _chunked(_random, images)
-
 
 @cache
 def _filters() -> list[tuple[Tensor, Tensor]]:
@@ -56,7 +34,14 @@ def _filters() -> list[tuple[Tensor, Tensor]]:
     return layers
 
 
-def _random(x: Tensor) -> Tensor:
+def features_random(x: Tensor) -> Tensor:
+    """Return features [n, 95] of a frozen random convolution net: std of layers 1-3, 2x2 means of
+    layer 4, and the mean colour.
+
+    x [n, 3, H, W] in [-1, 1] is box-averaged to about 64 px first. In both spaces the gains bring
+    each group of features to about unit variance over the toy dataset, so that none hides another.
+    Our choice.
+    """
     feats = []
     colour = x.mean((2, 3))
     x = F.avg_pool2d(x, 2 ** max(0, round(math.log2(x.shape[2] * x.shape[3]) / 2 - 6)))
@@ -70,16 +55,10 @@ def _random(x: Tensor) -> Tensor:
     return torch.cat([35 * feats[0], 50 * feats[1], 50 * feats[2], 35 * place, 1.6 * colour], 1)
 
 
-def features_hand(images: Tensor) -> Tensor:
-    """Return features [n, 78]: a colour histogram (27), edge orientations (9), the RMS of 5
-    frequency bands per channel (15), and a 3x3 colour map (27).
-
-    images [n, 3, H, W] in [-1, 1], at their own size. Our choice.
-    """
-    return _chunked(_hand, images)
-
-
-def _hand(x: Tensor) -> Tensor:
+def features_hand(x: Tensor) -> Tensor:
+    """Return features [n, 78] of images [n, 3, H, W] in [-1, 1]: a colour histogram (27), edge
+    orientations (9), the RMS of 5 frequency bands per channel (15), and a 3x3 colour map (27). Our
+    choice."""
     n, _, h, w = x.shape
     basis, bands = (t.to(x.device) for t in _bands())
     waves = F.conv2d(x.reshape(3 * n, 1, h, w), basis, stride=8)          # [3n, 64, h / 8, w / 8]

@@ -51,23 +51,18 @@ def save_report(path: Path, report: dict) -> None:
     publish(path, write)
 
 
-def relative_excess(rows: list[dict], floor: dict) -> list[float | None]:
-    """Return (fd - floor) / (fd of the untrained student at 1 step - floor) for each row, or None
-    for all of them where that row is missing or at the floor."""
-    base = [row["fd"] - floor["fd"] for row in rows
-            if row["model"] == "untrained" and row["steps"] == 1 and row["fd"] is not None]
-    if not base or base[0] <= 0:
-        return [None] * len(rows)
-    return [(row["fd"] - floor["fd"]) / base[0] for row in rows]
-
-
 def table(rows: list[dict], floor: dict) -> str:
-    """Return the rows as an aligned Markdown table: excess is relative_excess, "-" not measured."""
+    """Return the rows as an aligned Markdown table. The excess is (fd - floor) / (fd of the
+    untrained student at 1 step - floor); "-" stands for what is not measured."""
     forms = [*ROW.items(), *((key, form) for key, form in MORE.items() if key in rows[0])]
     forms.insert(6, ("excess", "{:.3f}"))
     cells = [[key for key, _ in forms]]
-    for row, excess in zip(rows, relative_excess(rows, floor)):
-        row = row | {"excess": excess}
+    base = [row["fd"] - floor["fd"] for row in rows
+            if row["model"] == "untrained" and row["steps"] == 1 and row["fd"] is not None]
+    for row in rows:
+        row = {**row, "excess": None}
+        if base and base[0] > 0:
+            row["excess"] = (row["fd"] - floor["fd"]) / base[0]
         cells.append(["-" if row[key] is None else form.format(row[key]) for key, form in forms])
     widths = [max(map(len, column)) for column in zip(*cells)]
     # model and sampler to the left, numbers to the right
@@ -108,11 +103,8 @@ def contact_sheet(images_by_column: dict[str, Sequence[Tensor]], row_titles: lis
     """
     columns = [[to_pil(x) for x in images] for images in images_by_column.values()]
     scale = cell / max(side for column in columns for x in column for side in x.size)
-
-    def resize(x: Image.Image) -> Image.Image:
-        return x.resize([max(1, round(side * scale)) for side in x.size], Image.Resampling.BICUBIC)
-
-    columns = [[resize(x) for x in column] for column in columns]
+    columns = [[x.resize([max(1, round(side * scale)) for side in x.size], Image.Resampling.BICUBIC)
+                for x in column] for column in columns]
     gap = max(4, cell // 24)
     font = ImageFont.load_default(max(10, cell // 9))
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
@@ -157,22 +149,26 @@ INK, GRAY, PALE = "#222222", "#777777", "#ececec"
 REAL, FAKE = "#2a7f62", "#c8553d"
 STUDENT = (FAKE, "#2f6db2", "#8e5aa8", "#d19a1d")
 DASHED = (0, (3, 1.2))
+LOSSES = ("loss_d", REAL, "heads", "-"), ("loss_g", FAKE, "student", "-")
 SHARES = (("margin_real", REAL, "margin, real", "-"), ("margin_fake", FAKE, "margin, fake", "-"),
           ("accuracy_real", REAL, "accuracy, real", DASHED),
           ("accuracy_fake", FAKE, "accuracy, fake", DASHED))
 
 
-def _noisy(axes, points: list, factor: float, color: str, label: str, style="-") -> None:
-    """Draw the running mean of a curve over a fortieth of its length, and, where the line is solid,
-    the curve itself faintly behind it."""
-    x, y = np.array(points, dtype=float).T
-    window = max(1, len(x) // 40)
-    middle = (window - 1) // 2
-    mean = np.convolve(factor * y, np.full(window, 1 / window), "valid")
-    if style == "-":
-        axes.plot(x, factor * y, color=color, alpha=0.15, linewidth=0.6)
-    axes.plot(x[middle:middle + len(mean)], mean, color=color, label=label, linestyle=style,
-              linewidth=1.5)
+def _noisy(axes, curves: dict, lines: tuple, factor: float) -> None:
+    """Draw the running means of curves over a fortieth of their length, and, where the line is
+    solid, the curve itself faintly behind it."""
+    for name, color, label, style in lines:
+        if name not in curves:
+            continue
+        x, y = np.array(curves[name], dtype=float).T
+        window = max(1, len(x) // 40)
+        middle = (window - 1) // 2
+        mean = np.convolve(factor * y, np.full(window, 1 / window), "valid")
+        if style == "-":
+            axes.plot(x, factor * y, color=color, alpha=0.15, linewidth=0.6)
+        axes.plot(x[middle:middle + len(mean)], mean, color=color, label=label, linestyle=style,
+                  linewidth=1.5)
 
 
 def _by_steps(axes, curves: dict, prefix: str, factor: float) -> None:
@@ -208,12 +204,8 @@ def plot_report(path: str | Path, sheet: Image.Image, curves: dict[str, list], r
     grid = figure.add_gridspec(1 + measured, 2, hspace=0.36, wspace=0.16, **box)
     plots = [figure.add_subplot(cell) for cell in grid]
     losses, shares = plots[:2]
-    for name, color, label in (("loss_d", REAL, "heads"), ("loss_g", FAKE, "student")):
-        if name in curves:
-            _noisy(losses, curves[name], 1, color, label)
-    for name, color, label, style in SHARES:
-        if name in curves:
-            _noisy(shares, curves[name], 100, color, label, style)
+    _noisy(losses, curves, LOSSES, 1)
+    _noisy(shares, curves, SHARES, 100)
     if measured:
         _quality(*plots[2:], curves, rows, floor)
     shares.set_ylim(-2, 102)

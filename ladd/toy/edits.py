@@ -117,13 +117,6 @@ def parse_instruction(text: str, objects: int) -> Instruction:
                      f"[colour] shape, REF {it}the THING, PLACE {place} (got {text!r})")
 
 
-def instruction_codes(texts: list[str], objects: int) -> Tensor:
-    """Return [n, 1 + a]: the kind, and what is asked. Instructions that differ in what both state
-    exclude each other: an edit changes one thing only."""
-    found = [parse_instruction(text, objects) for text in texts]
-    return torch.tensor([[KINDS.index(i.kind), *i.asked] for i in found])
-
-
 def embed(texts: list[str], length: int, dim: int) -> tuple[Tensor, Tensor]:
     """Embed instructions like captions; words that captions lack have further vectors."""
     return captions.embed(texts, length, dim, WORDS)

@@ -95,9 +95,11 @@ def rendered(scenes: Scenes, hw: tuple[int, int],
 
 
 def codes_of(toy: ToyConfig, captions: list[str]) -> Tensor:
-    """Return what captions or instructions state, [n, a], -1 where they leave it open."""
+    """Return what captions state, [n, a], -1 where they leave it open; of instructions the kind and
+    what is asked, [n, 1 + a]. Texts that differ in what both state exclude each other."""
     if toy.task == "edit":
-        return edits.instruction_codes(captions, toy.objects)
+        found = [edits.parse_instruction(text, toy.objects) for text in captions]
+        return torch.tensor([[edits.KINDS.index(i.kind), *i.asked] for i in found])
     return torch.tensor([parse(caption, toy.objects) for caption in captions])
 
 
