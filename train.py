@@ -46,10 +46,9 @@ from ladd.engine.networks import (Compute, check_lora, distribute, inference, ch
 from ladd.engine.parallel import Watch, any_rank, ranks
 from ladd.engine.run import (Health, Log, Stopped, Stopper, device_name, memory_gb, open_run,
                              progress, read_seconds, write_seconds)
-from ladd.engine.step import (CLIP, Optim, calibrate, ladd_step, rate_factor, make_networks,
+from ladd.engine.step import (CLIP, Optim, calibrate, ladd_step, make_networks, rate_factor,
                               step_keys, step_parts)
-from ladd.report import evaluate, speed
-from ladd.report.evaluate import Sizes, make_reference
+from ladd.report import compare, evaluate, speed
 from ladd.sd3 import checkpoint, encoders
 from ladd.sd3.encoders import sd3_codec
 from ladd.toy.prompts import BEST, VALIDATION, draw_prompts, toy_codec, toy_latents, toy_plan
@@ -244,7 +243,7 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
     reference = None
     if toy:
         prompts = draw_prompts(toy, config.eval_n, BEST)
-        reference = make_reference(toy, prompts, config.eval_n, VALIDATION)
+        reference = evaluate.make_reference(toy, prompts, config.eval_n, VALIDATION)
     # a sharded EMA is evaluated as it is, otherwise a copy in the compute dtype
     eval_model = p.ema if compute.mesh else inference(p.ema, compute)
     # the first iterations train only the heads
@@ -265,8 +264,8 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
         """Save a grid of samples and the metrics after `it` iterations; keep the best student."""
         if eval_model is not p.ema:
             refresh(eval_model, p.ema, untrained)
-        evaluate.save_grid(recipe, codec, eval_model, shown, config.sample_batch,
-                           run / "samples" / f"{it:06d}.png")
+        compare.save_grid(recipe, codec, eval_model, shown, config.sample_batch,
+                          run / "samples" / f"{it:06d}.png")
         values = {}
         if reference:
             values = evaluate.quality(recipe, codec, eval_model, prompts, reference,
@@ -371,10 +370,10 @@ def write_report(config: Config, run: Path, base: MMDiT, shown: list[Prompts], c
     networks = [network(*pair, compute, compute.dtype, sharded=compute.shard_teacher)
                 for pair in weights]
     with Watch("report", config.timeout) as watch:
-        evaluate.compare(config.recipe, toy_of(config), run, shown, codec, networks,
-                         Sizes(config.n, config.eval_n, config.sample_batch),
-                         {"preset": config.preset, "seeds": [config.seed]}, seconds, start,
-                         watch.heartbeat)
+        compare.write_run_report(config.recipe, toy_of(config), run, shown, codec, networks,
+                                 compare.Counts(config.n, config.eval_n, config.sample_batch),
+                                 {"preset": config.preset, "seeds": [config.seed]}, seconds, start,
+                                 watch.heartbeat)
 
 
 # --- main ---

@@ -37,7 +37,8 @@ from ladd.data.shards import Latents
 from ladd.engine import parallel, state
 from ladd.engine.networks import factors, frozen, pick_kernels
 from ladd.engine.run import Health, Stopper, compute_dtype, pick_device, progress
-from ladd.report.evaluate import compare_on_toy, generate, student_rows, teacher_row
+from ladd.report.compare import student_rows, teacher_row, write_toy_report
+from ladd.report.evaluate import generate
 from ladd.sd3 import checkpoint, lora_files
 from ladd.sd3.encoders import encode_images, load_vae, sd3_codec
 from ladd.toy import grader, scenes
@@ -98,10 +99,10 @@ def toy_pairs(toy: ToyConfig, recipe: Recipe, teacher: MMDiT, codec: Codec, prom
     """Return two samples of the teacher for each of `prompts` prompts, drawn with guidance. The
     grader prefers the one that shows more of what the prompt states."""
     parts = draw_prompts(toy, prompts, PREFERENCES + seed)
-    sigmas = recipe.teacher_sigmas(recipe.sample_steps)
+    row = teacher_row(teacher, recipe)
     with progress("pairs", 2 * prompts) as bar:
-        samples = [generate(teacher, codec, parts, sigmas, "euler", (recipe.guidance, 1.0),
-                            (2 * seed + i) * prompts, batch, bar.update)[0] for i in range(2)]
+        samples = [generate(row, codec, parts, (2 * seed + i) * prompts, batch, bar.update)[0]
+                   for i in range(2)]
     captions = sorted({caption for part in parts for caption in part.captions})
     number = {caption: i for i, caption in enumerate(captions)}
     buckets = {}
@@ -291,8 +292,8 @@ def main(argv: list[str]) -> None:
         tuned = with_delta(network, path)
         for row in its_rows:
             rows += [row, row._replace(name=f"{row.name} + preferences", model=tuned)]
-    compare_on_toy(rows, toy, codec, args.n or config.n, config.sample_batch, out,
-                   {"pairs": pairs}, began)
+    write_toy_report(rows, toy, codec, args.n or config.n, config.sample_batch, out,
+                     {"pairs": pairs}, began)
 
 
 def with_delta(network: MMDiT, path: Path) -> MMDiT:

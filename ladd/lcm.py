@@ -39,8 +39,8 @@ from ladd.engine.inputs import load_data, load_teacher
 from ladd.engine.networks import (Compute, checkpoint_tensors, inference, make_student,
                                   save_network, trainable)
 from ladd.engine.run import Health, Stopper, progress
-from ladd.engine.step import Optim, rate_factor, make_optimizer, student_update
-from ladd.report.evaluate import compare_on_toy, student_rows, teacher_row
+from ladd.engine.step import Optim, make_optimizer, rate_factor, student_update
+from ladd.report.compare import student_rows, teacher_row, write_toy_report
 from ladd.sd3 import checkpoint
 from ladd.toy.prompts import toy_codec, toy_latents
 
@@ -230,7 +230,8 @@ def main(argv: list[str]) -> None:
         network = inference(checkpoint.load_mmdit(student, compute.ops), compute)
         rows = [teacher_row(teacher, recipe), *student_rows("consistency student", network, recipe)]
         about = {"seeds": [config.seed], "steps": config.steps, "batch": config.batch}
-        compare_on_toy(rows, toy, toy_codec(toy), config.n, config.sample_batch, out, about, began)
+        write_toy_report(rows, toy, toy_codec(toy), config.n, config.sample_batch, out, about,
+                         began)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from ladd.core.sampler import Recipe
 from ladd.data.files import read_tensors
 from ladd.engine.run import pick_device
 from ladd.engine.step import Optim
-from ladd.report import evaluate
+from ladd.report import evaluate, sheets
 from ladd.toy import edits
 from ladd.toy.scenes import ToyConfig
 
@@ -638,8 +638,8 @@ def test_compile_compiles_each_block_of_each_network(home):
 
 def test_n_is_the_number_of_images_of_a_row(home, monkeypatch):
     reports = []
-    monkeypatch.setattr(evaluate.sheets, "write_report",
-                        lambda run, sheet, report: reports.append(report))
+    monkeypatch.setattr(sheets, "save_report", lambda path, report: reports.append(report))
+    monkeypatch.setattr(sheets, "plot_report", lambda *args: None)
     for n in (12, 14):
         main(home, f"--name n{n} --n {n} {STAGES['student']} --eval-every 3", report=True)
     assert [r["n"] for r in reports] == [12,

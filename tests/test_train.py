@@ -30,7 +30,7 @@ from ladd.data.shards import Latents
 from ladd.engine import step
 from ladd.engine.networks import Compute
 from ladd.engine.state import open_state
-from ladd.report import evaluate, sheets
+from ladd.report import compare, evaluate, sheets
 from ladd.sd3 import checkpoint
 from ladd.toy import prompts
 from ladd.toy.prompts import BEST, REAL, REPORT, VALIDATION
@@ -236,7 +236,7 @@ def test_evaluations_are_of_the_moving_average(home, base, monkeypatch):
     def spied(model, values: dict) -> dict:
         seen.append(model.get_parameter(key).detach().clone())
         return values
-    monkeypatch.setattr(evaluate, "save_grid", lambda *args: spied(args[2], {}))
+    monkeypatch.setattr(compare, "save_grid", lambda *args: spied(args[2], {}))
     monkeypatch.setattr(evaluate, "quality", lambda *args: spied(args[2], {"fd_1": 1, "fd_4": 1}))
     monkeypatch.setattr(evaluate, "discriminator_metrics", lambda *args: spied(args[0], {}))
     flags = "--steps 1 --set heads_first=0 --eval-every 1 --save-every 1"
@@ -341,7 +341,7 @@ def test_prompts_of_training_of_choosing_and_of_the_report_are_never_the_same(ho
     """Whatever --seed is: one of these near the numbers that train.py reserves for evaluation."""
     seeds, purpose = {}, {"toy_latents": "training", "toy_plan": "training", "distill": "choosing",
                           "shown_prompts": "choosing", "unseen_accuracy": "report",
-                          "compare": "report"}
+                          "write_run_report": "report"}
 
     def spy(toy, n, seed, heldout=False):
         frame = sys._getframe(1)
@@ -351,9 +351,10 @@ def test_prompts_of_training_of_choosing_and_of_the_report_are_never_the_same(ho
         return drawn(toy, n, seed, heldout)
 
     drawn = prompts.draw_prompts
-    for module in (evaluate, prompts, train):
+    for module in (compare, evaluate, prompts, train):
         monkeypatch.setattr(module, "draw_prompts", spy)
-    monkeypatch.setattr(sheets, "write_report", lambda *args: None)
+    for name in ("save_report", "plot_report"):
+        monkeypatch.setattr(sheets, name, lambda *args: None)
     for seed in (VALIDATION, BEST, REPORT - 1, REAL - 1):
         flags = f"--seed {min(seed, 10 ** 9)} --teacher-steps 1 --steps 1 --set heads_first=1"
         main(home, f"--name prompts{seed} {flags} --n 12 {QUIET}", report=seed == BEST)

@@ -5,15 +5,13 @@ import torch
 from torch import Tensor
 
 from ladd.cli import InputError, must
-from ladd.toy.scenes import (ANY_SHAPE, COLOURS, PHRASES, RELATIONS, VOCAB, attribute_names,
+from ladd.toy.scenes import (ANY_SHAPE, ATTRIBUTES, COLOURS, PHRASES, RELATIONS, VOCAB,
                              cosine_waves, words_of)
 
 
 def draw_captions(attributes: Tensor, generator: torch.Generator, stated: float = 0.6) -> Tensor:
-    """Return codes [n, a]: the attributes that a caption states, -1 where it leaves them open.
-
-    Each is stated with probability `stated`, at least one of them, and a relation always.
-    """
+    """Return codes [n, a]: the attributes that a caption states, -1 where it leaves them open. Each
+    is stated with probability `stated`, at least one of them, and a relation always."""
     n, a = attributes.shape
     keep = torch.rand(n, a, generator=generator) < stated
     one = torch.randint(a, (n,), generator=generator)
@@ -27,8 +25,7 @@ def draw_captions(attributes: Tensor, generator: torch.Generator, stated: float 
 def caption(codes: Tensor | list[int], objects: int) -> str:
     """Return the caption of a row of codes, e.g. "large red circle left of small blue square"."""
     words = []
-    for name, phrases, code in zip(attribute_names(objects), PHRASES[objects], map(int, codes),
-                                   strict=True):
+    for name, phrases, code in zip(ATTRIBUTES[objects], PHRASES[objects], map(int, codes)):
         if code >= 0:
             words.append(phrases[code])
         elif name == "relation":
@@ -49,11 +46,8 @@ def check_words(words: list[str], known: list[str], text: str) -> None:
 
 
 def parse(text: str, objects: int) -> list[int]:
-    """Return the codes of a caption, in any case: parse(caption(c)) == c.
-
-    Raise InputError for what is not a caption.
-    """
-    names, rest, codes = attribute_names(objects), text.lower().split(), []
+    """Return the codes of a caption, in any case, or raise InputError: parse(caption(c)) == c."""
+    names, rest, codes = ATTRIBUTES[objects], text.lower().split(), []
     check_words(rest, words_of(PHRASES[objects]), text)
     for name, phrases in zip(names, PHRASES[objects]):
         code, words = -1, []

@@ -32,10 +32,8 @@ def toy_codec(toy: ToyConfig) -> Codec:
 
 
 def toy_plan(toy: ToyConfig, size: int, n: int, seed: int) -> Plan:
-    """Return the plan of `size` captions of the toy dataset, `n` per shard.
-
-    Shards cycle through the image sizes.
-    """
+    """Return the plan of `size` captions of the toy dataset, `n` per shard, which cycle through the
+    image sizes."""
     sizes, count = [(h // 8, w // 8) for h, w in toy.hw], -(-size // n)
     rounds = -(-count // len(sizes))
     parts = draw_prompts(toy, n * rounds * len(sizes), seed + 1)
@@ -59,10 +57,8 @@ def numbered(parts: list[Prompts]) -> tuple[list[str], list[Tensor]]:
 
 
 def draw_prompts(toy: ToyConfig, n: int, seed: int, heldout: bool = False) -> list[Prompts]:
-    """Return n random prompts, split evenly over the image sizes: a function of its arguments.
-
-    For editing they are pairs with instructions, for inpainting captions with masks.
-    """
+    """Return n random prompts, split evenly over the image sizes, as a function of the arguments:
+    for editing pairs with instructions, for inpainting captions with masks."""
     parts = []
     for i, hw in enumerate(toy.hw):
         g = torch.Generator().manual_seed(seed * 1009 + i)
@@ -87,10 +83,8 @@ def draw_prompts(toy: ToyConfig, n: int, seed: int, heldout: bool = False) -> li
 
 def rendered(scenes: Scenes, hw: tuple[int, int],
              mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Return (latents [n, 16, H/8, W/8] of scenes, image conditioning where `mask` is given).
-
-    1024 are rendered at a time, since images take twelve times the memory of latents.
-    """
+    """Return (latents [n, 16, H/8, W/8] of scenes, image conditioning where `mask` is given). 1024
+    are rendered at a time, since images take twelve times the memory of latents."""
     latents, conditions = [], []
     for i in range(0, max(1, len(scenes.attributes)), 1024):
         images = render(Scenes(*(t[i:i + 1024] for t in scenes)), hw)
@@ -101,9 +95,11 @@ def rendered(scenes: Scenes, hw: tuple[int, int],
 
 
 def codes_of(toy: ToyConfig, captions: list[str]) -> Tensor:
-    """Return what captions or instructions state, [n, a], -1 where they leave it open."""
+    """Return what captions state, [n, a], -1 where they leave it open; of instructions the kind and
+    what is asked, [n, 1 + a]. Texts that differ in what both state exclude each other."""
     if toy.task == "edit":
-        return edits.instruction_codes(captions, toy.objects)
+        found = [edits.parse_instruction(text, toy.objects) for text in captions]
+        return torch.tensor([[edits.KINDS.index(i.kind), *i.asked] for i in found])
     return torch.tensor([parse(caption, toy.objects) for caption in captions])
 
 
