@@ -12,7 +12,7 @@ compute the same.
 """
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ CLASS = "SD3Transformer2DModel"
 PIPELINE = "StableDiffusion3Pipeline"
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FLOATS = {dtype: name for dtype, name in DTYPE_NAMES.items() if dtype.is_floating_point}
+FLOATS = [dtype for dtype in DTYPE_NAMES if dtype.is_floating_point]
 # our modules and those of diffusers, whose rows we stack in this order
 OUTER = {
     "x_embedder.proj": "pos_embed.proj",
@@ -77,11 +77,13 @@ SIZES = {(24, 1536, False, 0): "-medium", (24, 1536, True, 13): ".5-medium",
          (38, 2432, True, 0): ".5-large"}
 
 
-# --- names ---
+# --- layouts ---
 
-def diffusers_names(name: str) -> tuple[str, ...]:
-    """Return the names in diffusers of the tensors whose rows are stacked in our tensor `name`:
-    three for a qkv, otherwise one."""
+def parts_of(name: str, layout: str) -> tuple[str, ...]:
+    """Return the names in a file of the tensors whose rows are stacked in our tensor `name`: three
+    for a qkv of diffusers, otherwise one."""
+    if layout != "diffusers":
+        return (PREFIX + name if layout == "single" else name,)
     if name == "pos_embed":
         return ("pos_embed.pos_embed",)
     module, kind = name.rsplit(".", 1)
@@ -91,14 +93,6 @@ def diffusers_names(name: str) -> tuple[str, ...]:
     return (f"{OUTER[module]}.{kind}",)
 
 
-def naming(names: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
-    """Return the function from our name to the names in a file whose tensors are called `names`."""
-    if any(name.startswith("transformer_blocks.") for name in names):
-        return diffusers_names
-    prefix = PREFIX if any(name.startswith(PREFIX) for name in names) else ""
-    return lambda name: (prefix + name,)
-
-
 def swap_halves(name: str, tensor: Tensor, depth: int) -> Tensor:
     """Return `tensor` with its halves swapped if diffusers orders them the other way (shift and
     scale of the last two norms). The function is its own inverse."""
@@ -106,6 +100,25 @@ def swap_halves(name: str, tensor: Tensor, depth: int) -> Tensor:
     if name.startswith((last, "final_layer.adaLN_modulation.")):
         return tensor.roll(len(tensor) // 2, 0)
     return tensor
+
+
+def to_layout(state: dict[str, Tensor], layout: str, depth: int) -> dict[str, Tensor]:
+    """Return the state dict of a network of `depth` blocks in a layout. All tensors are views but
+    those whose halves are swapped."""
+    out = {}
+    for name, tensor in state.items():
+        parts = parts_of(name, layout)
+        if layout == "diffusers":
+            tensor = swap_halves(name, tensor, depth)
+        out |= zip(parts, tensor.chunk(len(parts)))
+    return out
+
+
+def layout_of(names: Iterable[str]) -> str:
+    """Return the layout of a file whose tensors have these names; "bare" is ours without PREFIX."""
+    if any(name.startswith("transformer_blocks.") for name in names):
+        return "diffusers"
+    return "single" if any(name.startswith(PREFIX) for name in names) else "bare"
 
 
 # --- reading ---
@@ -143,11 +156,11 @@ def open_weights(path: Path) -> tuple[Stored, dict[str, str]]:
 def infer_config(stored: Stored, path: Path) -> MMDiTConfig:
     """Return the configuration of the network with these tensors; raise InputError if no MMDiT has
     them."""
-    names_of = naming(stored)
+    layout = layout_of(stored)
 
     def shape(name: str, rank: int) -> list[int]:
         """Return the shape of our tensor `name`."""
-        name, = names_of(name)
+        name, = parts_of(name, layout)
         if name in stored:
             got = list(stored[name][0].shape)
             if len(got) == rank and 0 not in got:
@@ -179,19 +192,14 @@ def infer_config(stored: Stored, path: Path) -> MMDiTConfig:
 
 def assemble(wanted: dict[str, Tensor], stored: Stored, depth: int,
              path: Path) -> dict[str, Tensor]:
-    """Return tensors with the names and shapes of `wanted`, those of a network of `depth` blocks.
-    Only tensors that must be joined are copied into memory; other networks in the file are ignored.
-
-    Raises InputError that names missing, unknown and misshapen tensors as the file names them.
-    """
-    names_of = naming(stored)
-    sizes = {}
-    for name, tensor in wanted.items():
-        parts = names_of(name)
-        sizes |= {part: [len(tensor) // len(parts), *tensor.shape[1:]] for part in parts}
+    """Return tensors with the names and shapes of `wanted`, a network of `depth` blocks, copied
+    only where they must be joined. Raises InputError that names missing, unknown and misshapen
+    tensors as the file names them; other networks in the file are ignored."""
+    layout = layout_of(stored)
+    sizes = {name: list(t.shape) for name, t in to_layout(wanted, layout, depth).items()}
     own = {name: tensor for name, (tensor, _) in stored.items() if not name.startswith(OTHERS)}
     found = {name: list(tensor.shape) for name, tensor in own.items()}
-    dtypes = ", ".join(FLOATS.values())
+    dtypes = ", ".join(DTYPE_NAMES[dtype] for dtype in FLOATS)
     faults = {
         "missing": [name for name in sizes if name not in found],
         "unknown": [name for name in found if name not in sizes],
@@ -206,31 +214,18 @@ def assemble(wanted: dict[str, Tensor], stored: Stored, depth: int,
 
     out = {}
     for name in wanted:
-        parts = names_of(name)
+        parts = parts_of(name, layout)
+        out[name] = own[parts[0]]
         if len(parts) > 1:
             # each by a memory mapping of its own, whose pages are released together with it
             tensors = [read_tensors(stored[part][1], [part])[0][part] for part in parts]
             out[name] = torch.cat(tensors)
-        elif names_of is diffusers_names:
-            out[name] = swap_halves(name, own[parts[0]], depth)
-        else:
-            out[name] = own[parts[0]]
+        elif layout == "diffusers":
+            out[name] = swap_halves(name, out[name], depth)
     return out
 
 
 # --- writing ---
-
-def to_layout(state: dict[str, Tensor], layout: str, depth: int) -> dict[str, Tensor]:
-    """Return a state dict with the names of a published layout, "single" or "diffusers". All
-    tensors are views but those whose halves are swapped."""
-    if layout == "single":
-        return {PREFIX + name: tensor for name, tensor in state.items()}
-    out = {}
-    for name, tensor in state.items():
-        names = diffusers_names(name)
-        out |= zip(names, swap_halves(name, tensor, depth).chunk(len(names)))
-    return out
-
 
 def header(c: MMDiTConfig, layout: str, title: str, metadata: dict[str, str]) -> dict[str, str]:
     """Return the header of a file: what Stability's ModelSpec 1.0 requires, and `metadata`, which

@@ -21,7 +21,7 @@ from ladd.cli import InputError, must
 from ladd.core.lora import Factors
 from ladd.core.mmdit import MMDiTConfig
 from ladd.data.files import parse_json, read_tensors, write_tensors
-from ladd.sd3.formats import INNER, OUTER, diffusers_names, header, swap_halves
+from ladd.sd3.formats import INNER, OUTER, header, parts_of, swap_halves
 
 PREFIXES = (r"transformer\.|base_model\.model\.|(model\.)?diffusion_model\.|"
             r"lora_(unet|transformer)_|lycoris_")
@@ -51,7 +51,7 @@ def save(path: str | Path, layers: Mapping[str, Factors], sizes: MMDiTConfig, la
             tensors |= {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": f.b.to(kept),
                         f"{key}.alpha": torch.tensor(f.alpha, dtype=torch.float32)}
             continue
-        names = diffusers_names(f"{name}.weight")
+        names = parts_of(f"{name}.weight", "diffusers")
         b = swap_halves(f"{name}.weight", (f.b.double() * f.scale).to(kept), sizes.depth)
         for part, rows in zip(names, b.chunk(len(names))):
             key = f"transformer.{part.removesuffix('.weight')}"
