@@ -40,7 +40,7 @@ from ladd.data.prompts import (Codec, Prompts, given_prompts, held_out, pairs_pl
                                read_prompts)
 from ladd.data.shards import Latents
 from ladd.engine import generate, parallel, state
-from ladd.engine.inputs import Needs, load_data, load_pairs, load_teacher, start_of, teacher_sizes
+from ladd.engine.inputs import Needs, load_data, load_teacher, start_of, teacher_sizes
 from ladd.engine.networks import (Compute, check_lora, distribute, inference, checkpoint_tensors,
                                   network, refresh, save_network, trainable)
 from ladd.engine.parallel import Watch, any_rank, ranks
@@ -99,11 +99,8 @@ def train_teacher(config: Config, run: Path, needs: Needs, pairs: Latents | None
 
     saver = state.Saver(run / "checkpoints" / "teacher", rank, world, any_rank)
     start = 0
-    meta = {"base": checkpoint.fingerprint(config.base) if config.base else ""}
     if saved := state.open_state(saver.folder):
         start = saved.step
-        must(saved.meta == meta, f"--base must be the file that {saver.folder} began with (got "
-             f"{config.base}), or take another --name")
         state.restore(saved, *to_checkpoint())
     latents = pairs or toy_latents(toy_of(config), config.teacher_images, config.seed)
     exclude = latents.holdout if pairs else 0
@@ -168,7 +165,7 @@ def train_teacher(config: Config, run: Path, needs: Needs, pairs: Latents | None
                 log.write(step + 1, **line, seconds=time.perf_counter() - since)
                 bar.set_postfix(loss=f"{line['loss']:.3f}", gb=f"{memory_gb(device):.1f}")
             save_or_stop(config, saver, health, step + 1, step + 1 - start, stopper, to_checkpoint,
-                         meta)
+                         {})
         health.check()
     base = Path(config.base).name
     if config.task != "text":
@@ -402,23 +399,32 @@ def check_inputs(config: Config, compute: Compute, needs: Needs, say: Callable) 
             say(note)
     sizes = teacher_sizes(config.teacher_file, needs, config.base, compute.ops)
     check_lora(sizes, config.student_depth, teacher_lora(config), student_lora(config))
-    if config.data and config.data != "toy":
-        load_data(Path(config.data), sizes, config.task, config.batch)
     stored = config.folder / "config.json"
     if stored.exists() and not config.dry_run:
         check_same(config, files.read_json(stored))
     return sizes
 
 
-def read_pairs(config: Config, sizes: MMDiTConfig, codec: Codec) -> Latents | None:
+def hash_inputs(config: Config) -> dict[str, str]:
+    """Return a fingerprint of each file or folder that a flag names. --data toy is none, and
+    --base may be gone once the run has its teacher."""
+    hashes = {}
+    for name in ("teacher", "base", "data", "pairs", "prompts", "eval_prompts"):
+        path = Path(getattr(config, name))
+        if name in ("teacher", "base") and getattr(config, name) and path.exists():
+            hashes[name] = checkpoint.fingerprint(path)
+        elif getattr(config, name) and path.exists():
+            hashes[name.replace("_", "-")] = files.fingerprint(path)
+    return hashes
+
+
+def read_pairs(config: Config, sizes: MMDiTConfig, made: dict[str, str]) -> Latents | None:
     """Return the images of --pairs, of which each size gets a batch of generated latents."""
     if not config.pairs:
         return None
-    made = {"text": codec.provenance["encoders"],
-            "vae": encoders.fingerprint(config.encoders, ["vae"])}
     # no teacher is trained with --teacher, so a single pair is enough
     batch = 1 if config.teacher else config.teacher_batch
-    pairs = load_pairs(Path(config.pairs), sizes, config.task, batch, made)
+    pairs = load_data(Path(config.pairs), sizes, config.task, batch, made)
     least = least_data(len(pairs.buckets), config.batch, config.shard_size)
     must(config.data_size >= least or bool(config.data) or not config.steps, "--data-size must be "
          f"at least {least}, a --batch of each of the {len(pairs.buckets)} sizes of {config.pairs} "
@@ -485,11 +491,18 @@ def run_stages(config: Config, compute: Compute, needs: Needs, sizes: MMDiTConfi
     widths = sizes.context_dim, sizes.pooled_dim
     must(codec.widths == widths, f"--encoders {config.encoders}: text must have widths {widths} "
          f"(tokens, pooled), which the teacher reads (got {codec.widths})")
-    pairs = read_pairs(config, sizes, codec)
+    made = {}       # what latents from elsewhere must have been made with
+    if config.real and (config.pairs or config.data):
+        text = codec.provenance()["encoders"]
+        made = {"encoders": text, "text": text,
+                "vae": encoders.fingerprint(config.encoders, ["vae"])}
+    pairs = read_pairs(config, sizes, made)
+    if config.data and config.data != "toy":
+        load_data(Path(config.data), sizes, config.task, config.batch, made)
     shown = shown_prompts(config, pairs)
     if (run / "report.json").exists() and (run / "checkpoints/student.safetensors").exists():
         return say(f"{run} is complete: {run / 'report.json'}")
-    with open_run(run, to_json(config)) if rank == 0 else nullcontext():
+    with open_run(run, to_json(config), hash_inputs(config)) if rank == 0 else nullcontext():
         # one process writes the file of text, all read it
         if rank == 0 and config.real:
             codec.embed(["", *(c for p in shown for c in p.captions)])

@@ -33,6 +33,7 @@ from ladd.core.mmdit import MMDiT, MMDiTConfig, Text, shrunk
 from ladd.core.sampler import guided
 from ladd.data import shards
 from ladd.data.batches import Prefetch
+from ladd.data.files import fingerprint, locked
 from ladd.data.shards import Latents
 from ladd.engine import parallel, state
 from ladd.engine.inputs import load_data, load_teacher
@@ -148,9 +149,7 @@ def train(config: Config, path_steps: int, base: MMDiT, teacher: MMDiT, compute:
 
     start = 0
     if saved := state.open_state(saver.folder):
-        changed = [name for name in recipe if saved.meta.get(name) != recipe[name]]
-        must(not changed, f"{saver.folder}: began with another {' and '.join(changed)}; use the "
-             "same or take another --out")
+        state.check_recipe(saved, recipe)
         start = saved.step
         state.restore(saved, *to_checkpoint())
     levels = flow.euler_sigmas(path_steps, config.shift).to(device)
@@ -205,16 +204,16 @@ def main(argv: list[str]) -> None:
     path = Path(config.teacher or run / "checkpoints" / "teacher.safetensors")
     base = load_teacher(path, needs_of(config), compute.ops)
     latents = read_data(config, run, made.seed, base.config)
-    with state.writing(out):
-        out.mkdir(parents=True, exist_ok=True)
     recipe = {"teacher": checkpoint.fingerprint(path), "path_steps": args.path_steps,
-              **{name: getattr(config, name) for name in ("steps", "lr", "batch", "seed", "data")}}
+              "latents": config.data == "toy" or fingerprint(config.data or run / "data"),
+              **{name: getattr(config, name) for name in ("steps", "lr", "batch", "seed")}}
     teacher = inference(base, compute)
     stopper = Stopper()
-    saver = state.Saver(out / "checkpoints")
-    ema = train(config, args.path_steps, base, teacher, compute, latents, saver, recipe, stopper)
+    with locked(out):
+        ema = train(config, args.path_steps, base, teacher, compute, latents,
+                    state.Saver(out / "checkpoints"), recipe, stopper)
     if stopper:
-        return print(f"{stopper.signal}: saved in {saver.folder}; the same command resumes")
+        return print(f"{stopper.signal}: saved in {out / 'checkpoints'}; the same command resumes")
     stopper.end()
     student = out / "student.safetensors"
     depth = config.student_depth or base.config.depth

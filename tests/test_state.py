@@ -20,7 +20,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import tiny, tiny_inputs
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -181,12 +180,12 @@ def test_a_state_before_the_first_step_empties_an_optimizer(tmp_path):
 @pytest.fixture
 def gate(monkeypatch) -> threading.Event:
     """Return an event that writing waits for."""
-    opened, real = threading.Event(), state.save_file
+    opened, real = threading.Event(), state.write_tensors
 
     def slow(*args):
         assert opened.wait(20)
         real(*args)
-    monkeypatch.setattr(state, "save_file", slow)
+    monkeypatch.setattr(state, "write_tensors", slow)
     return opened
 
 
@@ -240,7 +239,7 @@ def test_the_end_of_the_block_publishes_unless_another_process_may_not_arrive(tm
             with Saver(folder, 0, world) as saver:
                 saver.begin(1, {"a": torch.zeros(2)}, None)
                 saver.job.result()
-                state.write_part(state.part_file(saver.work, 1, 2), {"b": torch.ones(1)}, {})
+                files.write_tensors(state.part_file(saver.work, 1, 2), {"b": torch.ones(1)})
                 if error:
                     raise error("an error")
         assert bool(states(folder)) == kept
@@ -283,13 +282,13 @@ def test_a_full_disk_is_one_line_at_the_next_call_and_former_states_stay(tmp_pat
 def test_processes_wait_for_each_other(tmp_path, monkeypatch):
     """Two as two threads: the second one's disk is slow, and it begins before the first has cleaned
     up."""
-    barrier, real = threading.Barrier(2), state.save_file
+    barrier, real = threading.Barrier(2), state.write_tensors
 
-    def slow(tensors, path, header):
+    def slow(path, tensors, header):
         if "part-00001" in path.name:
             time.sleep(0.2)
-        real(tensors, path, header)
-    monkeypatch.setattr(state, "save_file", slow)
+        real(path, tensors, header)
+    monkeypatch.setattr(state, "write_tensors", slow)
     (tmp_path / ".tmp_step_000007").mkdir()
     (tmp_path / ".tmp_step_000007" / "part-00003-of-00004.safetensors").write_text("left by a kill")
 
@@ -319,9 +318,9 @@ def test_content_reaches_the_disk_before_the_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda old, new: events.append("replace")
                         or replace(old, new))
     save(tmp_path / "states", 1, values(1))
-    work = ".tmp_step_000001"
-    assert events == ["part-00000-of-00001.safetensors", work, "meta.json", ".tmp_meta.json",
-                      "replace", work, work, "replace", "states"]
+    part, work = "part-00000-of-00001.safetensors", ".tmp_step_000001"
+    assert events == [part, f".tmp_{part}", "replace", work, "meta.json", ".tmp_meta.json",
+                      "replace", work, "replace", "states"]
 
 
 # kills
@@ -347,12 +346,11 @@ def kill_at(m: pytest.MonkeyPatch, call: int) -> None:
             return real(*args, **kwargs)
         m.setattr(owner, name, counted)
 
-    wrap(state, "save_file", lambda tensors, path, header: Path(path).write_bytes(b"half"))
+    wrap(Path, "open", lambda path, mode: os.close(os.open(path, os.O_CREAT)))
     wrap(Path, "write_text", lambda path, text: path.write_bytes(text.encode()[:4]))
-    wrap(shutil, "rmtree", lambda path: [os.unlink(file) for file
+    wrap(shutil, "rmtree", lambda path, **options: [os.unlink(file) for file
                                          in list(Path(path).rglob("*.*"))[:1]])
-    for owner, name in ((os, "fsync"), (os, "replace"), (Path, "mkdir"), (Path, "rename"),
-                        (Path, "chmod")):
+    for owner, name in ((os, "fsync"), (os, "replace"), (Path, "mkdir"), (Path, "rename")):
         wrap(owner, name)
 
 
@@ -588,8 +586,21 @@ def rewritten(change):
         rows = json.loads(header["rows"])
         change(tensors, rows)
         tensors = {name: t.clone() for name, t in tensors.items()}
-        save_file(tensors, part, {"rows": json.dumps(rows)})
+        files.write_tensors(part, tensors, {"rows": json.dumps(rows), "step": header["step"]})
     return act
+
+
+def flipped(path: Path) -> None:
+    """Flip one bit of a weight."""
+    data = bytearray((path / PART).read_bytes())
+    data[-50] ^= 4
+    (path / PART).write_bytes(data)
+
+
+def of_another_step(path: Path) -> None:
+    """Put a part of another checkpoint in its place."""
+    tensors, header = files.read_tensors(path / PART)
+    files.write_tensors(path / PART, tensors, {"rows": header["rows"], "step": "1"})
 
 
 def written_as(text: str):
@@ -600,6 +611,11 @@ PART = "part-00001-of-00002.safetensors"
 BIAS = "final_layer.linear.bias"
 EMBEDDER = "x_embedder.proj.bias"
 DAMAGED = {
+    "flipped bit": (flipped, f"{PART}: its content does not have the checksum in its header"),
+    "another step": (of_another_step, f"{PART} must be of step 2 (got {PART} of step 1)"),
+    "other meta": (lambda p: (p / "meta.json").write_text(
+        (p / "meta.json").read_text().replace('"meta": "', '"meta": "o')),
+        "meta.json: its content does not have the checksum in it"),
     "missing part": (lambda p: (p / PART).unlink(), f"{PART}: not a complete safetensors file"),
     "cut part": (lambda p: (p / PART).write_bytes((p / PART).read_bytes()[:-7]),
                  f"{PART}: not a complete"),
@@ -609,10 +625,10 @@ DAMAGED = {
                      "meta.json: not a complete JSON file"),
     "cut meta": (written_as('{"parts": 2, "me'), "meta.json: not a complete JSON file"),
     "older layout": (written_as('{"best": 3}'),
-                     "meta.json must have a number of parts and meta (got {'best': 3})"),
-    "no table": (written_as("[2]"), "meta.json must have a number of parts and meta (got [2])"),
+                     "meta.json: its content does not have the checksum in it (got {'best': 3})"),
+    "no table": (written_as("[2]"), "meta.json must be a JSON object (got list)"),
     "parts as text": (written_as('{"parts": "2", "meta": 0}'),
-                      "parts and meta (got {'parts': '2', 'meta': 0})"),
+                      "does not have the checksum in it (got {'parts': '2', 'meta': 0})"),
     "rows missing": (rewritten(lambda t, r: t.pop(EMBEDDER)),
                      f"{EMBEDDER} must have each of the rows 0:128 once (got 0:64)"),
     "rows twice": (rewritten(lambda t, r: (t.update({EMBEDDER: torch.zeros(96)}),

@@ -1,9 +1,21 @@
-"""Files of JSON and safetensors that are complete or absent: written elsewhere, then renamed."""
+"""Files of JSON and safetensors that are complete or absent: written elsewhere, then renamed.
+
+Every file that this project writes goes through `publish`, every JSON file that it reads through
+`read_json`, every tensor through `write_tensors` and `read_tensors`.
+"""
+import errno
+import fcntl
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +27,92 @@ from ladd.cli import InputError, must
 
 # what write_tensors takes, with the names in the header
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
-               torch.float64: "F64", torch.int64: "I64"}
+               torch.float64: "F64", torch.int64: "I64", torch.uint8: "U8", torch.bool: "BOOL"}
+# what some mounted object stores and network drives answer to fsync and flock
+UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK,
+               errno.EPERM}
+UNKNOWN = "0" * 64      # stands for the checksum while it is computed
+
+
+# --- writing ---
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what a file system answers while `path` is written into an InputError of one line."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def publish(path: Path, write: Callable[[Path], Any]) -> None:
     """Let write(temporary path) make a file or folder, then rename it to `path`: a run that is
-    killed leaves all of it or nothing."""
+    killed leaves all of it or nothing. Raise InputError, with nothing left behind, where the file
+    system refuses."""
     work = path.with_name(f".tmp_{path.name}")     # so the next write removes what a kill left
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    write(work / path.name)
-    # otherwise the rename could reach the disk before the content
-    for part in (*work.rglob("*"), work):
-        sync(part)
-    os.replace(work / path.name, path)
-    work.rmdir()
-    sync(path.parent)
+    with writing(path):
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        try:
+            write(work / path.name)
+            # otherwise the rename could reach the disk before the content
+            for part in (*work.rglob("*"), work):
+                sync(part)
+            os.replace(work / path.name, path)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        sync(path.parent)
 
 
 def sync(path: Path) -> None:
-    """Wait until the content of a file or the entries of a folder are on disk."""
+    """Wait until the content of a file or the entries of a folder are on disk, if the file system
+    can say so."""
     handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make a folder and keep other commands out of it until the block ends, where the file system
+    has locks. Raise InputError that says who uses it."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            must(error.errno not in (errno.EAGAIN, errno.EACCES), f"{folder} is in use by "
+                 f"{file.read(200).strip()}; wait until that ends, or take another folder")
+            if error.errno not in UNSUPPORTED:
+                raise
+        with writing(folder):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}, since "
+                       f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+            file.flush()
+        yield
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor],
                   metadata: Mapping[str, str] | None = None,
                   dtype: torch.dtype | None = None) -> None:
     """Write a safetensors file in `dtype` (None: as they are), one tensor at a time, so that a
-    network is not copied in memory. Raise InputError for a value beyond the range of fp16."""
+    network is not copied in memory.
+
+    The header holds a checksum of all the rest, and the file's name. Raise InputError for NaN and
+    inf, also those of a value beyond the range of fp16.
+    """
     dtypes = {name: dtype or tensor.dtype for name, tensor in tensors.items()}
     names = sorted(tensors, key=lambda name: -dtypes[name].itemsize)   # aligns each to its size
-    header = {"__metadata__": dict(metadata or {})}
+    header = {"__metadata__": {**(metadata or {}), "file": path.name, "sha256": UNKNOWN}}
     end = 0
     for name in names:
         start = end
@@ -56,24 +121,41 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor],
                         "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)   # the data must start at a multiple of 8 bytes
+    digest = hashlib.sha256(text)
 
-    def write(path: Path) -> None:
-        with path.open("wb") as file:
+    def write(work: Path) -> None:
+        with work.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in names:
                 cast = tensors[name].detach().to("cpu", dtypes[name]).contiguous()
-                if dtype == torch.float16 and not cast.isfinite().all():
-                    raise InputError(f"{name}: values must be at most 65504 in fp16 "
-                                     f"(got {tensors[name].abs().max():g})")
-                file.write(cast.flatten().view(torch.uint8).numpy())
+                if not is_finite(cast):
+                    limit = "at most 65504 in fp16" if dtype == torch.float16 else "finite"
+                    raise InputError(f"{path}: not written, since the values of {name} must be "
+                                     f"{limit} (got {tensors[name].abs().max():g})")
+                data = cast.flatten().view(torch.uint8).numpy()
+                digest.update(data)
+                file.write(data)
+            file.seek(8)
+            file.write(text.replace(UNKNOWN.encode(), digest.hexdigest().encode(), 1))
 
     publish(path, write)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor on the CPU has neither NaN nor inf, in one pass without a copy."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(math.isfinite(value) for value in tensor.aminmax())
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON that read_json returns unchanged."""
-    text = json.dumps(finite_json(value), indent=1, allow_nan=False) + "\n"
-    publish(path, lambda path: path.write_text(text))
+    write_text(path, json.dumps(finite_json(value), indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file."""
+    publish(path, lambda work: work.write_text(text))
 
 
 def finite_json(value: Any) -> Any:
@@ -87,15 +169,66 @@ def finite_json(value: Any) -> Any:
     return value
 
 
-def read_tensors(path: Path, names: Sequence[str] = ()) -> tuple[dict[str, Tensor], dict[str, str]]:
+# --- reading ---
+
+def read_tensors(path: Path, names: Sequence[str] = (),
+                 verify: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return (tensors, metadata) of a safetensors file, of all its tensors or those of `names`.
-    They are memory-mapped; writing into one does not change the file."""
+    They are memory-mapped; writing into one does not change the file. With `verify`, raise
+    InputError unless the content has the checksum in its header, if it has one."""
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in names or file.keys()}
-            return tensors, file.metadata() or {}
+            metadata = file.metadata() or {}
+            if verify and "sha256" in metadata:
+                stat = path.stat()
+                checksum = read_checksum(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+                must(checksum == metadata["sha256"], f"{path}: its content does not have the "
+                     "checksum in its header; the file was damaged after it was written")
+            return {name: file.get_tensor(name) for name in names or file.keys()}, metadata
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: not a complete safetensors file ({error})") from None
+
+
+@lru_cache(maxsize=4096)
+def read_checksum(path: Path, *version: int) -> str:
+    """Return the sha256 of a file whose header has UNKNOWN in place of its checksum; once for each
+    `version`, the size and time of the file."""
+    with path.open("rb") as file:
+        text = file.read(int.from_bytes(file.read(8), "little"))
+        text = re.sub(rb'"sha256": "[0-9a-f]{64}"', f'"sha256": "{UNKNOWN}"'.encode(), text)
+        digest = hashlib.sha256(text)
+        return hashlib.file_digest(file, lambda: digest).hexdigest()
+
+
+def content_hash(files: Iterable[tuple[str, Path]]) -> str:
+    """Return 16 hex digits that identify the labels and contents of these files."""
+    digest = hashlib.sha256()
+    for label, path in files:
+        stat = path.stat()
+        digest.update(f"{label} {file_hash(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)}\n"
+                      .encode())
+    return digest.hexdigest()[:16]
+
+
+@lru_cache(maxsize=4096)
+def file_hash(path: Path, *version: int) -> str:
+    """Return the checksum in the header of a file of write_tensors, of others the sha256."""
+    with path.open("rb") as file:
+        if path.suffix == ".safetensors":
+            text = file.read(min(int.from_bytes(file.read(8), "little"), 10 ** 8))
+            if match := re.search(rb'"sha256": "([0-9a-f]{64})"', text):
+                return match[1].decode()
+            file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(path: str | Path) -> str:
+    """Return 16 hex digits that identify the content of a file or of all files in a folder."""
+    path = Path(path)
+    if path.is_file():
+        return content_hash([("", path)])
+    return content_hash((file.name, file) for file in sorted(path.rglob("*"))
+                        if file.is_file() and not file.name.startswith("."))
 
 
 def parse_json(text: str) -> Any:
@@ -111,8 +244,8 @@ def parse_json(text: str) -> Any:
 def read_json(path: Path, kind: type = object) -> Any:
     """Return the value in a JSON file, of type dict or list where `kind` says so."""
     try:
-        value = parse_json(path.read_text())
-    except (OSError, ValueError) as error:   # ValueError: not JSON or not UTF-8
+        value = parse_json(path.read_text("utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not JSON or not UTF-8
         raise InputError(f"{path}: not a complete JSON file ({error})") from None
     must(isinstance(value, kind), f"{path} must be a JSON {'object' if kind is dict else 'list'} "
          f"(got {type(value).__name__})")
@@ -145,7 +278,7 @@ def read_objects(path: str | Path, keys: Sequence[str]) -> list[dict]:
             continue
         try:
             value = parse_json(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None
         must(isinstance(value, dict) and all(is_text(value.get(key)) for key in keys),
              f"{path}: line {number} must be {{{wanted}}} (got {line[:60]!r})")

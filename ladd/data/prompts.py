@@ -37,7 +37,7 @@ class Codec(NamedTuple):
     latents: Callable[[Tensor], Tensor]     # latents of images; the mean of a VAE's distribution
     release: Callable[[], None]             # frees the text encoders until they are needed again
     widths: tuple[int, int]                 # of a text token and of the pooled text
-    provenance: dict                        # identifies the encoders whose text this is
+    provenance: Callable[[], dict]          # identifies the encoders whose text this is
 
 
 def null_text(codec: Codec) -> Text:

@@ -48,7 +48,7 @@ def generate_latents(folder: Path, plan: Plan, weights: MMDiT, prepare: Callable
         null = codec.encode([""])
         made = {"sampler": "euler", "steps": steps, "guidance": guidance[0], "shift": shift,
                 **({"image_guidance": guidance[1]} if plan.shards[0].image else {}),
-                **plan.provenance, "teacher": weights_sha(weights), **codec.provenance}
+                **plan.provenance, "teacher": weights_sha(weights), **codec.provenance()}
         shards.open_folder(folder, made, plan.prompts, plan.codes,
                            (null.context[0], null.pooled[0]), rows)
     any_rank()      # wait for the folder

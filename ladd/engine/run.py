@@ -1,7 +1,6 @@
 """The run folder and its log, signals, health checks, device and versions."""
 import json
 import math
-import os
 import platform
 import shlex
 import shutil
@@ -9,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ladd.cli import InputError, must
-from ladd.data.files import publish
+from ladd.data.files import locked, read_json, write_json, write_text, writing
 from ladd.engine.parallel import Norms, any_rank, ranks, variable
 
 
@@ -61,19 +62,26 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 @contextmanager
-def open_run(folder: Path, config: str) -> Iterator[None]:
+def open_run(folder: Path, config: str, inputs: dict[str, str]) -> Iterator[None]:
     """Make the run folder and write its config.json and env.txt; keep other commands out of it
-    until the block ends."""
+    until the block ends. `inputs` are fingerprints of the files that the flags name; raise
+    InputError where one is not that of the run's first call."""
     must((folder / "config.json").exists() or not any(folder.glob("checkpoints/*")),
          f"{folder} has checkpoints but no config.json, so they may belong to other flags; take "
          "another --name")
-    for name in ("samples", "checkpoints"):
-        make_folder(folder / name)
     with locked(folder):
+        for name in ("samples", "checkpoints"):
+            with writing(folder / name):
+                (folder / name).mkdir(exist_ok=True)
+        path = folder / "inputs.json"
+        stored = read_json(path, dict) if path.exists() else {}
+        for name, own in inputs.items():
+            must(stored.get(name, own) == own, f"{folder}: the content of --{name} is not what it "
+                 "was when the run began; give the same, or take another --name")
+        write_json(path, stored | inputs)
         env = {"command": command(), "commit": commit(), **versions()}
-        lines = "".join(f"{k}: {v}\n" for k, v in env.items())
-        for name, text in (("config.json", config), ("env.txt", lines)):
-            publish(folder / name, lambda path, text=text: path.write_text(text))
+        write_text(folder / "config.json", config)
+        write_text(folder / "env.txt", "".join(f"{k}: {v}\n" for k, v in env.items()))
         yield
 
 
@@ -99,15 +107,13 @@ class Log:
             return
         lines = [line for line in read_log(folder)
                  if line["stage"] != stage or line["step"] <= resume_at]
-        temp = self.path.with_suffix(".tmp")
-        temp.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        os.replace(temp, self.path)
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def write(self, step: int, **values) -> None:
         if not self.writes:
             return
-        with self.path.open("a") as f:
-            f.write(json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
+        with writing(self.path), self.path.open("a") as file:
+            file.write(json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
 
 
 def read_log(folder: Path) -> list[dict]:

@@ -5,28 +5,27 @@ A folder step_000123/ is complete or absent and holds
     part-00001-of-00004.safetensors   the rows of sharded tensors that process 1 of 4 has; "rows" in
                                       the header is {name: [full shape, first row in this file]}
     part-00000-of-00004.safetensors   also the replicated tensors
-    meta.json                         {"parts": 4, "meta": value of the caller}
+    meta.json                         {"parts": 4, "meta": value of the caller, "sha256": of both}
 """
 import copy
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from ladd.cli import InputError, must
-from ladd.data.files import read_json, read_tensors, sync, write_json
-
+from ladd.cli import must
+from ladd.data.files import (finite_json, read_json, read_tensors, sync, write_json, write_tensors,
+                             writing)
+from ladd.engine.parallel import ranks
 
 # by the name of the network; by that of the optimizer, with all parameters that it steps
 Tensors = Mapping[str, Mapping[str, Tensor]]
@@ -101,15 +100,20 @@ def open_state(folder: str | Path) -> State | None:
     if not found:
         return None
     path = found[-1]
-    about = read_json(path / "meta.json")
-    must(isinstance(about, dict) and set(about) == {"parts", "meta"}
-         and type(about["parts"]) is int,
-         f"{path / 'meta.json'} must have a number of parts and meta (got {about!r:.60})")
+    about = read_json(path / "meta.json", dict)
+    must(about.get("sha256") == meta_digest([about.get("parts"), about.get("meta")]),
+         f"{path / 'meta.json'}: its content does not have the checksum in it (got {about!r:.60})")
     tensors: dict[str, Stored] = {}
-    for rank in range(about["parts"]):
-        part = part_file(path, rank, about["parts"])
-        held, header = read_tensors(part)
-        rows = json.loads(header.get("rows", "{}"))
+    rank, world = ranks()
+    step = int(path.stem.removeprefix("step_"))
+    for i in range(about["parts"]):
+        part = part_file(path, i, about["parts"])
+        # each process verifies its share of the checksums
+        held, header = read_tensors(part, verify=i % world == rank)
+        must((header.get("file"), header.get("step")) == (part.name, str(step)),
+             f"{part} must be of step {step} (got {header.get('file')} of step "
+             f"{header.get('step')})")
+        rows = json.loads(header["rows"])
         for name, tensor in held.items():
             shape, first = rows.get(name, (list(tensor.shape), 0))
             stored = tensors.setdefault(name, Stored(shape, tensor.dtype, []))
@@ -120,7 +124,19 @@ def open_state(folder: str | Path) -> State | None:
             stored.parts.append((first, torch.atleast_1d(tensor)))
     for name, stored in tensors.items():
         check_rows(path, name, stored)
-    return State(path, int(path.stem.removeprefix("step_")), about["meta"], tensors)
+    return State(path, step, about["meta"], tensors)
+
+
+def check_recipe(saved: State, recipe: Mapping[str, Any]) -> None:
+    """Raise InputError unless the meta of a checkpoint has the values of this run in `recipe`."""
+    changed = [name for name in recipe if saved.meta.get(name) != recipe[name]]
+    must(not changed, f"{saved.path.parent}: began with another {' and '.join(changed)}; use the "
+         "same or take another folder")
+
+
+def meta_digest(meta: Any) -> str:
+    """Return the checksum of the meta of a checkpoint."""
+    return hashlib.sha256(json.dumps(finite_json(meta), sort_keys=True).encode()).hexdigest()
 
 
 def check_rows(path: Path, name: str, stored: Stored) -> None:
@@ -283,7 +299,8 @@ class Saver:
         self.meet()     # process 0 has removed leftovers and published what was pending
         self.pending = step, copy.deepcopy(meta)
         part = part_file(self.work, self.rank, self.world)
-        self.job = self.pool.submit(write_part, part, self.buffers, rows)
+        header = {"rows": json.dumps(rows), "step": str(step)}
+        self.job = self.pool.submit(write_tensors, part, self.buffers, header)
 
     def publish(self) -> None:
         """Make a pending checkpoint the newest one; all processes must have written their parts."""
@@ -291,7 +308,7 @@ class Saver:
             return
         self.job.result()
         if self.rank == 0:
-            commit(self.work, {"parts": self.world, "meta": self.pending[1]}, self.keep)
+            commit(self.work, self.world, self.pending[1], self.keep)
         self.pending = None
 
     def finish(self) -> None:
@@ -321,36 +338,26 @@ def part_file(path: Path, rank: int, world: int) -> Path:
     return path / f"part-{rank:05d}-of-{world:05d}.safetensors"
 
 
-def write_part(path: Path, tensors: dict[str, Tensor], rows: dict[str, list]) -> None:
-    """Write the part of one process. files.write_tensors would copy the tensors once more."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path, {"rows": json.dumps(rows)})
-        path.chmod(0o644)
-        sync(path)
-        sync(path.parent)
-
-
-def commit(work: Path, about: dict[str, Any], keep: int) -> None:
-    """Make the folder `work` with all its parts the newest checkpoint; remove all but the last
+def commit(work: Path, world: int, meta: Any, keep: int) -> None:
+    """Make the folder `work` with its `world` parts the newest checkpoint; remove all but the last
     `keep`."""
     path = work.with_name(work.name.removeprefix(".tmp_"))
     before = path.with_suffix(".old")
-    parts = [part_file(work, rank, about["parts"]) for rank in range(about["parts"])]
-    for part in parts:
+    for rank in range(world):
+        part = part_file(work, rank, world)
         must(part.exists(), f"{part} does not exist; a checkpoint needs the part of each process")
-    with writing(work / "meta.json"):
-        write_json(work / "meta.json", about)
-        sync(work)
-    # a folder cannot be renamed onto another: the old one gets another name, still readable
-    if path.exists():
+    about = {"parts": world, "meta": meta}
+    write_json(work / "meta.json", about | {"sha256": meta_digest([world, meta])})
+    with writing(path):
+        # a folder cannot be renamed onto another: the old one gets another name, still readable
+        if path.exists():
+            discard(before)
+            os.replace(path, before)
+        os.replace(work, path)
+        sync(path.parent)
         discard(before)
-        os.replace(path, before)
-    os.replace(work, path)
-    sync(path.parent)
-    discard(before)
-    for state in states(path.parent)[:-keep]:
-        discard(state)
+        for state in states(path.parent)[:-keep]:
+            discard(state)
 
 
 def discard(path: Path) -> None:
@@ -358,13 +365,3 @@ def discard(path: Path) -> None:
     as a checkpoint."""
     if path.exists():
         shutil.rmtree(path.rename(path.with_name(f".tmp_gone_{path.name}")))
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn errors of writing `path` into an InputError of one line."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be written ({error}); earlier checkpoints are "
-                         "intact") from None

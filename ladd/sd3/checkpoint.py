@@ -1,6 +1,4 @@
 """Networks on disk: safetensors and JSON, no pickle; a file or folder is complete or absent."""
-import hashlib
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +8,7 @@ from torch import Tensor
 from kernels import Kernels, load as load_kernels
 from ladd.cli import InputError, must
 from ladd.core.mmdit import MMDiT
-from ladd.data.files import read_json, write_tensors
+from ladd.data.files import content_hash, read_json, write_tensors
 from ladd.sd3 import formats
 
 STUDENT = "checkpoints/student.safetensors"   # the network that a run folder stands for
@@ -49,23 +47,11 @@ def load_metadata(path: str | Path) -> dict[str, str]:
     return formats.open_weights(model_file(path))[1]
 
 
-def content_hash(files: Iterable[tuple[str, Path]]) -> str:
-    """Return 16 hex digits that identify (label, file) pairs: a hash of the labels and of the first
-    and last 64 KiB of the files, since weights take too long to read."""
-    digest = hashlib.sha256()
-    for label, path in files:
-        with path.open("rb") as file:
-            first = file.read(2 ** 16)
-            file.seek(max(0, path.stat().st_size - 2 ** 16))
-            digest.update(label.encode() + first + file.read())
-    return digest.hexdigest()[:16]
-
-
 def fingerprint(path: str | Path) -> str:
-    """Return the content_hash of anything that load_mmdit takes, with the sizes of its files."""
+    """Return the content_hash of anything that load_mmdit takes."""
     path = model_file(path)
     shards = sorted(path.parent.glob("*.safetensors")) if path.suffix == ".json" else []
-    return content_hash((f"{file.stat().st_size} ", file) for file in [path, *shards])
+    return content_hash((file.suffix, file) for file in [path, *shards])
 
 
 def model_file(path: str | Path) -> Path:

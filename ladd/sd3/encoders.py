@@ -17,9 +17,8 @@ from torch import Tensor
 
 from ladd.cli import InputError, must
 from ladd.core.mmdit import Text, cat
-from ladd.data.files import read_json, read_tensors, write_tensors
+from ladd.data.files import content_hash, read_json, read_tensors, write_tensors
 from ladd.data.prompts import Codec
-from ladd.sd3.checkpoint import content_hash
 
 
 def sd3_codec(folder: str | Path, device: torch.device, t5: str, t5_tokens: int,
@@ -27,9 +26,12 @@ def sd3_codec(folder: str | Path, device: torch.device, t5: str, t5_tokens: int,
     """Return the encoders and VAE of a pipeline folder, each of which is loaded when first needed.
     With `cache`, a file of text, `embed` needs no encoders for prompts that it holds."""
     folder = Path(folder)
-    identity = encoder_identity(folder, t5, t5_tokens)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     known = {}
+
+    @functools.cache
+    def identity() -> str:
+        return encoder_identity(folder, t5, t5_tokens)
 
     @functools.cache
     def encoders() -> Encoders:
@@ -50,8 +52,8 @@ def sd3_codec(folder: str | Path, device: torch.device, t5: str, t5_tokens: int,
         new = [prompt for prompt, key in keys.items() if f"context.{key}" not in known]
         if new and cache and cache.exists():
             tensors, about = read_tensors(cache)
-            must(about.get("encoders") == identity, f"{cache} must hold text of the encoders "
-                 f"{identity} (got {about.get('encoders')})")
+            must(about.get("encoders") == identity(), f"{cache} must hold text of the encoders "
+                 f"{identity()} (got {about.get('encoders')})")
             known.update(tensors)
             new = [prompt for prompt in new if f"context.{keys[prompt]}" not in known]
         if new:
@@ -59,7 +61,7 @@ def sd3_codec(folder: str | Path, device: torch.device, t5: str, t5_tokens: int,
             for prompt, context, pooled in zip(new, text.context, text.pooled):
                 known.update({f"context.{keys[prompt]}": context, f"pooled.{keys[prompt]}": pooled})
             if cache:
-                write_tensors(cache, known, {"encoders": identity})
+                write_tensors(cache, known, {"encoders": identity()})
         return Text(*(torch.stack([known[f"{name}.{keys[prompt]}"] for prompt in prompts])
                       for name in ("context", "pooled")))
 
@@ -75,7 +77,7 @@ def sd3_codec(folder: str | Path, device: torch.device, t5: str, t5_tokens: int,
             torch.cuda.empty_cache()
 
     return Codec(encode, embed, decode, latents, release, text_widths(folder),
-                 {"encoders": identity})
+                 lambda: {"encoders": identity()})
 
 
 def libraries():
@@ -239,14 +241,14 @@ def encoder_identity(folder: str | Path, t5: str = "device", t5_tokens: int = 25
 
 
 def fingerprint(folder: str | Path, parts: Sequence[str]) -> str:
-    """Return the content_hash of these subfolders of a pipeline, with names and sizes of files."""
+    """Return the content_hash of these subfolders of a pipeline."""
     files = []
     for part in parts:
         paths = [path for path in sorted((Path(folder) / part).glob("*"))
                  if path.suffix in (".json", ".txt", ".model", ".safetensors")
                  and ".fp16." not in path.name]
         must(len(paths) > 0, f"{folder} must be a StableDiffusion3 pipeline folder (got no {part})")
-        files += [(f"{part}/{path.name} {path.stat().st_size}\n", path) for path in paths]
+        files += [(f"{part}/{path.name}", path) for path in paths]
     return content_hash(files)
 
 
