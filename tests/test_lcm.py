@@ -276,7 +276,7 @@ def test_a_killed_process_leaves_what_resumes(home):
         process.communicate()
     step = load_state(states)[0]
     assert step >= 1
-    with refused("killed/checkpoints: began with another steps;", "another --out"):
+    with refused("killed/checkpoints: began with another steps;", "another folder"):
         run_lcm(home, "--out killed")
 
 

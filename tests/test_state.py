@@ -612,9 +612,11 @@ BIAS = "final_layer.linear.bias"
 EMBEDDER = "x_embedder.proj.bias"
 DAMAGED = {
     "flipped bit": (flipped, f"{PART}: its content does not have the checksum in its header"),
-    "another step": (of_another_step, f"{PART} must be of step 2 (got {PART} of step 1)"),
+    "another part": (lambda p: shutil.copy(p / PART.replace("1-", "0-", 1), p / PART),
+                     f"{PART} was written as part-00000-of-00002.safetensors"),
+    "another step": (of_another_step, f"{PART} must be of step 2 (got 1)"),
     "other meta": (lambda p: (p / "meta.json").write_text(
-        (p / "meta.json").read_text().replace('"meta": "', '"meta": "o')),
+        (p / "meta.json").read_text().replace('"rank": 0', '"rank": 1')),
         "meta.json: its content does not have the checksum in it"),
     "missing part": (lambda p: (p / PART).unlink(), f"{PART}: not a complete safetensors file"),
     "cut part": (lambda p: (p / PART).write_bytes((p / PART).read_bytes()[:-7]),

@@ -171,19 +171,23 @@ def finite_json(value: Any) -> Any:
 
 # --- reading ---
 
-def read_tensors(path: Path, names: Sequence[str] = (),
-                 verify: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path, names: Sequence[str] = (), verify: bool = True,
+                 renamed: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return (tensors, metadata) of a safetensors file, of all its tensors or those of `names`.
     They are memory-mapped; writing into one does not change the file. With `verify`, raise
-    InputError unless the content has the checksum in its header, if it has one."""
+    InputError unless the content has the checksum in its header, if it has one; without `renamed`,
+    unless it was written under this name."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if verify and "sha256" in metadata:
+            name, expected = metadata.pop("file", path.name), metadata.pop("sha256", None)
+            must(renamed or name == path.name, f"{path} was written as {name}; put the original "
+                 "back")
+            if verify and expected:
                 stat = path.stat()
                 checksum = read_checksum(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
-                must(checksum == metadata["sha256"], f"{path}: its content does not have the "
-                     "checksum in its header; the file was damaged after it was written")
+                must(checksum == expected, f"{path}: its content does not have the checksum in its "
+                     "header; the file was damaged after it was written")
             return {name: file.get_tensor(name) for name in names or file.keys()}, metadata
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: not a complete safetensors file ({error})") from None

@@ -31,7 +31,8 @@ from torch import Tensor
 from ladd.cli import must
 from ladd.core import flow
 from ladd.core.mmdit import Text
-from ladd.data.files import finite_json, read_json, read_tensors, write_json, write_tensors
+from ladd.data.files import (fingerprint, finite_json, read_json, read_tensors, write_json,
+                             write_tensors)
 
 
 class Batch(NamedTuple):
@@ -181,7 +182,7 @@ def write_text(folder: str | Path, index: int, context: Tensor, pooled: Tensor) 
     text = {"context": context.to("cpu", torch.bfloat16),
             "pooled": pooled.to("cpu", torch.bfloat16)}
     check_tensors(path, text, shapes)
-    write_tensors(path, text)
+    write_tensors(path, text, {"folder": identity(path.parent)})
 
 
 def write_shard(folder: str | Path, index: int, x0: Tensor, prompt_id: Tensor,
@@ -193,7 +194,7 @@ def write_shard(folder: str | Path, index: int, x0: Tensor, prompt_id: Tensor,
     if image is not None:
         tensors["image"] = image
     check_shard(path, tensors)
-    write_tensors(path, tensors)
+    write_tensors(path, tensors, {"folder": identity(path.parent)})
 
 
 def missing_shards(folder: str | Path, plan: Sequence[tuple[int, int]]) -> list[int]:
@@ -215,7 +216,7 @@ def read_folder(folder: str | Path) -> Latents:
     first = None
     parts = {}
     for _, hw, path in shards(folder):
-        shard, _ = read_tensors(path)
+        shard = read_own(path)
         check_shard(path, shard, hw, len(prompts), first)
         first = first or shard
         parts.setdefault(hw, []).append(shard)
@@ -228,6 +229,19 @@ def read_folder(folder: str | Path) -> Latents:
             images[hw] = joined(some, "image")
     null = tensors["null_context"], tensors["null_pooled"]
     return Latents(prompts, *read_text(folder), tensors["codes"], null, buckets, provenance, images)
+
+
+def identity(folder: Path) -> str:
+    """Return what the header of each file in the folder says of it."""
+    return fingerprint(folder / "provenance.json")
+
+
+def read_own(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file; raise InputError unless it was written there, by this name."""
+    tensors, header = read_tensors(path, renamed=False)
+    must(header.get("folder", identity(path.parent)) == identity(path.parent),
+         f"{path} belongs to another folder; put the original back, or remove it and make it again")
+    return tensors
 
 
 def read_prompt_files(folder: str | Path) -> tuple[list[str], dict[str, Tensor]]:
@@ -243,7 +257,7 @@ def read_text(folder: str | Path) -> tuple[Tensor | Rows, Tensor | Rows]:
     """Return (context [p, l, dc], pooled [p, dp]) of all prompts, memory-mapped."""
     parts = []
     for path, shapes in text_files(folder):
-        text, _ = read_tensors(path)
+        text = read_own(path)
         check_tensors(path, text, shapes)
         parts.append(text)
     return joined(parts, "context"), joined(parts, "pooled")
