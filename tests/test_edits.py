@@ -309,7 +309,7 @@ def test_removal_of_one_of_two_keeps_the_other():
     grades = grader.grade_edit(codec(render(Scenes(changed, pairs.target.geometry), READ[2])),
                                pairs)
     assert not grades["kept"].any() and not grades["success"].any()
-    pairs, (h, w) = removals(90, 6), READ[2]
+    pairs, (h, w) = removals(90, 1), READ[2]
     # the other one on the other side
     there = pairs.target.geometry.clone()
     there[:, 1, :2] = 2 * there[:, 0, :2] - there[:, 1, :2]
