@@ -11,7 +11,7 @@ from ladd.cli import InputError
 from ladd.data.masks import (MASKS, _brushed, _filled, check_mask, composite, image_condition,
                              latent_mask, masked, masks)
 from ladd.toy import edits, grader, prompts
-from ladd.toy.captions import draw_captions, embed, max_words
+from ladd.toy.captions import MOST_WORDS, draw_captions, embed
 from ladd.toy.edits import KINDS
 from ladd.toy.scenes import (CHOICES, BACKGROUND_RGB, RADII, VOCAB, Scenes, cosine_waves, decode,
                              encode, is_heldout, render, sample_scenes, unit)
@@ -42,7 +42,7 @@ def test_instructions_go_both_ways(objects):
         assert edits.parse_instruction(text.upper(), objects) == (KINDS[kind], named, asked), text
         assert edits.instruct(KINDS[kind], named, asked, objects) == text
     lengths = [len(text.split()) for text in pairs.texts]
-    assert max(lengths) == edits.MOST_WORDS[objects] >= max_words(objects)
+    assert max(lengths) == edits.MOST_WORDS[objects] >= MOST_WORDS[objects]
     used = set(" ".join(pairs.texts).split())
     assert used <= set(edits.WORDS) and set(edits.WORDS) - set(VOCAB) <= used | {"it"}
     before, after = pairs.source.attributes, pairs.target.attributes
