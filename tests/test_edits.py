@@ -101,11 +101,8 @@ def test_embedding_is_that_of_captions_with_more_words():
     assert_close("pooled", pooled[0], three.sum(0) / math.sqrt(3))
     padding = edits.embed([""], 11, 64)[0][0, :3] - cosine_waves(64)[0]
     assert_close("context", context[0, :3] - three, padding)
-    for texts, length, dim, message in ((["make it red"], 11, 32, "at least 33 .got 32"),
-                                        (["make it red"], 2, 64, "at most 2 words .got 3"),
-                                        (["mark it red"], 11, 64, "'mark'.*'make'")):
-        with pytest.raises(InputError, match=message):
-            edits.embed(texts, length, dim)
+    with pytest.raises(InputError, match="at least 33 .got 32"):
+        edits.embed(["make it red"], 11, 32)
 
 
 # --- pairs ---
@@ -466,7 +463,7 @@ def test_good_masks_from_outside_pass():
     lambda x, m: grader.grade_inpaint(x, sample_scenes(2, (48, 80), 1, rng()), None, m)])
 def test_masks_of_another_size_are_refused(call):
     for shape in ((2, 48, 64), (3, 48, 80)):
-        with pytest.raises(RuntimeError, match="must match|invalid for input"):
+        with pytest.raises(RuntimeError, match="must match"):
             call(torch.zeros(2, 3, 48, 80), torch.ones(shape, dtype=torch.bool))
 
 

@@ -193,13 +193,9 @@ def test_attributes_are_linear_in_pooled():
     assert (found.argmax(1) == target.argmax(1)).float().mean() > .98
 
 
-@pytest.mark.parametrize("texts, length, dim, message",
-                         [(["red circle"], 6, 16, "at least 23 .got 16"),
-                          (["red circle left"], 2, 64, "at most 2 words .got 3"),
-                          (["red cirle"], 6, 64, "'cirle'.*'circle'")])
-def test_embedding_refuses(texts, length, dim, message):
-    with pytest.raises(InputError, match=message):
-        captions.embed(texts, length, dim)
+def test_embedding_refuses_a_width_of_fewer_waves_than_words():
+    with pytest.raises(InputError, match="at least 23 .got 16"):
+        captions.embed(["red circle"], 6, 16)
 
 
 # --- codec ---
