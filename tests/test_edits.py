@@ -11,7 +11,7 @@ from ladd.cli import InputError
 from ladd.data.masks import (MASKS, _brushed, _filled, check_mask, composite, image_condition,
                              latent_mask, masked, masks)
 from ladd.toy import edits, grader, prompts
-from ladd.toy.captions import draw_captions, embed, max_words
+from ladd.toy.captions import MOST_WORDS, draw_captions, embed
 from ladd.toy.edits import KINDS
 from ladd.toy.scenes import (CHOICES, BACKGROUND_RGB, RADII, VOCAB, Scenes, cosine_waves, decode,
                              encode, is_heldout, render, sample_scenes, unit)
@@ -42,7 +42,7 @@ def test_instructions_go_both_ways(objects):
         assert edits.parse_instruction(text.upper(), objects) == (KINDS[kind], named, asked), text
         assert edits.instruct(KINDS[kind], named, asked, objects) == text
     lengths = [len(text.split()) for text in pairs.texts]
-    assert max(lengths) == edits.MOST_WORDS[objects] >= max_words(objects)
+    assert max(lengths) == edits.MOST_WORDS[objects] >= MOST_WORDS[objects]
     used = set(" ".join(pairs.texts).split())
     assert used <= set(edits.WORDS) and set(edits.WORDS) - set(VOCAB) <= used | {"it"}
     before, after = pairs.source.attributes, pairs.target.attributes
@@ -101,11 +101,8 @@ def test_embedding_is_that_of_captions_with_more_words():
     assert_close("pooled", pooled[0], three.sum(0) / math.sqrt(3))
     padding = edits.embed([""], 11, 64)[0][0, :3] - cosine_waves(64)[0]
     assert_close("context", context[0, :3] - three, padding)
-    for texts, length, dim, message in ((["make it red"], 11, 32, "at least 33 .got 32"),
-                                        (["make it red"], 2, 64, "at most 2 words .got 3"),
-                                        (["mark it red"], 11, 64, "'mark'.*'make'")):
-        with pytest.raises(InputError, match=message):
-            edits.embed(texts, length, dim)
+    with pytest.raises(InputError, match="at least 33 .got 32"):
+        edits.embed(["make it red"], 11, 32)
 
 
 # --- pairs ---
@@ -309,7 +306,7 @@ def test_removal_of_one_of_two_keeps_the_other():
     grades = grader.grade_edit(codec(render(Scenes(changed, pairs.target.geometry), READ[2])),
                                pairs)
     assert not grades["kept"].any() and not grades["success"].any()
-    pairs, (h, w) = removals(90, 6), READ[2]
+    pairs, (h, w) = removals(90, 1), READ[2]
     # the other one on the other side
     there = pairs.target.geometry.clone()
     there[:, 1, :2] = 2 * there[:, 0, :2] - there[:, 1, :2]
@@ -466,7 +463,7 @@ def test_good_masks_from_outside_pass():
     lambda x, m: grader.grade_inpaint(x, sample_scenes(2, (48, 80), 1, rng()), None, m)])
 def test_masks_of_another_size_are_refused(call):
     for shape in ((2, 48, 64), (3, 48, 80)):
-        with pytest.raises(RuntimeError, match="must match|invalid for input"):
+        with pytest.raises(RuntimeError, match="must match"):
             call(torch.zeros(2, 3, 48, 80), torch.ones(shape, dtype=torch.bool))
 
 

@@ -143,7 +143,7 @@ def latent_mask(mask: Tensor) -> Tensor:
 def masked(x: Tensor, mask: Tensor) -> Tensor:
     """Return x [b, c, h, w] with 0 where it is repainted. Images have a mask [b, h, w], latents one
     of [b, 1, h, w]."""
-    return x.masked_fill(mask.reshape(len(x), 1, *x.shape[2:]).bool(), 0)
+    return x.masked_fill((mask if mask.dim() == 4 else mask[:, None]).bool(), 0)
 
 
 def hatched(images: Tensor, mask: Tensor) -> Tensor:
