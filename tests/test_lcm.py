@@ -336,7 +336,7 @@ def test_the_student_of_a_lora_run_is_a_lora(home):
     ("--run runs/base --batch 1000 --micro-batch 0", ("--data-size", "96")),
     ("--run runs/base --n 2", ("--n", "2", "6")),
     ("--run runs/base --stepz 3", ("nearest flag is --steps",)),
-    ("--run runs/base --steps 7", ("runs/base/lcm/checkpoints: began with another steps", "--out")),
+    ("--run runs/base --steps 7", ("runs/base/lcm/checkpoints: began with another steps",)),
     ("--run runs/base --steps 6 --lr 1e-3 --path-steps 4 --seed 2", (
         "began with another path_steps and seed",)),
     ("--run runs/old", (

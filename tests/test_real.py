@@ -114,7 +114,7 @@ def test_one_command_encodes_generates_distills_and_shows(home):
         *((name, k, 1) for k in (4, 2, 1) for name in ("untrained", "student"))}
     report = json.loads((run / "report.json").read_text())
     assert report["n"] == 2 and report["floor"]["fd"] is None and all(r["fd"] is None for r in rows)
-    assert (run / "samples" / "000000.png").exists() and Image.open(run / "report.png").width > 600
+    assert (run / "samples" / "000001.png").exists() and Image.open(run / "report.png").width > 600
     changed, teacher = load_mmdit(run).state_dict(), load_mmdit(home / "sd3").state_dict()
     assert any(not torch.equal(changed[k], v) for k, v in teacher.items())
 

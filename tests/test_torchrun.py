@@ -17,7 +17,7 @@ from test_train import CLOCK, QUIET, TINY, load_state, log_of, main, rows_of, sa
 
 import train
 from ladd.cli import InputError
-from ladd.engine import run, state, step
+from ladd.engine import parallel, run, state, step
 from ladd.engine.parallel import Norms
 from ladd.engine.run import Health, Stopper, pick_device
 from ladd.report import evaluate
@@ -301,7 +301,12 @@ def test_each_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     assert pick_device("auto") == torch.device("cuda",
                                                0) and pick_device("cpu") == torch.device("cpu")
+    # left over from another program
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "1")
+    assert pick_device("cuda") == torch.device("cuda", 0) and taken.pop() == 0
+    assert parallel.ranks() == (0, 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert pick_device("cuda") == torch.device("cuda", 1) and taken == [0, 1]
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(InputError,
