@@ -379,7 +379,7 @@ def test_what_is_of_another_task_is_refused_before_a_run_is_made(home, flags, pa
 
 
 def test_a_teacher_starts_as_its_base_and_learns_the_image(home):
-    """From a text teacher: with hardly any learning rate its weights, and zeros; with one all of them
+    """From a text teacher: with almost no learning rate its weights, and zeros; with one all
     move, those of the image too. Sizes are the base's."""
     flags = "--steps 0 --task inpaint --base t.safetensors --set depth=1 --set width=128"
     for name, rate in (("still", 1e-30), ("moves", 1e-3)):
