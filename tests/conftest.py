@@ -47,6 +47,33 @@ def pytest_configure(config):
     config.option.markexpr = config.option.markexpr or "not slow and not gpu"
 
 
+def patch_language_once() -> None:
+    """Make Triton's interpreter replace its language once a launch, not in each call of a function
+    within a kernel, which takes a third of its time and changes nothing."""
+    try:
+        from triton import language
+        from triton.runtime import interpreter
+        patch = interpreter._patch_lang
+    except (ImportError, AttributeError):
+        return
+    replaced: set[frozenset] = set()        # sets of modules, in this launch
+
+    def patched(function):
+        modules = frozenset(id(value) for value in function.__globals__.values()
+                            if value is language or value is language.core)
+        if modules in replaced:
+            return None                     # of a call, which restores nothing
+        replaced.add(modules)
+        scope = patch(function)
+        restore = scope.restore
+        scope.restore = lambda: (replaced.clear(), restore())
+        return scope
+    interpreter._patch_lang = patched
+
+
+patch_language_once()
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
@@ -94,6 +121,10 @@ def fork(run: Callable[[], object], output: Path, **environment: str) -> int:
         os._exit(code)
 
 
+def has_ended(process: int) -> bool:
+    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 def begin_ranks(count: int, run: Callable[[], object], folder: Path) -> dict[int, Path]:
     """Call run() in `count` processes as torchrun would start them; return where each writes what
     it prints, by its number."""
@@ -111,12 +142,11 @@ def end_ranks(started: dict[int, Path], limit: float = 600) -> list[tuple[int, s
     seconds."""
     done, last = [], time.monotonic() + limit
     for pid, output in started.items():
-        while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0) and time.monotonic() < last:
+        while not has_ended(pid) and time.monotonic() < last:
             time.sleep(0.02)
-        if ended == (0, 0):
+        if not has_ended(pid):
             os.kill(pid, signal.SIGKILL)
-            ended = os.waitpid(pid, 0)
-        done.append((os.waitstatus_to_exitcode(ended[1]), output.read_text()))
+        done.append((os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), output.read_text()))
     return done
 
 

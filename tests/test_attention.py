@@ -559,8 +559,11 @@ def check_row(row: dict, arch: int) -> None:
 def test_compiles_for_each_architecture(arch, machine_code):
     rows = [row for row in machine_code[0]
             if row["arch"] == arch and row["kernel"].startswith("attention.")]
-    for case in ("sd3-medium, training", "sd3.5-medium, training"):
-        assert [r["kernel"].split(".")[1] for r in rows if r["case"] == case] == KERNELS
+    kernels = {case: [r["kernel"].split(".")[1] for r in rows if r["case"] == f"{case}, training"]
+               for case in ("sd3-medium", "sd3.5-medium")}
+    # the statistics do not depend on norms: the same kernel
+    assert kernels == {"sd3-medium": KERNELS,
+                       "sd3.5-medium": [name for name in KERNELS if name != "stats"]}
     for row in rows:
         check_row(row, arch)
 

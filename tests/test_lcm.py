@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import assert_close, fork, rng, script, tiny
+from conftest import assert_close, fork, has_ended, rng, script, tiny
 from PIL import Image
 from test_losses import AffineStudent, batch
 from test_train import (QUIET, assert_same, call, load_state, main, refused, save_teacher,
@@ -262,11 +262,11 @@ def test_a_killed_process_leaves_what_resumes(home):
     process = fork(lambda: run_lcm(home, "--steps 100000 --save-every 1 --lr 1e-3 --out killed"),
                    said)
     try:
-        wait_for(lambda: list(states.glob("step_*")) or os.waitpid(process, os.WNOHANG)[0])
-        assert os.waitpid(process, os.WNOHANG) == (0, 0), said.read_text()
+        wait_for(lambda: list(states.glob("step_*")) or has_ended(process))
+        assert not has_ended(process), said.read_text()
     finally:
         os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
+        os.waitpid(process, 0)
     step = load_state(states)[0]
     assert step >= 1
     with refused("killed/checkpoints: began with another steps;", "another --out"):

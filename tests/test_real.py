@@ -1,10 +1,10 @@
 """Real models end to end, on a tiny random SD3: encode, synthesize, train, sample, in one chain."""
 import contextlib
 import json
+import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -16,7 +16,7 @@ pytest.importorskip("diffusers"), pytest.importorskip("transformers")
 import numpy as np
 import test_torchrun
 import test_train
-from conftest import assert_close, rng
+from conftest import assert_close, rng, run_ranks
 from PIL import Image
 from sd3 import JOINT, POOLED, make_folder
 from test_train import log_of, refused, rows_of, weights
@@ -252,16 +252,14 @@ def test_saved_latents_are_those_of_the_training_run(home, tmp_path):
 def test_processes_share_the_shards(home, tmp_path):
     flags = f"{SAVE} --steps 2 --size 32x48,48x32 --num 4"
     call(home, sample.main, f"{flags} --save-latents {tmp_path / 'one'}")
-    script = tmp_path / "script.py"
-    script.write_text(f"import sys, torch; sys.path.insert(0, {str(ROOT)!r}); import sample\n"
-                      "sample.compute_dtype = lambda *a: torch.float32; torch.set_num_threads(1)\n"
-                      "sample.main(sys.argv[1:])\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--",
-               str(script), *flags.split(), "--save-latents", str(tmp_path / "two")]
-    done = subprocess.run(command, cwd=home, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+
+    def run() -> None:
+        os.chdir(home)
+        sample.main([*flags.split(), "--save-latents", str(tmp_path / "two")])
+
+    said = run_ranks(2, run, tmp_path)
     same_folder(tmp_path / "one", tmp_path / "two")
-    assert done.stdout.count("20 latents") == 1
+    assert said.count("20 latents") == 1
 
 
 def test_a_prompt_meets_every_size():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import begin_ranks, end_ranks, fork, run_ranks
+from conftest import begin_ranks, end_ranks, fork, has_ended, run_ranks
 from test_train import CLOCK, QUIET, TINY, load_state, log_of, main, rows_of, save_teacher, weights
 
 import train
@@ -184,16 +184,12 @@ def until(condition, seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
-def ended(job: dict[int, Path]) -> bool:
-    """Return whether the first process has ended, which waits for the others otherwise."""
-    return os.waitid(os.P_PID, next(iter(job)), os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
 def begin(home: Path, flags: str, ready) -> dict[int, Path]:
     """Start two processes, which need not have the same fate; return when ready()."""
     job = begin_ranks(2, lambda: train_on(home, flags), home)
-    until(lambda: ready() or ended(job))
-    assert not ended(job), end_ranks(job, 1)
+    first = next(iter(job))
+    until(lambda: ready() or has_ended(first))
+    assert not has_ended(first), end_ranks(job, 1)
     return job
 
 
@@ -202,7 +198,7 @@ def hangs(job: dict[int, Path], stage: str) -> None:
     first, second = job
     os.kill(second, signal.SIGSTOP)
     start = time.monotonic()
-    until(lambda: ended(job), 60)
+    until(lambda: has_ended(first), 60)
     (code, said), _ = end_ranks(job, 1)
     assert code == 1 and time.monotonic() - start < 60
     assert re.search(rf"{stage}: rank 1 did not reach step \d+ within 4 s", said), said
