@@ -419,7 +419,8 @@ def test_the_script_prints_one_line_and_ends_with_code_2(tmp_path):
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         return used.ru_utime + used.ru_stime
 
-    before, command = processor_seconds(), [sys.executable, str(ROOT / "train.py"), "--micro-batch", "3"]
+    before = processor_seconds()
+    command = [sys.executable, str(ROOT / "train.py"), "--micro-batch", "3"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout and not list(tmp_path.iterdir())
     assert re.fullmatch(r"train\.py: .*--micro-batch.*\n", done.stderr)

@@ -32,7 +32,7 @@ SHAPES = {"one token": dict(k=1, b=1, h=1, w=1, c=16), "ragged": dict(k=2, b=2, 
           "tiles": dict(k=2, b=1, h=7, w=9, d=136, c=48),
           "row": dict(k=1, b=2, h=1, w=70, d=8, c=16),
           "column": dict(k=1, b=2, h=70, w=1, d=8, c=16),
-          "square": dict(k=1, b=2, h=16, w=16, d=64, c=32)}
+          "square": dict(k=1, b=1, h=16, w=16, d=64, c=32)}
 
 
 def names(k: int) -> list[str]:
@@ -88,7 +88,7 @@ def test_logits_and_every_gradient(shape, dtype):
                          ids=str)
 def test_shipped_tiles_give_the_same(row, monkeypatch):
     monkeypatch.setitem(heads.TABLE, (0, "any"), heads.TABLE[row])
-    compare(head_inputs(torch.float32, k=2, b=2, h=5, w=7, d=72, c=48))
+    compare(head_inputs(torch.float32, k=1, b=2, h=5, w=7, d=72, c=48))
 
 
 @pytest.mark.slow
@@ -131,7 +131,7 @@ def test_bf16_features_are_computed_in_fp32_here():
 def test_large_means_keep_their_digits():
     """A bias of 1000 on values of order 1, and means that grow from tile to tile: sums of squares
     fail here. fp32 keeps 6e-5 of 1000, so the bound is that of the fp32 reference, doubled."""
-    feats, params, cond, grid = head_inputs(torch.float32, k=1, b=2, h=16, w=16, c=32)
+    feats, params, cond, grid = head_inputs(torch.float32, k=1, b=1, h=16, w=16, c=32)
     feats = [f + torch.linspace(0, 50, 256)[:, None] for f in feats]
     params = params._replace(b_in=params.b_in + 1000, b_conv=params.b_conv - 1000)
     expected = grads(reference_discriminator_heads, *widened((feats, params, cond, grid)))
@@ -179,14 +179,14 @@ def launches(monkeypatch):
 
 
 def test_each_step_computes_what_it_needs(launches):
-    inputs = head_inputs(torch.float32, k=3, h=2, w=3, c=16)
+    inputs = head_inputs(torch.float32, h=2, w=3, c=16)
     forward = Counter({"product stats": 2, "activate": 1, "readout": 1})
     back = Counter({"readout_sums": 1, "norm_grad": 2, "product norm": 1})
     weights = Counter({"activate": 1, "weight_grad": 2})
     _, everything = grads(heads.discriminator_heads, *inputs)
     # for any number of heads
     assert launches == forward + back + weights + Counter({"product store": 1})
-    for only, more in ((slice(0, 3), Counter({"product store": 1})), (slice(3, None), weights)):
+    for only, more in ((slice(0, 2), Counter({"product store": 1})), (slice(2, None), weights)):
         launches.clear()
         _, found = grads(heads.discriminator_heads, *inputs, only=only)
         assert launches == forward + back + more

@@ -241,27 +241,31 @@ def test_sigterm_saves_a_lost_or_hanging_rank_ends_the_run(home, whole):
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_ends_as_if_undisturbed(home, whole):
-    """SIGKILL at 20 random moments and more."""
-    flags = f"{REUSE} {QUIET} --steps 700 --save-every 4 --set log_every=4"
+    """SIGKILL at 20 random moments and more: some time after the start, or after a new state."""
+    flags = f"{REUSE} {QUIET} --steps 300 --save-every 4 --set log_every=4"
     main(home, f"--name calm {flags}")
     draw, kills, lives = random.Random(0), 0, 0
     done = home / "runs/killed/checkpoints/student.safetensors"
+    listed = lambda: state.states(home / "runs/killed/checkpoints/distill")
     while not done.exists():
         child = fork(lambda: main(home, f"--name killed {flags}"), home / "killed.txt")
         lives += 1
-        patience = draw.uniform(0.1, 1.2) if kills < 25 else 1e9
+        before = listed()
+        if draw.random() < 0.5:
+            until(lambda: listed() != before or has_ended(child))
+        patience = draw.uniform(0, 0.1 if listed() != before else 0.5) if kills < 25 else 1e9
         end = time.monotonic() + patience
-        while time.monotonic() < end and os.waitpid(child, os.WNOHANG) == (0, 0):
+        while time.monotonic() < end and not has_ended(child):
             time.sleep(0.005)
-        if time.monotonic() >= end:
+        if not has_ended(child):
             os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
             kills += 1
+        os.waitpid(child, 0)
         assert lives < 300
     assert kills >= 20, kills
     calm, killed = (load_state(home / f"runs/{name}/checkpoints/distill") for name
                     in ("calm", "killed"))
-    assert calm[0] == killed[0] == 700 and all(torch.equal(calm[1][k], killed[1][k]) for k
+    assert calm[0] == killed[0] == 300 and all(torch.equal(calm[1][k], killed[1][k]) for k
                                                in calm[1])
     assert log_of(home / "runs/calm") == log_of(home / "runs/killed")
 

@@ -326,6 +326,8 @@ READ = {"black": (0, 0), "empty": (0, 0), "nan": (0, 0), "noise": (0, 0), "gauss
 @pytest.mark.parametrize("kind", READ)
 def test_what_is_no_scene_is_unreadable(kind, hw):
     images = spoiled(hw)[kind]
+    if READ[kind] == (0, 0):
+        images = images[:96]
     for seen in (images, codec(images)):
         graded = grader.grade(seen, 1)
         scene, shape = ((graded[:, i] >= 0).float().mean() for i in (4, 2))

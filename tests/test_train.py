@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -27,6 +28,7 @@ from ladd.core import losses, sampler
 from ladd.core.mmdit import MMDiT, MMDiTConfig
 from ladd.data.files import read_tensors
 from ladd.data.shards import Latents
+from ladd.engine import run as run_module
 from ladd.engine import step
 from ladd.engine.networks import Compute
 from ladd.engine.state import open_state
@@ -48,12 +50,17 @@ CLOCK = "seconds", "pairs_per_second", "data_wait", "gb", "ms_per_image"
 ROOT = Path(train.__file__).parent
 
 
+# git and the metadata of packages are asked once, not in each run
+PROVENANCE = {name: cache(getattr(run_module, name)) for name in ("commit", "versions")}
+
+
 def call(folder: Path, script, flags: list[str]) -> str:
     """What `script` prints, called in `folder`; the handlers of signals are put back."""
     printed, handlers = io.StringIO(), {s: signal.getsignal(s) for s
                                         in (signal.SIGINT, signal.SIGTERM)}
     with (contextlib.chdir(folder), contextlib.redirect_stdout(printed),
-          contextlib.redirect_stderr(io.StringIO())):
+          contextlib.redirect_stderr(io.StringIO()), mock.patch.multiple(run_module, **PROVENANCE),
+          mock.patch.multiple(evaluate, **PROVENANCE)):
         try:
             script(flags)
         except train.Stopped as stopped:
@@ -537,8 +544,8 @@ def test_preset_shapes_takes_a_few_steps_on_a_cpu(tmp_path):
     ends in a whole report."""
     flags = ("--preset shapes --device cpu --set depth=3 --taps 0,2 --set teacher_images=6 "
              "--teacher-batch 2 --teacher-steps 2 --data-size 12 --set shard_size=4 "
-             "--sample-steps 2 --batch 2 --steps 2 --set heads_first=1 --n 6 --set eval_n=6 --sample-batch 2 --eval-every 0 "
-             "--set log_every=1")
+             "--sample-steps 2 --batch 2 --steps 2 --set heads_first=1 --n 6 --set eval_n=6 "
+             "--sample-batch 2 --eval-every 0 --set log_every=1")
     call(tmp_path, train.main, flags.split())
     out = json.loads((tmp_path / "runs/shapes/report.json").read_text())
     check_report(out)
