@@ -158,7 +158,8 @@ LONG = {
     "fsdp, two heads' steps": dict(heads_steps=2),
     "ddp, full": dict(replicas=0, keep="full"),
     "compiled, selective, accumulated": dict(compiled=True, keep="selective", accumulate=2),
-    "compiled, full, ddp": dict(replicas=0, compiled=True, keep="full"),
+    "compiled, full, ddp, accumulated": dict(replicas=0, compiled=True, keep="full",
+                                             accumulate=2),
 }
 FOUR = {"replicas": dict(replicas=2), "replicas, selective": dict(replicas=2, keep="selective")}
 BF16 = dict(dtype="float32", compute="bfloat16")
