@@ -1,5 +1,5 @@
 """Shared by the tests: one thread, a seed, tiny networks with every weight drawn, one table of
-tolerances."""
+tolerances, machine code, and scripts and ranks without new interpreters."""
 import contextlib
 import io
 import json

@@ -59,8 +59,8 @@ def call(folder: Path, script, flags: list[str]) -> str:
     printed, handlers = io.StringIO(), {s: signal.getsignal(s) for s
                                         in (signal.SIGINT, signal.SIGTERM)}
     with (contextlib.chdir(folder), contextlib.redirect_stdout(printed),
-          contextlib.redirect_stderr(io.StringIO()), mock.patch.multiple(run_module, **PROVENANCE),
-          mock.patch.multiple(evaluate, **PROVENANCE)):
+          contextlib.redirect_stderr(io.StringIO()),
+          mock.patch.multiple(run_module, **PROVENANCE)):
         try:
             script(flags)
         except train.Stopped as stopped:
