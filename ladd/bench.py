@@ -99,11 +99,16 @@ def plan(c: Config, sizes: MMDiTConfig, compute: Compute, prompts: int,
     if not samples:
         prompts = 0
     yield f"disk, with {samples:,} latents to generate from {prompts:,} prompts:"
-    text = prompts * (text_tokens(c) * sizes.context_dim + sizes.pooled_dim)
-    stored = 16 + image_channels(c.task), h // 8, w // 8
-    found = cost.disk_plan(student if c.steps else None, None if loaded else teacher, heads, stored,
-                           samples, 2 if c.real else 4, text)
-    for name, size in found.items():
+    values = (16 + image_channels(c.task)) * (h // 8) * (w // 8)
+    text = text_tokens(c) * sizes.context_dim + sizes.pooled_dim
+    disk = {"latents": samples * values * (2 if c.real else 4), "text": prompts * text * 2}
+    # weights are fp32; a state also has Adam's two moments, one of the student the EMA
+    if not loaded:
+        disk["teacher (two states, file)"] = (2 * 12 + 4) * count(teacher)
+    if c.steps:
+        disk["states (two kept)"] = 2 * (16 * count(student, True) + 12 * count(heads))
+        disk["students (last and best)"] = 8 * count(student)
+    for name, size in (disk | {"sum": sum(disk.values())}).items():
         yield f"  {size / 2 ** 30:9.3f} GiB  {name}"
 
 
@@ -133,15 +138,13 @@ def memory_lines(c: Config, networks: OnMeta, compute: Compute, memory: int) -> 
 def bench(c: Config, compute: Compute) -> None:
     """Time --bench-steps LADD steps of random networks on random latents and print rates, FLOPs,
     memory and the share of each stage as JSON."""
-    h, w = c.hw[0]
     device = compute.device
     torch.manual_seed(c.seed)
     # a network that is sharded is made on the host, from which each process takes its part
     with torch.device(device if compute.mesh is None else "cpu"):
         base = MMDiT(c.model, compute.ops)
     sizes = base.config
-    latents = random_latents(2 * c.batch, (h // 8, w // 8), image_channels(c.task), text_tokens(c),
-                             sizes)
+    latents = random_latents(c, sizes)
     batching = batching_of(c)._replace(heads_first=0)
     p = make_networks(base, compute, c.group(Optim), heads_of(c, sizes), c.student_depth,
                       student_lora(c), c.teacher_fp8)
@@ -187,11 +190,11 @@ def bench(c: Config, compute: Compute) -> None:
             "stages": {stage: took / total for stage, took in laps.seconds.items()}}, indent=1))
 
 
-def random_latents(n: int, hw: tuple[int, int], image: int, tokens: int,
-                   sizes: MMDiTConfig) -> Latents:
-    """Return n random latents of size `hw`, each with a prompt of its own of `tokens` random tokens
-    and with `image` channels of image conditioning."""
-    context = torch.randn(n, tokens, sizes.context_dim).bfloat16()
+def random_latents(c: Config, sizes: MMDiTConfig) -> Latents:
+    """Return two batches of random latents of the first size, each with a random prompt and image
+    conditioning of its own."""
+    n, hw, image = 2 * c.batch, (c.hw[0][0] // 8, c.hw[0][1] // 8), image_channels(c.task)
+    context = torch.randn(n, text_tokens(c), sizes.context_dim).bfloat16()
     pooled = torch.randn(n, sizes.pooled_dim).bfloat16()
     images = {hw: torch.randn(n, image, *hw)} if image else {}
     numbers = torch.arange(n)

@@ -140,7 +140,7 @@ def test_the_learning_rate_is_warmed_up(home, monkeypatch):
     a twentieth of --lr."""
     monkeypatch.setattr(dpo, "graded", lambda x, codes,
                         objects: (x.sum((1, 2, 3)) * 100).long() % 4)
-    monkeypatch.setattr(dpo, "compare_on_toy", lambda *args: None)
+    monkeypatch.setattr(dpo, "write_toy_report", lambda *args: None)
     call(home, dpo.main, f"{FLAGS} --steps 1 --lr 1e-2 --out first".split())
     moved = torch.cat([f.b.flatten() for f
                        in lora_files.load(home / "first/lora.safetensors").values()])

@@ -11,7 +11,7 @@ from ladd.cli import InputError
 from ladd.data.masks import (MASKS, _brushed, _filled, check_mask, composite, image_condition,
                              latent_mask, masked, masks)
 from ladd.toy import edits, grader, prompts
-from ladd.toy.captions import draw_captions, embed, max_words
+from ladd.toy.captions import MOST_WORDS, draw_captions, embed
 from ladd.toy.edits import KINDS
 from ladd.toy.scenes import (CHOICES, BACKGROUND_RGB, RADII, VOCAB, Scenes, cosine_waves, decode,
                              encode, is_heldout, render, sample_scenes, unit)
@@ -42,7 +42,7 @@ def test_instructions_go_both_ways(objects):
         assert edits.parse_instruction(text.upper(), objects) == (KINDS[kind], named, asked), text
         assert edits.instruct(KINDS[kind], named, asked, objects) == text
     lengths = [len(text.split()) for text in pairs.texts]
-    assert max(lengths) == edits.MOST_WORDS[objects] >= max_words(objects)
+    assert max(lengths) == edits.MOST_WORDS[objects] >= MOST_WORDS[objects]
     used = set(" ".join(pairs.texts).split())
     assert used <= set(edits.WORDS) and set(edits.WORDS) - set(VOCAB) <= used | {"it"}
     before, after = pairs.source.attributes, pairs.target.attributes
@@ -101,11 +101,8 @@ def test_embedding_is_that_of_captions_with_more_words():
     assert_close("pooled", pooled[0], three.sum(0) / math.sqrt(3))
     padding = edits.embed([""], 11, 64)[0][0, :3] - cosine_waves(64)[0]
     assert_close("context", context[0, :3] - three, padding)
-    for texts, length, dim, message in ((["make it red"], 11, 32, "at least 33 .got 32"),
-                                        (["make it red"], 2, 64, "at most 2 words .got 3"),
-                                        (["mark it red"], 11, 64, "'mark'.*'make'")):
-        with pytest.raises(InputError, match=message):
-            edits.embed(texts, length, dim)
+    with pytest.raises(InputError, match="at least 33 .got 32"):
+        edits.embed(["make it red"], 11, 32)
 
 
 # --- pairs ---
@@ -176,10 +173,10 @@ def test_sources_and_targets_are_scenes_of_the_dataset(objects, hw):
 
 @pytest.mark.parametrize("objects", (1, 2))
 def test_what_is_said_and_what_is_left_open(objects):
-    pairs = edits.edits(7000, (128, 128), objects, rng(2), stated=.3)
+    pairs = edits.edits(7000, (128, 128), objects, rng(2))
     added, named = rows_of(pairs, "add"), pairs.named >= 0
     share = (pairs.asked[added] >= 0).float().mean(0)[:4]
-    assert (share[:3] - .3).abs().max() < .05 and abs(share[3] - (1. if objects == 2 else .3)) < .05
+    assert (share[:3] - .6).abs().max() < .05 and abs(share[3] - (1. if objects == 2 else .6)) < .05
     assert not named[added][:, :4].any() and not named[rows_of(pairs, "background")].any()
     removed, changed = rows_of(pairs, "remove"), pairs.source.attributes != pairs.target.attributes
     assert torch.equal((pairs.asked >= 0)[~added], (changed & ~removed[:, None])[~added])
@@ -199,14 +196,10 @@ def test_what_is_said_and_what_is_left_open(objects):
 def test_edits_follow_the_seed_and_the_kinds():
     a, b, c = (edits.edits(20, (64, 64), 1, rng(seed)) for seed in (1, 1, 2))
     assert a.texts == b.texts != c.texts and torch.equal(a.target.geometry, b.target.geometry)
-    few = edits.edits(9, (64, 64), 1, rng(), ("remove", "move"))
-    assert sorted(set(few.kind.tolist())) == [1, 6] and (few.kind[1:] != few.kind[:-1]).all()
+    assert (a.kind[1:] == (a.kind[:-1] + 1) % 7).all()
     starts = {edits.edits(1, (64, 64), 1, rng(seed)).kind.item() for seed in range(40)}
     # a batch of one sees them all
     assert starts == set(range(7))
-    with pytest.raises(InputError,
-                       match=r"kind of edit must be one of recolour, move.*\(got 'paint'\)"):
-        edits.edits(1, (64, 64), 1, rng(), ("paint",))
 
 
 # --- grading edits ---
@@ -293,8 +286,17 @@ def test_each_fault_is_seen_where_it_is():
     assert not grader.grade_edit(torch.full_like(target, math.nan), pairs)["success"].any()
 
 
+def removals(n, seed):
+    """n removals of one of two objects."""
+    pairs = edits.edits(7 * n, READ[2], 2, rng(seed))
+    at = rows_of(pairs, "remove")
+    return pairs._replace(kind=pairs.kind[at], named=pairs.named[at], asked=pairs.asked[at],
+                          source=Scenes(*(t[at] for t in pairs.source)),
+                          target=Scenes(*(t[at] for t in pairs.target)))
+
+
 def test_removal_of_one_of_two_keeps_the_other():
-    pairs = edits.edits(12, READ[2], 2, rng(5), ("remove",))
+    pairs = removals(12, 5)
     empty = BACKGROUND_RGB[pairs.source.attributes[:, -1], :, None, None].expand(-1, -1, *READ[2])
     grades = grader.grade_edit(empty, pairs)                             # both are gone
     assert grades[
@@ -304,7 +306,7 @@ def test_removal_of_one_of_two_keeps_the_other():
     grades = grader.grade_edit(codec(render(Scenes(changed, pairs.target.geometry), READ[2])),
                                pairs)
     assert not grades["kept"].any() and not grades["success"].any()
-    pairs, (h, w) = edits.edits(90, READ[2], 2, rng(6), ("remove",)), READ[2]
+    pairs, (h, w) = removals(90, 1), READ[2]
     # the other one on the other side
     there = pairs.target.geometry.clone()
     there[:, 1, :2] = 2 * there[:, 0, :2] - there[:, 1, :2]
@@ -314,19 +316,12 @@ def test_removal_of_one_of_two_keeps_the_other():
     assert inside.sum() > 5 and grades["asked"][inside].all() and not grades["kept"][inside].any()
 
 
-def test_results_of_another_size_or_number_are_refused():
-    pairs = edits.edits(7, (48, 80), 1, rng())
-    for shape in ((7, 3, 80, 48), (6, 3, 48, 80)):
-        with pytest.raises(InputError, match=r"must be \[7, 3, 48, 80\] \(got \["):
-            grader.grade_edit(torch.zeros(shape), pairs)
-
-
 # --- masks ---
 
 @pytest.mark.parametrize("hw", [(48, 80), (96, 128)])
 def test_masks_are_what_their_kind_says(hw):
     n, (h, w) = 200, hw
-    draw = lambda kind: masks(n, hw, rng(1), (kind,))
+    draw = lambda kind: MASKS[kind](n, hw, rng(1))
     sides = lambda mask: torch.stack([mask.any(2).sum(1) / h, mask.any(1).sum(1) / w])
     box = lambda mask: (mask.any(2)[:, :, None] & mask.any(1)[:, None])
     rectangle, border = draw("rectangle"), draw("border")
@@ -386,9 +381,6 @@ def test_no_mask_is_empty_and_each_kind_comes_equally_often(hw):
     assert torch.equal(drawn, masks(4000, hw, rng(3)))
     assert not torch.equal(drawn, masks(4000, hw, rng(4)))
     assert {masks(1, (48, 80), rng(s)).all().item() for s in range(30)} == {True, False}
-    with pytest.raises(InputError,
-                       match=r"kind of mask must be one of rectangle, polygon.*\(got 'circle'\)"):
-        masks(1, hw, rng(), ("circle",))
 
 
 def test_a_cell_is_repainted_if_any_of_its_pixels_is():
@@ -469,13 +461,10 @@ def test_good_masks_from_outside_pass():
     lambda x, m: masked(x, m), lambda x, m: composite(x, x, m),
     lambda x, m: grader.seam_error(x, x, m),
     lambda x, m: grader.grade_inpaint(x, sample_scenes(2, (48, 80), 1, rng()), None, m)])
-def test_masks_of_another_size_are_refused_with_both_sizes(call):
+def test_masks_of_another_size_are_refused(call):
     for shape in ((2, 48, 64), (3, 48, 80)):
-        with pytest.raises(InputError,
-                           match=rf"\[2, 3, 48, 80\] \(got \[{', '.join(map(str, shape))}\]"):
+        with pytest.raises(RuntimeError, match="must match"):
             call(torch.zeros(2, 3, 48, 80), torch.ones(shape, dtype=torch.bool))
-    with pytest.raises(InputError, match="multiples of 8 .got 44x80"):
-        latent_mask(torch.ones(1, 44, 80))
 
 
 # --- grading inpainted images ---
@@ -495,11 +484,11 @@ def test_what_the_repainted_area_decides():
         [yes] * 4 + [no] * 4, [no] * 3 + [yes] * 4 + [no], [yes] * 8]
 
 
-def filled(n, objects, kinds=tuple(MASKS), seed=6):
+def filled(n, objects, seed=6):
     hw = READ[objects]
     scenes = sample_scenes(n, hw, objects, rng(seed))
     codes = draw_captions(scenes.attributes, rng(seed + 1))
-    return scenes, codes, masks(n, hw, rng(seed + 2), kinds), render(scenes, hw)
+    return scenes, codes, masks(n, hw, rng(seed + 2)), render(scenes, hw)
 
 
 @pytest.mark.parametrize("n, objects", [(1000, 1), pytest.param(1000, 2, marks=pytest.mark.slow),
@@ -531,7 +520,7 @@ def test_real_renders_are_right_inside_and_others_score_chance(n, objects):
 
 
 def test_what_is_decided_follows_the_prompt_the_rest_the_source():
-    scenes, codes, mask, _ = filled(300, 1, ("rectangle", "everything"))
+    scenes, codes, mask, _ = filled(300, 1)
     x, y = (scenes.geometry[:, 0, :2] * torch.tensor([80, 48])).unbind(1)
     # some of all, else only the object
     mask[::3] = True

@@ -62,11 +62,6 @@ def test_frechet_is_zero_on_itself_and_blind_to_rotation_and_order():
     assert turned == pytest.approx(metrics.frechet(a, b), rel=1e-6)
 
 
-def test_frechet_refuses_other_shapes():
-    with pytest.raises(InputError, match=r"\[n, f\] and \[m, f\].*got \(4, 3\) and \(4, 2\)"):
-        metrics.frechet(torch.zeros(4, 3), torch.zeros(4, 2))
-
-
 # --- density and coverage ---
 
 
@@ -92,8 +87,6 @@ def test_density_and_coverage_do_not_depend_on_the_chunks():
     inside = torch.cdist(real, fake) <= torch.cdist(real, real).sort(1).values[:, 5:6]
     expected = (inside.sum().item() / 250, inside.any(1).sum().item() / 600)
     assert metrics.density_coverage(real, fake) == pytest.approx(expected)
-    with pytest.raises(InputError, match=r"at least 6 real and 1 fake \(got 5 real, 50 fake\)"):
-        metrics.density_coverage(real[:5], fake)
 
 
 # --- feature spaces ---
@@ -122,22 +115,19 @@ def test_features_are_the_same_everywhere(space, size, total, head):
 @pytest.mark.parametrize("space", FEATURES)
 @pytest.mark.parametrize("hw", [(16, 16), (16, 64), (80, 48), (256, 256), (240, 112)])
 def test_features_of_an_image_do_not_depend_on_the_batch(space, hw):
-    images = pattern(*hw, n=metrics.CHUNK + 2 if hw == (16, 16) else 2)
+    images = pattern(*hw, n=66 if hw == (16, 16) else 2)
     feats = FEATURES[space](images)
     assert feats.isfinite().all() and feats.shape[0] == len(images)
     assert_close(space, feats[-1:], FEATURES[space](images[-1:]), 1e-4)
     assert (feats[0] - feats[1]).abs().max() > .1
 
 
-@pytest.mark.parametrize("space", FEATURES)
-@pytest.mark.parametrize("images, message", [(torch.zeros(2, 3, 24, 32), r"\(2, 3, 24, 32\)"),
-                                             (torch.zeros(2, 1, 32, 32), r"\(2, 1, 32, 32\)"),
-                                             (torch.zeros(0, 3, 32, 32), "n > 0"),
-                                             (torch.full((1, 3, 16, 16), math.nan),
-                                              r"finite \(got 768 of 768")])
-def test_features_refuse(space, images, message):
-    with pytest.raises(InputError, match=message):
-        FEATURES[space](images)
+def test_features_are_taken_in_parts_and_refuse_nan():
+    images = [pattern(16, 16, n=66), pattern(16, 32)]
+    for feats, space in zip(evaluate.features(images), FEATURES.values()):
+        assert_close("parts", feats, torch.cat([space(x) for x in images]), 1e-4)
+    with pytest.raises(InputError, match=r"finite \(got 768 of 768"):
+        evaluate.features([torch.full((1, 3, 16, 16), math.nan)])
 
 
 def test_colours_are_shares_of_pixels():
@@ -225,11 +215,9 @@ def test_prompt_accuracy_counted_by_hand():
                                                                     "background": 0})
 
 
-def test_prompt_accuracy_names_the_attributes_of_one_and_two_objects_and_refuses_others():
+def test_prompt_accuracy_names_the_attributes_of_two_objects():
     codes = torch.zeros(2, 8, dtype=torch.int64)
     assert metrics.prompt_accuracy(codes, codes) == {"all": 1.0} | dict.fromkeys(ATTRIBUTES[2], 1.0)
-    with pytest.raises(InputError, match=r"A one of \[5, 8\] \(got \(2, 3\) and \(2, 3\)\)"):
-        metrics.prompt_accuracy(codes[:, :3], codes[:, :3])
 
 
 def test_entropy_of_open_attributes():
@@ -258,8 +246,10 @@ def test_entropy_of_open_attributes():
 
 def test_margins_and_accuracy_by_hand():
     real, fake = torch.tensor([[2., .5], [-.1, 1]]), torch.tensor([[-2., -.5, .1, -1, -1.5]])
-    assert [float(x) for x in metrics.active_margins(real, fake)] == pytest.approx([2 / 4, 2 / 5])
-    assert [float(x) for x in metrics.accuracy(real, fake)] == pytest.approx([3 / 4, 4 / 5])
+    stats = {"logits_real": real, "logits_fake": fake, "logits_mismatched": None}
+    assert evaluate.batch_metrics(stats) == pytest.approx({
+        "margin_real": 2 / 4, "margin_fake": 2 / 5, "accuracy_real": 3 / 4, "accuracy_fake": 4 / 5,
+        "gap": .85 + .98})
 
 
 def test_auc_counts_ties_half():

@@ -32,7 +32,7 @@ from ladd.core.sampler import image_noise
 from ladd.data.prompts import prompt_plan
 from ladd.data.shards import open_folder, read_folder, write_shard, write_text
 from ladd.engine import inputs
-from ladd.report import evaluate
+from ladd.report import sheets
 from ladd.report.sheets import contact_sheet
 from ladd.sd3 import encoders
 from ladd.sd3.checkpoint import load_metadata, load_mmdit, save_mmdit
@@ -332,9 +332,9 @@ def edited(folders) -> tuple[Path, list[dict]]:
 
 
 def sheets_of(home: Path, task: str, more: str) -> list[dict]:
-    with mock.patch.object(evaluate, "contact_sheet", wraps=contact_sheet) as sheets:
+    with mock.patch.object(sheets, "contact_sheet", wraps=contact_sheet) as drawn:
         learn(home, task, more)
-    return [each.args[0] for each in sheets.call_args_list]
+    return [each.args[0] for each in drawn.call_args_list]
 
 
 @pytest.mark.parametrize("task, more, parts", [

@@ -13,7 +13,7 @@ from ladd.cli import InputError
 from ladd.core.mmdit import MMDiT, MMDiTConfig, image_channels
 from ladd.core.sampler import Recipe
 from ladd.engine import run
-from ladd.report import evaluate, sheets
+from ladd.report import compare, evaluate, sheets
 from ladd.toy import grader
 from ladd.toy.prompts import toy_codec
 from ladd.toy.scenes import ToyConfig, decode, is_heldout
@@ -85,8 +85,11 @@ def test_a_write_that_stops_halfway_keeps_the_old_file(tmp_path):
 def test_excess_is_relative_to_the_untrained_student_at_one_step():
     rows = [row("untrained", 4, 5.0), row("untrained", 1, 9.0), row("student", 1, 3.0),
             row("teacher", 9, 1)]
-    assert sheets.relative_excess(rows, {"fd": 1.0}) == pytest.approx([.5, 1, .25, 0])
-    assert sheets.relative_excess(rows[2:], {"fd": 1.0}) == [None, None]
+    def excess(rows: list[dict]) -> list[str]:
+        return [line.split("|")[7].strip() for line in sheets.table(rows, {"fd": 1.0}).splitlines()]
+
+    assert excess(rows)[2:] == ["0.500", "1.000", "0.250", "0.000"]
+    assert excess(rows[2:])[2:] == ["-", "-"] and excess(rows)[0] == "excess"
 
 
 def test_table_is_aligned_markdown():
@@ -168,19 +171,13 @@ def test_sheet_writes_titles_next_to_their_rows_and_above_their_columns():
             assert (ink[top:bottom, :left] < 128).sum() > 50 and (ink[:top, :left] < 128).sum() == 0
 
 
-@pytest.mark.parametrize("columns, titles", [({}, []), ({"a": [flat(RED, 8, 8)]}, ["", ""]),
-                                             ({"a": []}, [])])
-def test_sheet_refuses(columns, titles):
-    with pytest.raises(InputError, match=r"contact_sheet must get a column, .*\(got columns of \["):
-        sheets.contact_sheet(columns, titles)
-
-
 # --- report.png ---
 
 
 def test_report_holds_the_sheet_pixel_for_pixel_above_the_plots(tmp_path, sheet):
-    sheets.write_report(tmp_path, sheet, full())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.png"]
+    data = full()
+    sheets.plot_report(tmp_path / "report.png", sheet, data["curves"], data["rows"], data["floor"])
+    assert [path.name for path in tmp_path.iterdir()] == ["report.png"]
     with Image.open(tmp_path / "report.png") as saved:
         whole = np.asarray(saved.convert("RGB"))
     assert whole.shape == (sheet.height + 600, max(960, sheet.width), 3)
@@ -212,7 +209,7 @@ def test_every_curve_and_the_teacher_show_in_the_plots(tmp_path, sheet):
     assert drawn(curves={}, rows=[]) != whole                         # nothing logged yet
 
 
-# --- what compare writes ---
+# --- what write_run_report writes ---
 
 KEYS = set(
     "preset command device world_size versions commit n seeds seconds floor curves rows".split())
@@ -227,23 +224,27 @@ def check_report(report: dict) -> None:
 
 
 @pytest.mark.parametrize("task", ["text", "edit"])
-def test_compare_writes_the_keys_of_the_contract(tmp_path, monkeypatch, task):
+def test_a_report_has_the_keys_of_the_contract(tmp_path, monkeypatch, task):
     """Of networks that were not trained; prompts of held-out combinations come last, but not for
     editing, and show only such combinations."""
     toy = ToyConfig(task, 1, 0.5, 40, ((32, 32),))
     recipe = Recipe(task, ("32x32",), (1.0, 0.5), 1.0, "renoise", 3, 2.0, 1.0, 1, 40)
     sizes = MMDiTConfig(2, 64, 40, 40, 16 + image_channels(task), 16, pos_grid=2)
     networks = [MMDiT(sizes, kernels.load("torch")).requires_grad_(False) for _ in range(3)]
-    measured, original = [], evaluate.measure
+    measured, original = [], evaluate.generate
 
-    def spy(model, codec, prompts, *rest):
-        measured.append((model, prompts))
-        return original(model, codec, prompts, *rest)
+    def spy(row, codec, prompts, *rest):
+        if len(prompts[0].captions) > 2:                               # not those of the sheet
+            measured.append((row.model, prompts))
+        return original(row, codec, prompts, *rest)
 
-    monkeypatch.setattr(evaluate, "measure", spy)
+    for module in (compare, evaluate):
+        monkeypatch.setattr(module, "generate", spy)
     seconds = {"teacher": 1.0}
-    evaluate.compare(recipe, toy, tmp_path, [], toy_codec(toy), networks, evaluate.Sizes(8, 6, 4),
-                     {"preset": "tiny", "seeds": [3]}, seconds, time.perf_counter())
+    compare.write_run_report(recipe, toy, tmp_path, [], toy_codec(toy), networks,
+                             compare.Counts(8, 6, 4), {"preset": "tiny", "seeds": [3]}, seconds,
+                             time.perf_counter())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.png"]
     report = json.loads((tmp_path / "report.json").read_text())
     check_report(report)
     assert (report["preset"], report["seeds"], report["n"]) == ("tiny", [3], 8)

@@ -19,7 +19,8 @@ from ladd.data import masks, shards
 from ladd.data.prompts import held_out
 from ladd.data.shards import Latents
 from ladd.report import evaluate, sheets
-from ladd.report.evaluate import decoded, grades
+from ladd.report.evaluate import Row, decoded, grade_prompts
+from ladd.report.compare import sources
 from ladd.sd3 import checkpoint
 from ladd.toy import edits, grader
 from ladd.toy.prompts import codes_of, draw_prompts, toy_codec, toy_latents, toy_plan
@@ -87,8 +88,8 @@ def test_renders_to_train_on_keep_prompt_picture_and_image_together(toy):
     for p in parts:
         hw = tuple(p.latents.shape[2:])
         b = latents.gather(hw, torch.arange(len(p.captions)))
-        assert torch.equal(b.x0, p.latents) and torch.equal(b.image, p.image)
-        assert same((b.context, b.pooled), codec.embed(p.captions)[:2])
+        assert torch.equal(b.x0, p.latents) and torch.equal(b.text.image, p.image)
+        assert same(b.text[:2], codec.embed(p.captions)[:2])
         assert torch.equal(latents.codes[latents.buckets[hw][1]], p.codes)
     for i, shard in enumerate(plan.shards):
         p, rows = drawn[i % 2], slice(24 * (i // 2), 24 * (i // 2 + 1))
@@ -163,7 +164,7 @@ def test_what_is_shown_of_a_folder_is_held_out(channels):
 def test_edits_are_graded_by_what_was_asked_and_what_was_to_stay():
     prompts = draw_prompts(EDIT, 140, 1)
     images = lambda name: [decode(getattr(p, name)) for p in prompts]
-    done, idle = (grades(images(name), prompts, 1, None) for name in ("latents", "image"))
+    done, idle = (grade_prompts(images(name), prompts) for name in ("latents", "image"))
     assert done.keys() == idle.keys() == {"prompt_accuracy", "asked", "kept", "background",
                                           "accuracy"}
     assert min(done["prompt_accuracy"], done["asked"], done["kept"]) >= .98
@@ -173,24 +174,24 @@ def test_edits_are_graded_by_what_was_asked_and_what_was_to_stay():
     assert abs(idle["kept"] - 6 / 7) < .02
     assert set(done["accuracy"]) == set(edits.KINDS) and min(done["accuracy"].values()) > .9
     half = [torch.cat([a[:35], b[35:]]) for a, b in zip(images("latents"), images("image"))]
-    assert abs(grades(half, prompts, 1, None)["asked"] - .5) < .03
-    gray = grades([torch.zeros_like(x) for x in half], prompts, 1, None)
+    assert abs(grade_prompts(half, prompts)["asked"] - .5) < .03
+    gray = grade_prompts([torch.zeros_like(x) for x in half], prompts)
     assert gray["kept"] < .2 and gray["background"] > .1
 
 
 def test_inpainting_is_graded_inside_and_at_the_seam():
     prompts, codec = draw_prompts(INPAINT, 140, 1), toy_codec(INPAINT)
     images = lambda latents: decoded(latents, prompts, codec, 9)
-    done = grades(images([p.latents for p in prompts]), prompts, 1, None)
+    done = grade_prompts(images([p.latents for p in prompts]), prompts)
     assert done.keys() == {"prompt_accuracy", "inside", "seam", "accuracy"}
     assert min(done["prompt_accuracy"], done["inside"]) >= .98 and abs(done["seam"]) < .03
-    gray = grades(images([torch.zeros_like(p.latents) for p in prompts]), prompts, 1, None)
+    gray = grade_prompts(images([torch.zeros_like(p.latents) for p in prompts]), prompts)
     assert gray["inside"] < .1 and gray["seam"] > .3 and gray["prompt_accuracy"] < .5
     # inside counts those alone of whose mask a stated attribute depends
     counted = [(grader.decided(p.graded, p.mask) & (p.codes >= 0)).any(1) for p in prompts]
     mixed = [torch.where(rows[:, None, None, None], x, 0) for rows, x in
              zip(counted, images([p.latents for p in prompts]))]
-    found = grades(mixed, prompts, 1, None)
+    found = grade_prompts(mixed, prompts)
     assert found["inside"] == done["inside"] and found["prompt_accuracy"] < done["prompt_accuracy"]
 
 
@@ -211,11 +212,11 @@ def test_what_a_mask_keeps_is_the_sources_bit_for_bit():
 def test_sheets_show_what_the_networks_are_given():
     codec, edit = toy_codec(EDIT), [p._replace(captions=p.captions[:2]) for p
                                     in draw_prompts(EDIT, 8, 1)]
-    shown, = evaluate.sources(codec, edit).items()
+    shown, = sources(codec, edit).items()
     assert shown[0] == "source" and len(shown[1]) == 4
     assert torch.equal(shown[1][3], decode(edit[1].image[1:2])[0])
     masked = [p._replace(captions=p.captions[:2]) for p in draw_prompts(INPAINT, 8, 1)]
-    (name, images), = evaluate.sources(codec, masked).items()
+    (name, images), = sources(codec, masked).items()
     mask, stripes = masked[1].mask[0], images[2][:, masked[1].mask[0]]
     assert name == "to repaint" and len(images) == 4
     assert_close("stripes", stripes.abs(), torch.full_like(stripes, .4))
@@ -223,7 +224,7 @@ def test_sheets_show_what_the_networks_are_given():
     kept = ~masks.latent_mask(mask[None])[0, 0].bool().repeat_interleave(8, 0).repeat_interleave(8,
                                                                                                  1)
     assert_close("kept", images[2][:, kept], decode(masked[1].latents[:1])[0][:, kept], 1e-5)
-    assert evaluate.sources(codec, draw_prompts(PLAIN, 4, 1)) == {}
+    assert sources(codec, draw_prompts(PLAIN, 4, 1)) == {}
 
 
 def test_where_nothing_counts_nothing_is_reported():
@@ -231,7 +232,7 @@ def test_where_nothing_counts_nothing_is_reported():
     which report.json refuses after hours."""
     prompts = [p._replace(mask=torch.ones_like(p.mask), codes=torch.full_like(p.codes, -1))
                for p in draw_prompts(INPAINT, 6, 1)]
-    found = grades([decode(p.latents) for p in prompts], prompts, 1, None)
+    found = grade_prompts([decode(p.latents) for p in prompts], prompts)
     assert found["seam"] is None and found["inside"] is None and found["prompt_accuracy"] == 1
     row = {**dict.fromkeys(sheets.ROW, 1.0), **found}
     assert not list(sheets._nonfinite(row, "row"))
@@ -329,7 +330,7 @@ def test_pictures_are_drawn_beside_their_own_images(home, monkeypatch, task):
         return sample(net, noise, text, sigmas, sampler, seeds, null, *guidance)
     monkeypatch.setattr(evaluate, "sample", spied)
     for both in ((2.5, config.image_guidance), (1.0, 1.0)):
-        evaluate.sample_images(model, codec, prompts, levels, "euler", both, 3)
+        evaluate.generate(Row("", model, levels, "euler", both), codec, prompts, 0, 3)
         for part, calls in zip(prompts, (seen[:3], seen[3:])):
             assert torch.equal(torch.cat([text.image for text, _ in calls])[:7], part.image)
             said = torch.cat([text.pooled for text, _ in calls])[:7]
@@ -338,7 +339,7 @@ def test_pictures_are_drawn_beside_their_own_images(home, monkeypatch, task):
         assert len(seen) == 6
         seen.clear()
     few = [p._replace(captions=p.captions[:2]) for p in prompts]
-    evaluate.sample_images(model, codec, few, levels, "euler", UNGUIDED, 3)
+    evaluate.generate(Row("", model, levels, "euler", UNGUIDED), codec, few, 0, 3)
     assert len(seen) == len(prompts) == 2
     assert all(torch.equal(text.image, p.image[:2]) for (text, _), p in zip(seen, prompts))
 
@@ -471,10 +472,10 @@ def test_sources_are_left_out_only_where_the_caption_is(tmp_path, monkeypatch, t
                     else ~image.flatten(1).any(1))
         left = ~empty[-1][:, None]
         assert torch.equal(x0, b.x0)
-        assert torch.equal(context, torch.where(left[..., None], b.context, null.context))
-        assert torch.equal(pooled, torch.where(left, b.pooled, null.pooled))
+        assert torch.equal(context, torch.where(left[..., None], b.text.context, null.context))
+        assert torch.equal(pooled, torch.where(left, b.text.pooled, null.pooled))
         assert (image is None) == (task == "text")
-        assert image is None or torch.equal(image, b.image * ~bare[-1][:, None, None, None])
+        assert image is None or torch.equal(image, b.text.image * ~bare[-1][:, None, None, None])
     empty, bare = torch.cat(empty), torch.cat(bare)
     assert len(
         empty) == 640 and abs(

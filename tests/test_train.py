@@ -32,7 +32,7 @@ from ladd.engine import run as run_module
 from ladd.engine import step
 from ladd.engine.networks import Compute
 from ladd.engine.state import open_state
-from ladd.report import evaluate, sheets
+from ladd.report import compare, evaluate, sheets
 from ladd.sd3 import checkpoint
 from ladd.toy import prompts
 from ladd.toy.prompts import BEST, REAL, REPORT, VALIDATION
@@ -188,7 +188,7 @@ def test_a_run_ends_with_a_valid_report_that_has_every_baseline(base):
 
 
 def test_what_a_run_leaves(base):
-    """Grids from step 0; of the states the last two, so not step 2; the student."""
+    """Grids from iteration 2 on, the first of the student; the last two checkpoints."""
     states = {f"checkpoints/{stage}/step_{step:06d}/{name}" for stage, step, name
               in product(("teacher", "distill"), (4, 6),
                          ("part-00000-of-00001.safetensors", "meta.json"))}
@@ -196,14 +196,14 @@ def test_what_a_run_leaves(base):
               in enumerate(("4x8", "8x4", "4x8", "8x4"))}
     prompts = {f"data/{name}" for name in ("prompts.json", "prompts.safetensors", "provenance.json",
                                            "text-00000.safetensors")}
-    grids = {f"samples/{step:06d}.png" for step in (0, 2, 4)}
+    grids = {f"samples/{step:06d}.png" for step in (2, 4, 6)}
     networks = {f"checkpoints/{name}.safetensors" for name in ("teacher", "student", "last")}
     rest = {"config.json", "env.txt", "log.jsonl", "report.json", "report.png"}
     whole = states | shards | prompts | grids | networks | rest
     assert stamps(base).keys() - {"seconds.json"} == whole
     env = (base / "env.txt").read_text()
     assert env.startswith("command: ") and "torch: " in env and "commit: " in env
-    with Image.open(base / "samples" / "000000.png") as picture:
+    with Image.open(base / "samples" / "000002.png") as picture:
         assert "euler" in picture.text["parameters"]
 
 
@@ -243,7 +243,7 @@ def test_evaluations_are_of_the_moving_average(home, base, monkeypatch):
     def spied(model, values: dict) -> dict:
         seen.append(model.get_parameter(key).detach().clone())
         return values
-    monkeypatch.setattr(evaluate, "save_grid", lambda *args: spied(args[2], {}))
+    monkeypatch.setattr(compare, "save_grid", lambda *args: spied(args[2], {}))
     monkeypatch.setattr(evaluate, "quality", lambda *args: spied(args[2], {"fd_1": 1, "fd_4": 1}))
     monkeypatch.setattr(evaluate, "discriminator_metrics", lambda *args: spied(args[0], {}))
     flags = "--steps 1 --set heads_first=0 --eval-every 1 --save-every 1"
@@ -348,7 +348,7 @@ def test_prompts_of_training_of_choosing_and_of_the_report_are_never_the_same(ho
     """Whatever --seed is: one of these near the numbers that train.py reserves for evaluation."""
     seeds, purpose = {}, {"toy_latents": "training", "toy_plan": "training", "distill": "choosing",
                           "shown_prompts": "choosing", "unseen_accuracy": "report",
-                          "compare": "report"}
+                          "write_run_report": "report"}
 
     def spy(toy, n, seed, heldout=False):
         frame = sys._getframe(1)
@@ -358,9 +358,10 @@ def test_prompts_of_training_of_choosing_and_of_the_report_are_never_the_same(ho
         return drawn(toy, n, seed, heldout)
 
     drawn = prompts.draw_prompts
-    for module in (evaluate, prompts, train):
+    for module in (compare, evaluate, prompts, train):
         monkeypatch.setattr(module, "draw_prompts", spy)
-    monkeypatch.setattr(sheets, "write_report", lambda *args: None)
+    for name in ("save_report", "plot_report"):
+        monkeypatch.setattr(sheets, name, lambda *args: None)
     for seed in (VALIDATION, BEST, REPORT - 1, REAL - 1):
         flags = f"--seed {min(seed, 10 ** 9)} --teacher-steps 1 --steps 1 --set heads_first=1"
         main(home, f"--name prompts{seed} {flags} --n 12 {QUIET}", report=seed == BEST)
@@ -441,8 +442,8 @@ def test_learning_rates_rise_stay_and_fall_and_are_never_negative():
     """The heads warm up in their own first steps: counted by the student's, these steps were
     negative, and so was the rate."""
     optim = step.Optim(1e-3, 1e-3, 0.9, steps=100, warmup=20)
-    heads = [train.learning_rate(optim, it - 40, it) for it in range(140)]     # heads_first: 40
-    student = [train.learning_rate(optim, step, step) for step in range(100)]
+    heads = [train.rate_factor(optim, it - 40, it) for it in range(140)]     # heads_first: 40
+    student = [train.rate_factor(optim, step, step) for step in range(100)]
     assert step.DECAY == 0.4
     assert heads[:20] == pytest.approx([(i + 1) / 20 for i
                                         in range(20)]) and set(heads[20:100]) == {1}

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from ladd.cli import InputError, must
-from ladd.data.files import read_json
-from ladd.data.prompts import is_text, read_lines, read_objects
+from ladd.data.files import is_text, read_json, read_lines, read_objects
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 # what Pillow raises for files that are no images or incomplete
@@ -30,10 +29,11 @@ ROTATED = (5, 6, 7, 8)      # values of the EXIF orientation that swap height an
 # --- buckets ---
 
 def buckets(area: int, multiple: int) -> list[tuple[int, int]]:
-    """Return sizes (H, W) of about `area`, with sides that are multiples of `multiple`.
+    """Return sizes (H, W) of about `area` with sides that are multiples of `multiple`: one for each
+    short side, up to an aspect of 4:1.
 
-    There is one size for each short side, up to an aspect of 4:1. Our choice: few sizes, since
-    training needs a batch of each; 17 for 1 megapixel and multiples of 64.
+    Our choice: few sizes, since training needs a batch of each; 17 for 1 megapixel and multiples of
+    64.
     """
     must(multiple >= 16 and multiple % 16 == 0 and area >= multiple ** 2, "--multiple must be a "
          f"multiple of 16 whose square is at most --area, {area} (got {multiple})")
@@ -47,19 +47,14 @@ def buckets(area: int, multiple: int) -> list[tuple[int, int]]:
 
 def _nearest(sizes: Iterable[tuple[int, int]], h: int, w: int, area: int) -> tuple[int, int]:
     """Return the size whose aspect is nearest to that of (h, w); of equal ones by area."""
-    def distance(hw: tuple[int, int]) -> tuple:
-        aspect = abs(math.log(hw[0] * w / (hw[1] * h)))
-        return aspect, abs(math.log(hw[0] * hw[1] / area)), hw
-
-    return min(sizes, key=distance)
+    return min(sizes, key=lambda hw: (abs(math.log(hw[0] * w / (hw[1] * h))),
+                                      abs(math.log(hw[0] * hw[1] / area)), hw))
 
 
 def plan(images: Sequence["Captioned"], area: int, multiple: int, least: int = 1,
          shard: int = 512) -> list[tuple[tuple[int, int], list["Captioned"]]]:
-    """Return the shards ((H, W), up to `shard` images), bucket after bucket.
-
-    The images of a bucket with fewer than `least` go to the nearest bucket that has enough.
-    """
+    """Return the shards ((H, W), up to `shard` images), bucket after bucket. The images of a bucket
+    with fewer than `least` go to the nearest bucket that has enough."""
     every = buckets(area, multiple)
     near = {hw: _nearest(every, *hw, area) for hw in {image.hw for image in images}}
     counts = Counter(near[image.hw] for image in images)
@@ -136,10 +131,8 @@ class Captioned(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Return the name by which a skipped image is reported.
-
-        For a pair it has both files, since a source may have several edits.
-        """
+        """Return the name by which a skipped image is reported: both files of a pair, since a
+        source may have several edits."""
         return str(self.path) if self.source is None else f"{self.source} -> {self.path}"
 
 
@@ -173,19 +166,15 @@ def find_images(folder: str | Path) -> tuple[list[Captioned], dict[str, str]]:
 
 
 def find_listed(path: str | Path) -> list[Captioned]:
-    """Return the images of a .jsonl file with lines {"image": ..., "caption": ...}.
-
-    Paths are relative to the file.
-    """
+    """Return the images of a .jsonl file with lines {"image": ..., "caption": ...}. Paths are
+    relative to the file."""
     listed = read_objects(path, ["image", "caption"])
     return [Captioned(Path(path).parent / found["image"], found["caption"]) for found in listed]
 
 
 def find_pairs(path: str | Path) -> list[Captioned]:
-    """Return the pairs of a .jsonl file, whose paths are relative to the file.
-
-    A line is {"source": ..., "target": ..., "instruction": ...}.
-    """
+    """Return the pairs of a .jsonl file with lines {"source": ..., "target": ..., "instruction":
+    ...}. Paths are relative to the file."""
     folder = Path(path).parent
     return [Captioned(folder / found["target"], found["instruction"],
                       source=folder / found["source"])
@@ -193,10 +182,8 @@ def find_pairs(path: str | Path) -> list[Captioned]:
 
 
 def of_files(function: Callable, image: Captioned, *options) -> list:
-    """Return function(path, *options) of the image; of a pair, that of target and source.
-
-    An InputError then says which of the two files it is about.
-    """
+    """Return [function(path, *options)] of an image; of a pair that of target and source, where an
+    InputError says which of the two it is about."""
     files = {"": image.path}
     if image.source is not None:
         files = {"target: ": image.path, "source: ": image.source}
@@ -210,10 +197,8 @@ def of_files(function: Callable, image: Captioned, *options) -> list:
 
 
 def size_of(image: Captioned) -> tuple[int, int]:
-    """Return (h, w) as displayed; raise InputError where the two files of a pair differ in size.
-
-    With equal sizes both are cropped alike, and what an edit keeps stays at its place.
-    """
+    """Return (h, w) as displayed; raise InputError where the two files of a pair differ in size,
+    since then they would not be cropped alike."""
     size, *source = of_files(image_size, image)
     if source:
         (h, w), (source_h, source_w) = size, source[0]
@@ -224,10 +209,8 @@ def size_of(image: Captioned) -> tuple[int, int]:
 
 def ahead(pool: ThreadPoolExecutor, function: Callable, tasks: Iterable[tuple],
           depth: int) -> Iterator[Future]:
-    """Yield the futures of function(*task) in the order of the tasks.
-
-    Up to `depth` of them are in progress or not yet taken.
-    """
+    """Yield the futures of function(*task) in the order of the tasks. Up to `depth` of them are in
+    progress or not yet taken."""
     queue: deque[Future] = deque()
     for task in tasks:
         queue.append(pool.submit(function, *task))
@@ -237,11 +220,9 @@ def ahead(pool: ThreadPoolExecutor, function: Callable, tasks: Iterable[tuple],
 
 
 def measured(images: list[Captioned], pool: ThreadPoolExecutor, skipped: dict[str, str],
-             update: Callable[[], None] = lambda: None) -> list[Captioned]:
-    """Return the images whose header can be read, with their sizes.
-
-    The reasons of the others are added to `skipped`. `update` is called after each image.
-    """
+             update: Callable[[], None]) -> list[Captioned]:
+    """Return the images whose header can be read, with their sizes. The reasons of the others are
+    added to `skipped`. `update` is called after each image."""
     kept = []
     for image, size in zip(images, ahead(pool, size_of, ((image,) for image in images), 64)):
         try:

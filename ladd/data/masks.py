@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ladd.cli import InputError, must
 
-
 # --- random masks ---
 
 def _pixels(hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -36,10 +35,8 @@ def _rectangles(n: int, hw: tuple[int, int], generator: torch.Generator) -> Tens
 
 
 def _polygons(n: int, hw: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Return polygons of 3 to 8 corners around a point of the middle half of the image.
-
-    The corners are unevenly spaced at distances U(0.2, 0.5) of the short side.
-    """
+    """Return polygons of 3 to 8 corners around a point of the middle half of the image, unevenly
+    spaced at distances U(0.2, 0.5) of the short side."""
     centre = (0.25 + 0.5 * torch.rand(n, 2, generator=generator)) * torch.tensor(hw)
     count = torch.randint(3, 9, (n, 1), generator=generator)
     # All polygons get 8 corners; the last corner repeats.
@@ -61,11 +58,8 @@ def _filled(corners: Tensor, hw: tuple[int, int]) -> Tensor:
 
 
 def _strokes(n: int, hw: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Return 1 to 3 strokes of a round brush of radius U(0.05, 0.1) of the short side.
-
-    A stroke starts at a point of the image and has three straight pieces, each U(0.2, 0.5) of the
-    short side long.
-    """
+    """Return 1 to 3 strokes of a round brush of radius U(0.05, 0.1) of the short side. A stroke
+    starts at a point of the image and has three straight pieces, each U(0.2, 0.5) of it long."""
     start = torch.rand(n, 3, 1, 2, generator=generator)
     turn, length = torch.rand(2, n, 3, 3, generator=generator)
     radius = (0.05 + 0.05 * torch.rand(n, 1, 1, generator=generator)) * min(hw)
@@ -79,10 +73,8 @@ def _strokes(n: int, hw: tuple[int, int], generator: torch.Generator) -> Tensor:
 
 
 def _brushed(starts: Tensor, ends: Tensor, radius: Tensor, hw: tuple[int, int]) -> Tensor:
-    """Return the pixels [n, h, w] nearer than radius [n, 1, 1] to one of the pieces.
-
-    Piece i goes from starts[:, i] to ends[:, i]; both are [n, k, 2] (y, x).
-    """
+    """Return the pixels [n, h, w] nearer than radius [n, 1, 1] to one of the pieces from starts to
+    ends [n, k, 2] (y, x)."""
     y, x = _pixels(hw)
     painted = torch.zeros(len(starts), *hw, dtype=torch.bool)
     for a, b in zip(starts.unbind(1), ends.unbind(1)):
@@ -93,10 +85,8 @@ def _brushed(starts: Tensor, ends: Tensor, radius: Tensor, hw: tuple[int, int]) 
 
 
 def _borders(n: int, hw: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Return margins to outpaint: each of four with probability 1/2, at least one of them.
-
-    A margin is U(1/8, 3/8) of the image wide.
-    """
+    """Return margins to outpaint, U(1/8, 3/8) of the image wide: each of four with probability 1/2,
+    at least one of them."""
     margin, present = torch.rand(2, n, 4, generator=generator)
     one = F.one_hot(torch.randint(4, (n,), generator=generator), 4).bool()
     margin = torch.where(one | (present < 0.5), 0.125 + 0.25 * margin, 0)
@@ -112,30 +102,22 @@ MASKS = {"rectangle": _rectangles, "polygon": _polygons, "strokes": _strokes, "b
          "everything": _everything}
 
 
-def masks(n: int, hw: tuple[int, int], generator: torch.Generator,
-          kinds: tuple[str, ...] = tuple(MASKS)) -> Tensor:
-    """Return n masks, bool [n, H, W]; the kinds alternate, starting with a random one.
-
-    Each mask repaints something.
-    """
-    for kind in kinds:
-        must(kind in MASKS, f"kind of mask must be one of {', '.join(MASKS)} (got {kind!r})")
-    first = int(torch.randint(len(kinds), (1,), generator=generator))
+def masks(n: int, hw: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Return n masks, bool [n, H, W], each of which repaints something; the kinds alternate,
+    starting with a random one."""
+    first = int(torch.randint(len(MASKS), (1,), generator=generator))
     out = torch.empty(n, *hw, dtype=torch.bool)
-    for i, kind in enumerate(kinds):
-        rows = out[(i - first) % len(kinds)::len(kinds)]
-        rows.copy_(MASKS[kind](len(rows), hw, generator))
+    for i, draw in enumerate(MASKS.values()):
+        rows = out[(i - first) % len(MASKS)::len(MASKS)]
+        rows.copy_(draw(len(rows), hw, generator))
     return out
-
 
 
 # --- applying masks ---
 
 def check_mask(mask: Tensor, hw: tuple[int, int]) -> Tensor:
-    """Return a user's mask [b, H, W] (bool, 0 and 1, or 0 and 255) as bool.
-
-    Raise InputError for another size than the image's, other values, or a mask without white.
-    """
+    """Return a user's mask [b, H, W] (bool, 0 and 1, or 0 and 255) as bool. Raise InputError for
+    another size than the image's, other values, or a mask without white."""
     must(tuple(mask.shape[1:]) == tuple(hw), f"mask must have the image's size, {hw[0]}x{hw[1]} "
          f"pixels (got {'x'.join(map(str, mask.shape[1:]))})")
     white = 255 if mask.numel() and mask.max() > 1 else 1
@@ -148,47 +130,31 @@ def check_mask(mask: Tensor, hw: tuple[int, int]) -> Tensor:
     return mask != 0
 
 
-def check_same_size(what: str, x: Tensor, mask: Tensor) -> None:
-    """Raise InputError unless x [b, c, h, w] and a mask [b, ..., h, w] have the same b, h, w."""
-    must(len(x) == len(mask) and x.shape[-2:] == mask.shape[-2:],
-         f"mask must have the size of the {what}, {list(x.shape)} (got {list(mask.shape)})")
-
-
 def latent_mask(mask: Tensor) -> Tensor:
-    """Return the mask [b, H, W] of latents, float32 [b, 1, H/8, W/8].
+    """Return the mask [b, H, W] of latents, float32 [b, 1, H/8, W/8]: 1 where any of the 8 x 8
+    pixels of a latent is repainted.
 
-    It is 1 where any of the 8 x 8 pixels of a latent is repainted, so that no latent that is kept
-    depends on repainted pixels. A VAE whose receptive field is larger than 8 x 8 also needs
-    `masked` images for this.
+    No latent that is kept then depends on repainted pixels. A VAE whose receptive field is larger
+    than 8 x 8 also needs `masked` images for this.
     """
-    h, w = mask.shape[1:]
-    must(h % 8 == 0 and w % 8 == 0, f"sides of a mask must be multiples of 8 (got {h}x{w})")
     return F.max_pool2d(mask[:, None].float(), 8)
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
-    """Return x [b, c, h, w] with 0 where it is repainted.
-
-    Images have a mask [b, h, w], latents one of [b, 1, h, w].
-    """
-    check_same_size("image", x, mask)
-    return x.masked_fill(mask.reshape(len(x), 1, *x.shape[2:]).bool(), 0)
+    """Return x [b, c, h, w] with 0 where it is repainted. Images have a mask [b, h, w], latents one
+    of [b, 1, h, w]."""
+    return x.masked_fill((mask if mask.dim() == 4 else mask[:, None]).bool(), 0)
 
 
 def hatched(images: Tensor, mask: Tensor) -> Tensor:
     """Return images [b, 3, H, W] with stripes where the mask [b, H, W] repaints, to be shown."""
-    check_same_size("image", images, mask)
     y, x = _pixels(tuple(images.shape[2:]))
     return torch.where(mask[:, None], 0.8 * ((x + y) // 4 % 2 - 0.5), images)
 
 
 def composite(source: Tensor, result: Tensor, mask: Tensor) -> Tensor:
-    """Return the result [b, 3, H, W] where the mask [b, H, W] repaints, elsewhere the source.
-
-    The source is kept bit for bit.
-    """
-    check_same_size("source", source, mask)
-    check_same_size("result", result, mask)
+    """Return the result [b, 3, H, W] where the mask [b, H, W] repaints, elsewhere the source, bit
+    for bit."""
     return torch.where(mask[:, None], result, source)
 
 

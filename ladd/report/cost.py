@@ -1,5 +1,4 @@
-"""Count the FLOPs and the disk space that a run takes, on the meta device: nothing is allocated.
-Its memory is counted in ladd/engine/memory.py."""
+"""Count the FLOPs of a step; ladd/engine/memory.py counts its memory."""
 import copy
 import time
 from collections.abc import Callable
@@ -15,23 +14,11 @@ from ladd.core.discriminator import Discriminator
 from ladd.core.losses import (LaddConfig, Mismatched, draw, fake_pass, flow_loss, grid_of,
                               heads_loss, student_loss)
 from ladd.core.mmdit import MMDiT, Text
-from ladd.data.batches import MicroBatch
-from ladd.engine.memory import count
 from ladd.engine.parallel import checkpointed
 from ladd.report.speed import wait
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-def attention_flops(q, k, v, *_, **__) -> int:
-    """Return the FLOPs of attention: the product of q and k, and that with v."""
-    return sdpa_flop_count(q, k, v)
-
-
-def attention_backward_flops(grad, q, k, v, *_, **__) -> int:
-    """Return twice the FLOPs of the forward pass, whatever a kernel recomputes."""
-    return 2 * sdpa_flop_count(q, k, v)
 
 
 class Flash(TorchFunctionMode):
@@ -50,30 +37,6 @@ def joint_attention(*args, **kwargs) -> tuple[Tensor | None, Tensor]:
         return kernels.attention.reference_joint_attention(*args, **kwargs)
 
 
-def counted(model: MMDiT, recompute: str) -> MMDiT:
-    """Return a copy of a network on the meta device, on the references, with recomputation."""
-    model = copy.deepcopy(model)
-    ops = kernels.load("torch")._replace(joint_attention=joint_attention)
-    for block in model.joint_blocks:
-        block.kernels = ops
-    return checkpointed(model, recompute)
-
-
-def micro_batch(sizes: tuple[int, int, int], context: tuple[int, int], pooled: int, image: int,
-                batch: int, config: LaddConfig) -> MicroBatch:
-    """Return a micro-batch on the meta device. sizes: latents (c, h, w); context: text (tokens,
-    width); pooled: width; image: channels of the image conditioning."""
-    x0 = torch.empty(batch, *sizes, device="meta")
-    text = Text(x0.new_empty(batch, *context), x0.new_empty(batch, pooled))
-    if image:
-        text = text._replace(image=x0.new_empty(batch, image, *sizes[1:]))
-    m = round(config.mismatched * batch)
-    mismatched = Mismatched(torch.arange(m, device="meta"), text.map(lambda t: t[:m]),
-                            x0.new_ones(m), m)
-    return MicroBatch(x0, text, mismatched if m else None,
-                      draw(x0, config.easy_steps, config, (0,)))
-
-
 def step_cost(student: MMDiT, teacher: MMDiT, heads: Discriminator, latent: tuple[int, int, int],
               context: tuple[int, int], batch: int, config: LaddConfig,
               recompute: str = "none") -> dict[str, float]:
@@ -84,15 +47,27 @@ def step_cost(student: MMDiT, teacher: MMDiT, heads: Discriminator, latent: tupl
     All networks on the meta device; latent (c, h, w), context (tokens, width). FLOPs are the matrix
     products that torch counts in the references, those of recomputation included.
     """
-    student, teacher = counted(student, recompute), counted(teacher, recompute)
-    heads = copy.deepcopy(heads)
-    sizes = student.config
-    x0, text, mismatched, draws = micro_batch(latent, context, sizes.pooled_dim,
-                                              sizes.in_channels - latent[0], batch, config)
+    student, teacher, heads = (copy.deepcopy(model) for model in (student, teacher, heads))
+    ops = kernels.load("torch")._replace(joint_attention=joint_attention)
+    for model in (student, teacher):
+        for block in model.joint_blocks:
+            block.kernels = ops
+        checkpointed(model, recompute)
+    x0 = torch.empty(batch, *latent, device="meta")
+    text = Text(x0.new_empty(batch, *context), x0.new_empty(batch, student.config.pooled_dim))
+    if channels := student.config.in_channels - latent[0]:        # of the image conditioning
+        text = text._replace(image=x0.new_empty(batch, channels, *latent[1:]))
+    draws = draw(x0, config.easy_steps, config, (0,))
+    mismatched = None
+    if m := round(config.mismatched * batch):
+        mismatched = Mismatched(torch.arange(m, device="meta"), text.map(lambda t: t[:m]),
+                                x0.new_ones(m), m)
 
     def flops(function: Callable[..., None], *args) -> int:
-        products = {FLASH: attention_flops, FLASH_BACKWARD: attention_backward_flops}
-        with FlopCounterMode(display=False, custom_mapping=products) as counter:
+        # the backward pass counts as twice the forward, whatever a kernel recomputes
+        attention = {FLASH: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+                     FLASH_BACKWARD: lambda _, q, k, v, *__, **___: 2 * sdpa_flop_count(q, k, v)}
+        with FlopCounterMode(display=False, custom_mapping=attention) as counter:
             function(*args)
         return counter.get_total_flops()
 
@@ -129,23 +104,3 @@ def measured_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3
         wait(device)
         done += 1
     return 2 * n ** 3 * done / (time.perf_counter() - start)
-
-
-def disk_plan(student: MMDiT | None, teacher: MMDiT | None, heads: Discriminator,
-              latent: tuple[int, int, int], samples: int, itemsize: int,
-              text: int) -> dict[str, int]:
-    """Return the bytes that a run leaves on disk, by kind, and their sum.
-
-    `samples` latents (c, h, w) of `itemsize` bytes per value, and `text` values in bf16. A teacher
-    that trains: two checkpoints with Adam's moments, and its file. A student: two checkpoints of
-    student, EMA, heads and Adam's moments, and its last and best file. All weights are fp32.
-    """
-    c, h, w = latent
-    plan = {"latents": samples * c * h * w * itemsize, "text": text * 2}
-    if teacher:
-        plan["teacher (two states, file)"] = (2 * 12 + 4) * count(teacher)
-    if student:
-        plan["states (two kept)"] = 2 * (16 * count(student, True) + 12 * count(heads))
-        plan["students (last and best)"] = 8 * count(student)
-    plan["sum"] = sum(plan.values())
-    return plan

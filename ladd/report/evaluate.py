@@ -1,42 +1,30 @@
-"""Sample images for prompts of the toy dataset, grade them, and write the report: quality against
-real images at equal n."""
+"""Sample images for prompts and measure them against real images at equal n; measure the
+discriminator, and warn of a collapse."""
 import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from ladd.cli import must
 from ladd.core import flow
 from ladd.core.discriminator import Discriminator
 from ladd.core.losses import LaddConfig, draw, fake_pass, grid_of, hinge_d, taps_of
-from ladd.core.mmdit import MMDiT, image_channels
-from ladd.core.sampler import UNGUIDED, Recipe, evaluations, image_noise, sample, step_counts
+from ladd.core.mmdit import MMDiT
+from ladd.core.sampler import UNGUIDED, Recipe, evaluations, image_noise, sample
 from ladd.data import masks
 from ladd.data.prompts import Codec, Prompts, null_text
 from ladd.data.shards import Latents
 from ladd.engine import parallel
 from ladd.engine.parallel import ranks
-from ladd.engine.run import command, commit, curves, device_name, progress, versions
-from ladd.report import metrics, sheets
-from ladd.report.sheets import contact_sheet, save_png
+from ladd.report import metrics
 from ladd.toy import grader, scenes
 from ladd.toy.edits import KINDS, Edits
-from ladd.toy.prompts import REAL, REPORT, draw_prompts
+from ladd.toy.prompts import draw_prompts
 from ladd.toy.scenes import ToyConfig
-
-SCORES = "fd", "fd2", "prompt_accuracy", "coverage", "density"
-
-
-class Sizes(NamedTuple):
-    """How many images are measured."""
-    n: int            # per row of the report
-    eval_n: int       # per evaluation while training
-    batch: int        # sampled at a time
 
 
 class Row(NamedTuple):
@@ -47,21 +35,23 @@ class Row(NamedTuple):
     sampler: str
     guidance: tuple[float, float]    # by the text, by the image
 
+    @property
+    def steps(self) -> int:
+        return len(self.sigmas) - 1
+
 
 class Reference(NamedTuple):
-    """Real images (renders) to measure against, and the floor: the prompts' own renders, measured
-    like the samples of a model."""
-    objects: int                       # per scene
+    """Real images (renders) to measure against, and the floor: the scores of the prompts' own
+    renders."""
     features: tuple[Tensor, Tensor]    # [n, f] of renders of other scenes, in both feature spaces
-    grades: Tensor                     # [n, A] of the prompts' own renders
+    read: Tensor | None                # [n, A] attributes of the prompts' own renders (task text)
     floor: dict
 
 
 # --- sampling ---
 
-def generate(model: MMDiT, codec: Codec, prompts: list[Prompts], sigmas: Tensor, sampler: str,
-             guidance: tuple[float, float], seed: int, batch: int,
-             advance: Callable[[int], None] = lambda n: None) -> tuple[list[Tensor], float]:
+def generate(row: Row, codec: Codec, prompts: list[Prompts], seed: int, batch: int,
+             advance: Callable[[int], object] | None = None) -> tuple[list[Tensor], float]:
     """Return (latents of each image size, seconds in the model). Image i of all sizes together
     starts from the noise of seed + i; `advance` is called with the number of images made.
 
@@ -69,7 +59,7 @@ def generate(model: MMDiT, codec: Codec, prompts: list[Prompts], sigmas: Tensor,
     and compiled graphs are reused (the last batches may repeat a prompt). Every process gets all
     latents; the seconds are those that one device would take.
     """
-    device = next(model.parameters()).device
+    device = next(row.model.parameters()).device
     rank, world = ranks()
     null = null_text(codec).to(device)
     out = []
@@ -77,22 +67,24 @@ def generate(model: MMDiT, codec: Codec, prompts: list[Prompts], sigmas: Tensor,
     first = seed
     for part in prompts:
         n = len(part.captions)
-        shape = model.config.out_channels, part.hw[0] // 8, part.hw[1] // 8
+        shape = row.model.config.out_channels, part.hw[0] // 8, part.hw[1] // 8
         batches = -(-n // (world * batch))      # per process
         size = -(-n // (world * batches))
         latents = []
         for i in range(rank * batches, (rank + 1) * batches):
-            rows = [row % n for row in range(i * size, (i + 1) * size)]
-            image = None if part.image is None else part.image[rows]
-            captions = [part.captions[row] for row in rows]
-            text = codec.embed(captions)._replace(image=image).to(device)
-            seeds = [first + row for row in rows]
+            which = [k % n for k in range(i * size, (i + 1) * size)]
+            text = codec.embed([part.captions[k] for k in which])
+            if part.image is not None:
+                text = text._replace(image=part.image[which])
+            text = text.to(device)
+            seeds = [first + k for k in which]
             noise = image_noise(seeds, shape).to(device)
             start = time.perf_counter()
-            x0 = sample(model, noise, text, sigmas, sampler, seeds, null, *guidance)
+            x0 = sample(row.model, noise, text, row.sigmas, row.sampler, seeds, null, *row.guidance)
             latents.append(x0.cpu())            # waits for the device, so the time is whole
             seconds += (time.perf_counter() - start) * world
-            advance(size * world)
+            if advance:
+                advance(size * world)
         out.append(parallel.gathered(torch.cat(latents))[:n])
         first += n
     return out, seconds
@@ -113,103 +105,104 @@ def decoded(latents: list[Tensor], prompts: list[Prompts], codec: Codec,
     return out
 
 
-def sample_images(model: MMDiT, codec: Codec, prompts: list[Prompts], sigmas: Tensor, sampler: str,
-                  guidance: tuple[float, float], batch: int) -> list[Tensor]:
-    """Return an image [3, H, W] for each prompt, from the seeds 0, 1, ..."""
-    latents, _ = generate(model, codec, prompts, sigmas, sampler, guidance, 0, batch)
-    return [image for images in decoded(latents, prompts, codec, batch) for image in images]
-
-
-# --- grading ---
-
-def readings(images: list[Tensor], objects: int) -> Tensor:
-    """Return the attributes [n, A] that the grader reads from images of all sizes."""
-    return torch.cat([grader.grade(x, objects) for x in images])
-
+# --- scores of images ---
 
 def features(images: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Return the features [n, f] of images of all sizes, in both feature spaces."""
-    return (torch.cat([metrics.features_random(x) for x in images]),
-            torch.cat([metrics.features_hand(x) for x in images]))
+    for x in images:
+        bad = int((~x.isfinite()).sum())
+        must(not bad, f"images must be finite (got {bad} of {x.numel()} values NaN or inf)")
+    # some at a time, so that activations stay in the cache of one core
+    few = [part.float() for x in images for part in x.split(64)]
+    return (torch.cat([metrics.features_random(x) for x in few]),
+            torch.cat([metrics.features_hand(x) for x in few]))
 
 
-def score(images: list[Tensor], prompts: list[Prompts], reference: Reference) -> dict:
-    """Return the metrics of a set of images, one for each prompt."""
-    feats, feats2 = features(images)
-    density, coverage = metrics.density_coverage(reference.features[0], feats)
-    return {"fd": metrics.frechet(reference.features[0], feats),
-            "fd2": metrics.frechet(reference.features[1], feats2),
-            "coverage": coverage, "density": density,
-            **grades(images, prompts, reference.objects, reference.grades)}
+def read_attributes(images: list[Tensor], prompts: list[Prompts]) -> Tensor:
+    """Return the attributes [n, A] that the grader reads, told from the object that prompts name
+    first."""
+    codes = torch.cat([p.codes for p in prompts])
+    objects = 1 if codes.shape[1] == 5 else 2
+    return grader.align(torch.cat([grader.grade(x, objects) for x in images]), codes)
 
 
-def grades(images: list[Tensor], prompts: list[Prompts], objects: int, real: Tensor) -> dict:
-    """Return how well images follow their prompts; None where no image counts.
+def grade_prompts(images: list[Tensor], prompts: list[Prompts], real: Tensor | None = None,
+                  read: Tensor | None = None) -> dict:
+    """Return how well images follow their prompts, for every task: prompt_accuracy, the share of
+    images that show all that is asked and keep all else; accuracy, that of each attribute or kind
+    of edit; and what a task adds. A value is None where no image counts.
 
-    prompt_accuracy is the share of images that show all that is asked and keep all else. The rest
-    depends on the task. Text: entropy of the attributes that captions leave open, relative to
-    `real`. Editing: the shares of images that show what was asked and that keep what was not, and
-    the mean error of the background (grader.grade_edit). Inpainting: the share of images with the
-    stated attributes that the mask decides, among those with any, and the seam error along the
-    mask's edge (grader.grade_inpaint).
+    Text: entropy of the attributes that captions leave open, relative to those of `real` [n, A],
+    and the share of readable images; `read` is read_attributes, if known. Editing: the shares of
+    images that show what was asked and that keep what was not, and the mean error of the background
+    (grader.grade_edit). Inpainting: the share of images with the stated attributes that the mask
+    decides, among those with any, and the seam error along the mask's edge (grader.grade_inpaint).
     """
     def mean(x: Tensor) -> float | None:
         value = x.float().nanmean().item()
         return None if math.isnan(value) else value
 
+    def joined(found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+
     if isinstance(prompts[0].graded, Edits):
-        found = [grader.grade_edit(x, p.graded) for x, p in zip(images, prompts)]
-        names = "asked", "kept", "background", "success"
-        asked, kept, background, success = (torch.cat([f[k] for f in found]) for k in names)
-        kind = torch.cat([p.graded.kind for p in prompts])
-        each = {name: mean(success[kind == i]) for i, name in enumerate(KINDS) if (kind == i).any()}
-        return {"prompt_accuracy": mean(success), "asked": mean(asked), "kept": mean(kept),
-                "background": mean(background), "accuracy": each}
-    if prompts[0].mask is not None:
-        found = [grader.grade_inpaint(x, p.graded, p.codes, p.mask)
-                 for x, p in zip(images, prompts)]
-        names = "graded", "want", "inside", "right", "success", "seam"
-        read, want, inside, right, success, seam = (torch.cat([f[k] for f in found]) for k in names)
-        every = (right | ~inside).all(1)[inside.any(1)]
-        return {"prompt_accuracy": mean(success), "inside": mean(every), "seam": mean(seam),
-                "accuracy": metrics.prompt_accuracy(read, want)}
-    codes = torch.cat([p.codes for p in prompts])
-    read = grader.align(readings(images, objects), codes)
-    accuracy = metrics.prompt_accuracy(read, codes)
-    return {"prompt_accuracy": accuracy["all"],
-            "entropy": metrics.attribute_entropy(read, codes, real),
-            "readable": mean(read[:, -1] >= 0), "accuracy": accuracy}
+        found = joined([grader.grade_edit(x, p.graded) for x, p in zip(images, prompts)])
+        success, kind = found["success"], torch.cat([p.graded.kind for p in prompts])
+        more = {name: mean(found[name]) for name in ("asked", "kept", "background")}
+        accuracy = {name: mean(success[kind == i]) for i, name in enumerate(KINDS)
+                    if (kind == i).any()}
+    elif prompts[0].mask is not None:
+        found = joined([grader.grade_inpaint(x, p.graded, p.codes, p.mask)
+                        for x, p in zip(images, prompts)])
+        success, inside = found["success"], found["inside"]
+        every = (found["right"] | ~inside).all(1)[inside.any(1)]
+        more = {"inside": mean(every), "seam": mean(found["seam"])}
+        accuracy = metrics.prompt_accuracy(found["graded"], found["want"])
+    else:
+        codes = torch.cat([p.codes for p in prompts])
+        read = read_attributes(images, prompts) if read is None else read
+        success = ((read == codes) | (codes < 0)).all(1)
+        more = {} if real is None else {"entropy": metrics.attribute_entropy(read, codes, real)}
+        more["readable"] = mean(read[:, -1] >= 0)
+        accuracy = metrics.prompt_accuracy(read, codes)
+    return {"prompt_accuracy": mean(success), **more, "accuracy": accuracy}
+
+
+def score(images: list[Tensor], prompts: list[Prompts], reference: Reference,
+          read: Tensor | None = None) -> dict:
+    """Return the metrics of a set of images, one for each prompt; `read` as in grade_prompts."""
+    feats, feats2 = features(images)
+    density, coverage = metrics.density_coverage(reference.features[0], feats)
+    return {"fd": metrics.frechet(reference.features[0], feats),
+            "fd2": metrics.frechet(reference.features[1], feats2),
+            "coverage": coverage, "density": density,
+            **grade_prompts(images, prompts, reference.read, read)}
 
 
 def make_reference(toy: ToyConfig, prompts: list[Prompts], n: int, seed: int) -> Reference:
     """Return n renders drawn like those of `prompts` from another seed, and the floor between the
     two sets."""
-    others = [scenes.decode(p.latents) for p in draw_prompts(toy, n, seed)]
+    others = features([scenes.decode(p.latents) for p in draw_prompts(toy, n, seed)])
     own = [scenes.decode(p.latents) for p in prompts]
-    real = torch.cat([p.codes for p in prompts])
-    if toy.task == "text":
-        real = grader.align(readings(own, toy.objects), real)
-    reference = Reference(toy.objects, features(others), real, {})
-    return reference._replace(floor=score(own, prompts, reference))
+    read = read_attributes(own, prompts) if toy.task == "text" else None
+    reference = Reference(others, read, {})
+    return reference._replace(floor=score(own, prompts, reference, read))
 
 
-def measure(model: MMDiT, codec: Codec, prompts: list[Prompts], reference: Reference | None,
-            sigmas: Tensor, sampler: str, guidance: tuple[float, float], batch: int, seed: int = 0,
-            advance: Callable[[int], None] = lambda n: None) -> dict:
-    """Return one row of the report: images by `sampler` at the final noise levels `sigmas`, `batch`
-    at a time. Without a reference (real prompts) the scores are None."""
-    latents, seconds = generate(model, codec, prompts, sigmas, sampler, guidance, seed, batch,
-                                advance)
-    scores = dict.fromkeys(SCORES)
+def measure(row: Row, codec: Codec, prompts: list[Prompts], reference: Reference | None, batch: int,
+            seed: int = 0, advance: Callable[[int], object] | None = None) -> dict:
+    """Return a row of report.json, sampled `batch` images at a time. Without a reference (real
+    prompts) the scores are None."""
+    latents, seconds = generate(row, codec, prompts, seed, batch, advance)
+    scores = dict.fromkeys(("fd", "fd2", "prompt_accuracy", "coverage", "density"))
     if reference:
         scores = score(decoded(latents, prompts, codec, batch), prompts, reference)
-    n = sum(len(p.captions) for p in prompts)
-    steps = len(sigmas) - 1
-    row = {"sampler": sampler, "steps": steps, "guidance": guidance[0]}
+    out = {"model": row.name, "sampler": row.sampler, "steps": row.steps,
+           "guidance": row.guidance[0]}
     if prompts[0].image is not None and prompts[0].mask is None:
-        row["image_guidance"] = guidance[1]
-    return {**row, "nfe": steps * evaluations(*guidance), **scores,
-            "ms_per_image": 1000 * seconds / n}
+        out["image_guidance"] = row.guidance[1]
+    return {**out, "nfe": row.steps * evaluations(*row.guidance), **scores,
+            "ms_per_image": 1000 * seconds / sum(map(len, latents))}
 
 
 # --- while training ---
@@ -219,23 +212,12 @@ def quality(recipe: Recipe, codec: Codec, student: MMDiT, prompts: list[Prompts]
     """Return the Frechet distance and the prompt accuracy at 1 step and at all noise levels."""
     out = {"floor_fd": reference.floor["fd"]}
     for steps in (1, len(recipe.levels)):
-        row = measure(student, codec, prompts, reference, recipe.sigmas(steps), recipe.sampler,
-                      UNGUIDED, batch)
+        row = Row("student", student, recipe.sigmas(steps), recipe.sampler, UNGUIDED)
+        found = measure(row, codec, prompts, reference, batch)
         for name in ("fd", "prompt_accuracy", "entropy"):
-            if name in row:
-                out[f"{name}_{steps}"] = row[name]
+            if name in found:
+                out[f"{name}_{steps}"] = found[name]
     return out
-
-
-def save_grid(recipe: Recipe, codec: Codec, student: MMDiT, prompts: list[Prompts], batch: int,
-              path: Path) -> None:
-    """Write a grid of the student's samples for fixed prompts and seeds."""
-    columns = {f"student {len(row.sigmas) - 1}": row
-               for row in student_rows("student", student, recipe)}
-    cell = min(256, max(64, longest(prompts) // 2))
-    sheet = make_sheet(columns, codec, prompts, batch, cell)
-    if ranks()[0] == 0:
-        save_png(sheet, path, {"parameters": f"sampler: {recipe.sampler}, seeds from 0"})
 
 
 @torch.no_grad()
@@ -247,33 +229,32 @@ def discriminator_metrics(student: MMDiT, teacher: MMDiT, heads: Discriminator, 
     auc: held-out real against fake (near 0.5 the heads are too weak, near 1 too strong).
     auc_memory: real latents of training against held-out ones (above 0.5 the heads have memorised).
     auc_null: one half of the held-out real latents against the other (off 0.5: a leak). gap_k: mean
-    logit of real less that of fake, of head k. hinge_0.125 to hinge_0.875: the hinge loss
-    in the quarter of sigma_d around that value.
+    logit of real less that of fake, of head k. hinge_0.125 to hinge_0.875: the hinge loss in the
+    quarter of sigma_d around that value.
     """
     device = next(teacher.parameters()).device
     bucket = min(latents.buckets)
     size = len(latents.buckets[bucket][1])
     # an even number, for the two halves; fewer than 64 cannot tell an AUC from 1
     n = min(max(batch, 64), latents.holdout) // 2 * 2
-
-    def part(first: int, fake: bool, start: int, end: int) -> tuple[Tensor, Tensor]:
-        found = latents.gather(bucket, torch.arange(first + start, first + end))
-        x0 = found.x0.to(device)
-        text = found.text.to(device)
-        drawn = draw(x0, config.easy_steps, config, (first, fake), start, n)
-        if fake:
-            feats = fake_pass(student, teacher, heads, x0, text, drawn,
-                              replace(config, distill_weight=0.0)).feats
-        else:
-            xt = flow.noised(x0, drawn.eps_d, drawn.sigma_d)
-            feats = taps_of(teacher, heads, xt, drawn.sigma_d, text)
-        logits = heads(feats, drawn.sigma_d, text.pooled, grid_of(teacher, x0))
-        return logits.float().cpu(), drawn.sigma_d.cpu()
+    config = replace(config, distill_weight=0.0)
 
     def logits(first: int, fake: bool) -> tuple[Tensor, Tensor]:
         """Return logits [k, n, h, w] and sigma_d [n] of the n samples from `first` on."""
-        parts = [part(first, fake, i, min(i + batch, n)) for i in range(0, n, batch)]
-        return torch.cat([out for out, _ in parts], 1), torch.cat([sigma for _, sigma in parts])
+        parts, sigmas = [], []
+        for i in range(0, n, batch):
+            found = latents.gather(bucket, torch.arange(first + i, first + min(i + batch, n)))
+            x0, text = found.x0.to(device), found.text.to(device)
+            drawn = draw(x0, config.easy_steps, config, (first, fake), i, n)
+            if fake:
+                feats = fake_pass(student, teacher, heads, x0, text, drawn, config).feats
+            else:
+                xt = flow.noised(x0, drawn.eps_d, drawn.sigma_d)
+                feats = taps_of(teacher, heads, xt, drawn.sigma_d, text)
+            out = heads(feats, drawn.sigma_d, text.pooled, grid_of(teacher, x0))
+            parts.append(out.float().cpu())
+            sigmas.append(drawn.sigma_d.cpu())
+        return torch.cat(parts, 1), torch.cat(sigmas)
 
     held, sigma_r = logits(size - n, False)
     fake, sigma_f = logits(size - n, True)
@@ -292,15 +273,13 @@ def discriminator_metrics(student: MMDiT, teacher: MMDiT, heads: Discriminator, 
 
 
 def batch_metrics(stats: dict[str, Tensor]) -> dict[str, float]:
-    """Return the discriminator's metrics on the training batch of all processes: active margins and
-    accuracy of the heads, and the gap between the mean logits."""
-    real, fake = stats["logits_real"], stats["logits_fake"]
-    margins = metrics.active_margins(real, fake)
-    accuracies = metrics.accuracy(real, fake)
-    line = {"margin_real": margins[0], "margin_fake": margins[1],
-            "accuracy_real": accuracies[0], "accuracy_fake": accuracies[1],
+    """Return the discriminator's metrics on the training batch of all processes: shares of logits
+    with an active hinge (1 - D > 0 for real, 1 + D > 0 for fake; at 0 there is nothing left to
+    learn) and on the right side of 0, and the gap between the mean logits."""
+    real, fake, mismatched = (stats[f"logits_{name}"] for name in ("real", "fake", "mismatched"))
+    line = {"margin_real": (real < 1).float().mean(), "margin_fake": (fake > -1).float().mean(),
+            "accuracy_real": (real > 0).float().mean(), "accuracy_fake": (fake < 0).float().mean(),
             "gap": real.mean() - fake.mean(), "right": 0.0, "count": 0.0}
-    mismatched = stats["logits_mismatched"]
     if mismatched is not None:
         line["right"] = (mismatched < 0).float().mean((0, 2, 3)).sum()        # over the samples
         line["count"] = mismatched.shape[1]
@@ -313,15 +292,10 @@ def batch_metrics(stats: dict[str, Tensor]) -> dict[str, float]:
 
 
 def collapse_warnings(values: dict[str, float], before: dict[str, float] = {}) -> list[str]:
-    """Return what in a line of log.jsonl, or in an evaluation, indicates a collapse, in words. The
-    thresholds are our choice.
+    """Return what in a line of log.jsonl, or in an evaluation, indicates a collapse, in words.
+    `before`: the first evaluation. The thresholds are our choice.
 
-    Quality: entropy of the attributes left open below 0.8 of the data's and below that of the first
-    evaluation, `before`. Discriminator: active margins below 0.05 (the heads have nothing left to
-    learn); on held-out latents an AUC below 0.5 (the heads are lost) or above 0.995 (they win), an
-    AUC of real latents of training against held-out ones above 0.5 (memorised), or of real against
-    real off 0.5 (a leak). An AUC is off 0.5 from five standard deviations on, 1 / sqrt(6 n) for n
-    against n.
+    An AUC of n against n samples is off 0.5 from five standard deviations on, each 1 / sqrt(6 n).
     """
     found = []
     for name, value in values.items():
@@ -343,155 +317,3 @@ def collapse_warnings(values: dict[str, float], before: dict[str, float] = {}) -
         if abs(null - 0.5) > off * math.sqrt(2):
             found.append(f"real against real has AUC {null:.3f}: something leaks")
     return found
-
-
-# --- the report ---
-
-def teacher_row(teacher: MMDiT, recipe: Recipe) -> Row:
-    """Return the row of the teacher at its many steps, with guidance."""
-    return Row("teacher", teacher, recipe.teacher_sigmas(recipe.sample_steps), "euler",
-               (recipe.guidance, recipe.image_guidance))
-
-
-def student_rows(name: str, student: MMDiT, recipe: Recipe) -> list[Row]:
-    """Return the rows of a student at each number of steps that it can take, most first."""
-    return [Row(name, student, recipe.sigmas(k), recipe.sampler, UNGUIDED)
-            for k in step_counts(recipe.levels)]
-
-
-def measure_rows(rows: list[Row], codec: Codec, prompts: list[Prompts],
-                 reference: Reference | None, batch: int,
-                 heartbeat: Callable[[int], None] = lambda row: None) -> list[dict]:
-    """Return the measured rows of report.json, all from the same seeds. `heartbeat` is called with
-    the number of each row before it is measured."""
-    out = []
-    n = sum(len(p.captions) for p in prompts)
-    with progress("report", len(rows) * n, quiet=ranks()[0] > 0) as bar:
-        for i, (name, model, *how) in enumerate(rows):
-            heartbeat(i)
-            row = measure(model, codec, prompts, reference, *how, batch, REPORT * 10 ** 6,
-                          bar.update)
-            out.append({"model": name, **row})
-    return out
-
-
-def sources(codec: Codec, prompts: list[Prompts]) -> dict[str, list[Tensor]]:
-    """Return what the networks are conditioned on besides the text: source images for editing,
-    images with stripes where to repaint for inpainting, nothing for text-to-image."""
-    if prompts[0].image is None:
-        return {}
-    few = [codec.decode(p.image[:len(p.captions), -image_channels("edit"):]) for p in prompts]
-    if prompts[0].mask is None:
-        return {"source": [image for images in few for image in images]}
-    few = [masks.hatched(images, p.mask[:len(images)]) for images, p in zip(few, prompts)]
-    return {"to repaint": [image for images in few for image in images]}
-
-
-def longest(prompts: list[Prompts]) -> int:
-    """Return the longest side of the images, in pixels."""
-    return max(side for p in prompts for side in p.hw)
-
-
-def make_sheet(columns: dict[str, Row], codec: Codec, prompts: list[Prompts], batch: int,
-               cell: int) -> Image.Image:
-    """Return a contact sheet: what the networks are conditioned on, then a column of samples for
-    each of `columns`, all from the same seeds."""
-    images = sources(codec, prompts)
-    for title, (_, model, *how) in columns.items():
-        images[title] = sample_images(model, codec, prompts, *how, batch)
-    return contact_sheet(images, [c for p in prompts for c in p.captions], cell=cell)
-
-
-def compare(recipe: Recipe, toy: ToyConfig | None, run: Path, shown: list[Prompts], codec: Codec,
-            networks: tuple[MMDiT, MMDiT, MMDiT], sizes: Sizes, about: dict[str, Any],
-            seconds: dict[str, float], start: float,
-            heartbeat: Callable[[int], None] = lambda row: None) -> None:
-    """Write report.json and report.png of a run: the student against the teacher at equal numbers
-    of evaluations and equal n, with the real-against-real floor. Real prompts have no grader: there
-    the report holds images at equal seeds, and times.
-
-    networks: (teacher, student, untrained student). about: further keys of report.json. seconds: of
-    the stages before; `start`: when this one began, by time.perf_counter. All processes call it,
-    process 0 writes.
-    """
-    teacher, student, untrained = networks
-    if toy is None:
-        prompts, reference = shown, None
-        floor = {"fd": None, "fd2": None}
-    else:
-        prompts = draw_prompts(toy, sizes.n, REPORT)
-        reference = make_reference(toy, prompts, sizes.n, REAL)
-        shown = [p._replace(captions=p.captions[:2]) for p in prompts]
-        floor = reference.floor
-    guided = teacher_row(teacher, recipe)
-    plan = [guided]
-    for k in (4, 2, 1):
-        few = guided._replace(sigmas=recipe.teacher_sigmas(k))
-        plan.append(few)
-        if guided.guidance != UNGUIDED:
-            plan.append(few._replace(guidance=UNGUIDED))
-    students = student_rows("student", student, recipe)
-    plan += student_rows("untrained", untrained, recipe) + students
-    rows = measure_rows(plan, codec, prompts, reference, sizes.batch, heartbeat)
-    unseen = {}
-    if toy and toy.task != "edit":              # the result of an edit may be any combination
-        unseen = unseen_accuracy(toy, codec, [guided, students[0]], sizes)
-
-    columns = {f"teacher {recipe.sample_steps} x {evaluations(*guided.guidance)}": guided,
-               "teacher 4": guided._replace(sigmas=recipe.teacher_sigmas(4), guidance=UNGUIDED),
-               **{f"student {len(row.sigmas) - 1}": row for row in students}}
-    sheet = make_sheet(columns, codec, shown, sizes.batch, max(128, longest(shown) // 4))
-    log = curves(run, "distill") | curves(run, "eval")
-    floor = {**floor, "fd_curves": log.get("floor_fd", [(0, floor["fd"])])[-1][1]}
-    seconds["report"] = time.perf_counter() - start
-    if ranks()[0]:
-        return
-    last = {k: log[k][-1][1] for k in ("pairs_per_second", "mfu", "data_wait", "gb") if k in log}
-    sheets.write_report(run, sheet, {
-        **about, "command": command(), "device": device_name(next(student.parameters()).device),
-        "world_size": ranks()[1], "versions": versions(), "commit": commit(),
-        "n": sum(len(p.captions) for p in prompts), "seconds": seconds, "throughput": last,
-        "floor": floor, "curves": log, "heldout_prompt_accuracy": unseen, "rows": rows})
-    print(sheets.table(rows, floor))
-    if toy:
-        print(f"floor {floor['fd']:.3f}")
-    if unseen:
-        print("prompts of held-out combinations: "
-              + ", ".join(f"{name} {value:.1%}" for name, value in unseen.items()))
-    print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
-          + f"; wrote {run / 'report.json'}, {run / 'report.png'}")
-
-
-def unseen_accuracy(toy: ToyConfig, codec: Codec, rows: list[Row],
-                    sizes: Sizes) -> dict[str, float]:
-    """Return the prompt accuracy of each of `rows` on combinations of attributes that neither
-    teacher nor student ever saw."""
-    prompts = draw_prompts(toy, sizes.eval_n, REPORT, heldout=True)
-    reference = make_reference(toy, prompts, sizes.eval_n, REAL)
-    accuracy = {}
-    for name, model, *how in rows:
-        row = measure(model, codec, prompts, reference, *how, sizes.batch)
-        accuracy[f"{name}_{row['steps']}"] = row["prompt_accuracy"]
-    return accuracy
-
-
-def compare_on_toy(rows: list[Row], toy: ToyConfig, codec: Codec, n: int, batch: int, out: Path,
-                   about: dict[str, Any], start: float) -> None:
-    """Write report.json and samples.png to the folder `out`: all `rows` measured on n prompts of
-    the toy dataset, and samples of them. For commands of one process; `about` and `start` as in
-    compare."""
-    prompts = draw_prompts(toy, n, REPORT)
-    reference = make_reference(toy, prompts, n, REAL)
-    measured = measure_rows(rows, codec, prompts, reference, batch)
-    shown = [p._replace(captions=p.captions[:2]) for p in prompts]
-    columns = {f"{row.name} {len(row.sigmas) - 1}": row for row in rows}
-    sheet = make_sheet(columns, codec, shown, batch, max(96, longest(shown) // 4))
-    save_png(sheet, out / "samples.png", {"parameters": command()})
-    seconds = time.perf_counter() - start
-    sheets.save_report(out / "report.json", {
-        **about, "command": command(),
-        "device": device_name(next(rows[0].model.parameters()).device), "versions": versions(),
-        "commit": commit(), "n": n, "seconds": seconds, "floor": reference.floor,
-        "rows": measured})
-    print(sheets.table(measured, reference.floor))
-    print(f"{seconds:.0f} s; wrote report.json and samples.png in {out}")

@@ -1,9 +1,4 @@
-"""Write what a run leaves behind: PNG images with their parameters, report.json and report.png.
-
-Curves are {name: [[step, value], ...]}, each with its own steps. report.png shows loss_d and
-loss_g, the shares margin_real, margin_fake, accuracy_real and accuracy_fake, and fd_K and
-prompt_accuracy_K (the student at K steps).
-"""
+"""Write PNG images with their parameters, contact sheets, report.json and report.png."""
 import json
 import math
 import textwrap
@@ -56,23 +51,18 @@ def save_report(path: Path, report: dict) -> None:
     publish(path, write)
 
 
-def relative_excess(rows: list[dict], floor: dict) -> list[float | None]:
-    """Return (fd - floor) / (fd of the untrained student at 1 step - floor) for each row, or None
-    for all of them where that row is missing or at the floor."""
-    base = [row["fd"] - floor["fd"] for row in rows
-            if row["model"] == "untrained" and row["steps"] == 1 and row["fd"] is not None]
-    if not base or base[0] <= 0:
-        return [None] * len(rows)
-    return [(row["fd"] - floor["fd"]) / base[0] for row in rows]
-
-
 def table(rows: list[dict], floor: dict) -> str:
-    """Return the rows as an aligned Markdown table: excess is relative_excess, "-" not measured."""
+    """Return the rows as an aligned Markdown table. The excess is (fd - floor) / (fd of the
+    untrained student at 1 step - floor); "-" stands for what is not measured."""
     forms = [*ROW.items(), *((key, form) for key, form in MORE.items() if key in rows[0])]
     forms.insert(6, ("excess", "{:.3f}"))
     cells = [[key for key, _ in forms]]
-    for row, excess in zip(rows, relative_excess(rows, floor)):
-        row = row | {"excess": excess}
+    base = [row["fd"] - floor["fd"] for row in rows
+            if row["model"] == "untrained" and row["steps"] == 1 and row["fd"] is not None]
+    for row in rows:
+        row = {**row, "excess": None}
+        if base and base[0] > 0:
+            row["excess"] = (row["fd"] - floor["fd"]) / base[0]
         cells.append(["-" if row[key] is None else form.format(row[key]) for key, form in forms])
     widths = [max(map(len, column)) for column in zip(*cells)]
     # model and sampler to the left, numbers to the right
@@ -112,16 +102,9 @@ def contact_sheet(images_by_column: dict[str, Sequence[Tensor]], row_titles: lis
     differ.
     """
     columns = [[to_pil(x) for x in images] for images in images_by_column.values()]
-    complete = all(len(column) == len(row_titles) for column in columns)
-    must(bool(columns and row_titles and complete), "contact_sheet must get a column, a row and an "
-         f"image for every row (got columns of {[*map(len, columns)]} images, {len(row_titles)} "
-         "rows)")
     scale = cell / max(side for column in columns for x in column for side in x.size)
-
-    def resize(x: Image.Image) -> Image.Image:
-        return x.resize([max(1, round(side * scale)) for side in x.size], Image.Resampling.BICUBIC)
-
-    columns = [[resize(x) for x in column] for column in columns]
+    columns = [[x.resize([max(1, round(side * scale)) for side in x.size], Image.Resampling.BICUBIC)
+                for x in column] for column in columns]
     gap = max(4, cell // 24)
     font = ImageFont.load_default(max(10, cell // 9))
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
@@ -166,22 +149,26 @@ INK, GRAY, PALE = "#222222", "#777777", "#ececec"
 REAL, FAKE = "#2a7f62", "#c8553d"
 STUDENT = (FAKE, "#2f6db2", "#8e5aa8", "#d19a1d")
 DASHED = (0, (3, 1.2))
+LOSSES = ("loss_d", REAL, "heads", "-"), ("loss_g", FAKE, "student", "-")
 SHARES = (("margin_real", REAL, "margin, real", "-"), ("margin_fake", FAKE, "margin, fake", "-"),
           ("accuracy_real", REAL, "accuracy, real", DASHED),
           ("accuracy_fake", FAKE, "accuracy, fake", DASHED))
 
 
-def _noisy(axes, points: list, factor: float, color: str, label: str, style="-") -> None:
-    """Draw the running mean of a curve over a fortieth of its length, and, where the line is solid,
-    the curve itself faintly behind it."""
-    x, y = np.array(points, dtype=float).T
-    window = max(1, len(x) // 40)
-    middle = (window - 1) // 2
-    mean = np.convolve(factor * y, np.full(window, 1 / window), "valid")
-    if style == "-":
-        axes.plot(x, factor * y, color=color, alpha=0.15, linewidth=0.6)
-    axes.plot(x[middle:middle + len(mean)], mean, color=color, label=label, linestyle=style,
-              linewidth=1.5)
+def _noisy(axes, curves: dict, lines: tuple, factor: float) -> None:
+    """Draw the running means of curves over a fortieth of their length, and, where the line is
+    solid, the curve itself faintly behind it."""
+    for name, color, label, style in lines:
+        if name not in curves:
+            continue
+        x, y = np.array(curves[name], dtype=float).T
+        window = max(1, len(x) // 40)
+        middle = (window - 1) // 2
+        mean = np.convolve(factor * y, np.full(window, 1 / window), "valid")
+        if style == "-":
+            axes.plot(x, factor * y, color=color, alpha=0.15, linewidth=0.6)
+        axes.plot(x[middle:middle + len(mean)], mean, color=color, label=label, linestyle=style,
+                  linewidth=1.5)
 
 
 def _by_steps(axes, curves: dict, prefix: str, factor: float) -> None:
@@ -199,9 +186,10 @@ def plot_report(path: str | Path, sheet: Image.Image, curves: dict[str, list], r
     """Write report.png: the sheet, pixel for pixel, above plots of the losses, the discriminator's
     margins and accuracy, the Frechet distance and the prompt accuracy.
 
-    The last two show the teacher's row of most steps, and are left out where floor["fd"] is None.
-    Curves may be taken at a smaller n than the rows: floor["fd_curves"] is the floor at theirs
-    (else floor["fd"]); the teacher's line keeps its distance to it.
+    Curves are {name: [[step, value], ...]}, each with its own steps. The last two plots show the
+    teacher's row of most steps, and are left out where floor["fd"] is None. Curves may be taken at
+    a smaller n than the rows: floor["fd_curves"] is the floor at theirs (else floor["fd"]); the
+    teacher's line keeps its distance to it.
     """
     # imported here: it takes half a second that only this function needs
     from matplotlib.figure import Figure
@@ -216,12 +204,8 @@ def plot_report(path: str | Path, sheet: Image.Image, curves: dict[str, list], r
     grid = figure.add_gridspec(1 + measured, 2, hspace=0.36, wspace=0.16, **box)
     plots = [figure.add_subplot(cell) for cell in grid]
     losses, shares = plots[:2]
-    for name, color, label in (("loss_d", REAL, "heads"), ("loss_g", FAKE, "student")):
-        if name in curves:
-            _noisy(losses, curves[name], 1, color, label)
-    for name, color, label, style in SHARES:
-        if name in curves:
-            _noisy(shares, curves[name], 100, color, label, style)
+    _noisy(losses, curves, LOSSES, 1)
+    _noisy(shares, curves, SHARES, 100)
     if measured:
         _quality(*plots[2:], curves, rows, floor)
     shares.set_ylim(-2, 102)
@@ -263,9 +247,3 @@ def _quality(fd, prompts, curves: dict[str, list], rows: list[dict], floor: dict
     fd.yaxis.set_major_formatter("{x:g}")
     fd.yaxis.set_minor_locator(NullLocator())
     prompts.set_ylim(bottom=0)
-
-
-def write_report(run: Path, sheet: Image.Image, report: dict) -> None:
-    """Write report.json and report.png to the folder of a run."""
-    save_report(run / "report.json", report)
-    plot_report(run / "report.png", sheet, report["curves"], report["rows"], report["floor"])

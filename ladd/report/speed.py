@@ -3,6 +3,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -51,12 +52,10 @@ def forwards(**models: nn.Module) -> Iterator[dict[str, int]]:
     """Count the forward passes of each model inside the block."""
     counts = dict.fromkeys(models, 0)
 
-    def counted(name: str) -> Callable:
-        def hook(module, args, output) -> None:
-            counts[name] += 1
-        return hook
+    def count(name: str, *_) -> None:
+        counts[name] += 1
 
-    hooks = [model.register_forward_hook(counted(name)) for name, model in models.items()]
+    hooks = [model.register_forward_hook(partial(count, name)) for name, model in models.items()]
     try:
         yield counts
     finally:

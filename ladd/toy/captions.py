@@ -5,15 +5,15 @@ import torch
 from torch import Tensor
 
 from ladd.cli import InputError, must
-from ladd.toy.scenes import (ANY_SHAPE, COLOURS, PHRASES, RELATIONS, VOCAB, attribute_names,
-                             cosine_waves, words_of)
+from ladd.toy.scenes import (ANY_SHAPE, ATTRIBUTES, COLOURS, PHRASES, VOCAB, cosine_waves,
+                             words_of)
+
+MOST_WORDS = {1: 6, 2: 10}      # of a caption, by objects
 
 
 def draw_captions(attributes: Tensor, generator: torch.Generator, stated: float = 0.6) -> Tensor:
-    """Return codes [n, a]: the attributes that a caption states, -1 where it leaves them open.
-
-    Each is stated with probability `stated`, at least one of them, and a relation always.
-    """
+    """Return codes [n, a]: the attributes that a caption states, -1 where it leaves them open. Each
+    is stated with probability `stated`, at least one of them, and a relation always."""
     n, a = attributes.shape
     keep = torch.rand(n, a, generator=generator) < stated
     one = torch.randint(a, (n,), generator=generator)
@@ -27,13 +27,9 @@ def draw_captions(attributes: Tensor, generator: torch.Generator, stated: float 
 def caption(codes: Tensor | list[int], objects: int) -> str:
     """Return the caption of a row of codes, e.g. "large red circle left of small blue square"."""
     words = []
-    for name, phrases, code in zip(attribute_names(objects), PHRASES[objects], map(int, codes),
-                                   strict=True):
+    for name, phrases, code in zip(ATTRIBUTES[objects], PHRASES[objects], map(int, codes)):
         if code >= 0:
             words.append(phrases[code])
-        elif name == "relation":
-            raise InputError("a caption of two objects must have a relation, one of "
-                             f"{', '.join(RELATIONS)} (got none)")
         elif name.startswith("shape"):
             words.append(ANY_SHAPE)
     return " ".join(words)
@@ -43,30 +39,22 @@ def check_words(words: list[str], known: list[str], text: str) -> None:
     """Raise InputError for the first word that is not known."""
     for word in words:
         if word not in known:
-            near = (difflib.get_close_matches(word, known, 1, 0) or known)[0]
+            near = difflib.get_close_matches(word, known, 1, 0)[0]    # the cutoff 0 finds one
             raise InputError(f"prompt {text!r}: unknown word {word!r}, the nearest known word is "
                              f"{near!r}; use {' '.join(known)}")
 
 
 def parse(text: str, objects: int) -> list[int]:
-    """Return the codes of a caption, in any case: parse(caption(c)) == c.
-
-    Raise InputError for what is not a caption.
-    """
-    names, rest, codes = attribute_names(objects), text.lower().split(), []
+    """Return the codes of a caption, in any case, or raise InputError: parse(caption(c)) == c."""
+    names, rest, codes = ATTRIBUTES[objects], text.lower().split(), []
     check_words(rest, words_of(PHRASES[objects]), text)
     for name, phrases in zip(names, PHRASES[objects]):
-        code, words = -1, []
-        if name.startswith("shape"):
-            words = [ANY_SHAPE]
-        for i, phrase in enumerate(phrases):
-            if rest[:len(phrase.split())] == phrase.split():
-                code, words = i, phrase.split()
-                break
-        if rest[:len(words)] != words or name == "relation" and code < 0:
+        options = [*phrases, ANY_SHAPE] if name.startswith("shape") else phrases
+        said = [phrase for phrase in options if rest[:len(phrase.split())] == phrase.split()]
+        if not said and name.startswith(("shape", "relation")):
             break
-        rest = rest[len(words):]
-        codes.append(code)
+        rest = rest[len(said[0].split()) if said else 0:]
+        codes.append(phrases.index(said[0]) if said and said[0] in phrases else -1)
     if rest or len(codes) < len(names):
         needed = f"a shape (or the word {ANY_SHAPE!r})"
         if objects == 2:
@@ -78,11 +66,6 @@ def parse(text: str, objects: int) -> list[int]:
         must(codes[1] < 0 or codes[1] != codes[5], f"prompt {text!r}: its objects must have two "
              f"colours (got {COLOURS[codes[1]]} twice)")
     return codes
-
-
-def max_words(objects: int) -> int:
-    """Return the number of words of the longest caption."""
-    return sum(max(len(phrase.split()) for phrase in phrases) for phrases in PHRASES[objects])
 
 
 def embed(texts: list[str], length: int, dim: int,
@@ -97,12 +80,8 @@ def embed(texts: list[str], length: int, dim: int,
          f"width of the text embedding must be at least {len(vocab) + 1} (got {dim})")
     ids = torch.zeros(len(texts), length, dtype=torch.long)
     for row, text in zip(ids, texts):
-        words = text.lower().split()
-        check_words(words, vocab, text)
-        must(len(words) <= length,
-             f"prompt {text!r} must have at most {length} words (got {len(words)})")
-        row[:len(words)] = torch.tensor([vocab.index(word) + 1 for word in words],
-                                        dtype=torch.long)
+        words = [vocab.index(word) + 1 for word in text.lower().split()]
+        row[:len(words)] = torch.tensor(words, dtype=torch.long)
     waves, said = cosine_waves(dim), (ids > 0)[..., None]                       # said [n, l, 1]
     words, positions = waves[ids], waves[-1 - torch.arange(length) % dim]
     return words + 0.3 * positions, (words * said).sum(1) / said.sum(1).clamp(min=1).sqrt()

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ladd.cli import InputError, must
+from ladd.cli import InputError
 from ladd.toy import captions
 from ladd.toy.scenes import (ANY_SHAPE, ATTRIBUTES, CHOICES, GAP, PHRASES, RADII, VOCAB, Scenes,
-                             attribute_names, is_heldout, sample_scenes, unit)
+                             is_heldout, sample_scenes, unit)
 
 # --- instructions ---
 
@@ -29,6 +29,7 @@ KINDS = tuple(FORMS)
 COLUMN = torch.tensor([1, 3, 0, 2, -1, 0, 0])    # attribute that a kind changes; add, remove: none
 MOVE, BACKGROUND, ADD, REMOVE = 1, 4, 5, 6       # indices into KINDS
 MOST_WORDS = {1: 8, 2: 11}          # of an instruction, by objects; captions are shorter
+STATED = 0.6    # probability that an instruction asks for an attribute of an added object
 WORDS = [*VOCAB, *dict.fromkeys(word for word in " ".join(("it", *FORMS.values())).split()
                                 if word.islower() and word not in VOCAB)]
 
@@ -42,7 +43,6 @@ class Instruction(NamedTuple):
 
 def _phrases(objects: int) -> list[list[str]]:
     """Return the phrases of each attribute; those of the background are without "on"."""
-    attribute_names(objects)
     return [[phrase.removeprefix("on ") for phrase in column] for column in PHRASES[objects]]
 
 
@@ -70,10 +70,8 @@ def instruct(kind: str, named: list[int], asked: list[int], objects: int) -> str
 
 @lru_cache
 def _patterns(objects: int) -> dict[str, re.Pattern]:
-    """Return a regular expression for each kind.
-
-    Its group "asked3" is the phrase that is asked for attribute 3, "named3" that which is named.
-    """
+    """Return a regular expression for each kind, whose group "asked3" is the phrase that is asked
+    for attribute 3, "named3" that which is named."""
     phrases = _phrases(objects)
 
     def say(field: str, i: int) -> str:
@@ -96,10 +94,8 @@ def _patterns(objects: int) -> dict[str, re.Pattern]:
 
 
 def parse_instruction(text: str, objects: int) -> Instruction:
-    """Return the Instruction of a text, in any case; inverse of `instruct`.
-
-    Raise InputError for what is not an instruction; with two objects it must say which one.
-    """
+    """Return the Instruction of a text, in any case, or raise InputError; inverse of `instruct`.
+    With two objects it must say which one."""
     phrases, words = _phrases(objects), text.lower().split()
     captions.check_words(words, WORDS, text)
     for kind, pattern in _patterns(objects).items():
@@ -121,15 +117,6 @@ def parse_instruction(text: str, objects: int) -> Instruction:
                      f"[colour] shape, REF {it}the THING, PLACE {place} (got {text!r})")
 
 
-def instruction_codes(texts: list[str], objects: int) -> Tensor:
-    """Return [n, 1 + a]: the kind, and what is asked.
-
-    Instructions that differ in what both state exclude each other: an edit changes one thing only.
-    """
-    found = [parse_instruction(text, objects) for text in texts]
-    return torch.tensor([[KINDS.index(i.kind), *i.asked] for i in found])
-
-
 def embed(texts: list[str], length: int, dim: int) -> tuple[Tensor, Tensor]:
     """Embed instructions like captions; words that captions lack have further vectors."""
     return captions.embed(texts, length, dim, WORDS)
@@ -148,21 +135,16 @@ class Edits(NamedTuple):
     texts: list[str]
 
 
-def edits(n: int, hw: tuple[int, int], objects: int, generator: torch.Generator,
-          kinds: tuple[str, ...] = KINDS, stated: float = 0.6) -> Edits:
+def edits(n: int, hw: tuple[int, int], objects: int, generator: torch.Generator) -> Edits:
     """Return n edits; the kinds alternate, starting with a random one.
 
     The asked value is uniform. The source is drawn like other scenes until the value is new to it,
     no combination is held out, and the changed object lies inside the image and clear of the other
-    one (1 in 10 where it moves around another). The attributes of an added object are asked for
-    with probability `stated`. Each attribute of what exists is named with probability 1/2; two
-    objects are always named so that they can be told apart.
+    one (1 in 10 where it moves around another). Each attribute of what exists is named with
+    probability 1/2; two objects are always named so that they can be told apart.
     """
-    for name in kinds:
-        must(name in KINDS, f"kind of edit must be one of {', '.join(KINDS)} (got {name!r})")
-    a, first = len(attribute_names(objects)), torch.randint(len(kinds), (1,), generator=generator)
-    order = (first + torch.arange(n)) % len(kinds)
-    kind = torch.tensor([KINDS.index(name) for name in kinds])[order]
+    a, first = len(ATTRIBUTES[objects]), torch.randint(len(KINDS), (1,), generator=generator)
+    kind = (first + torch.arange(n)) % len(KINDS)
     before, after = torch.empty(2, n, a, dtype=torch.int64).unbind()
     old, new = torch.empty(2, n, objects, 3).unbind()
     value, todo = torch.rand(n, generator=generator), torch.arange(n)
@@ -179,8 +161,8 @@ def edits(n: int, hw: tuple[int, int], objects: int, generator: torch.Generator,
     added, background = (kind == ADD)[:, None], kind == BACKGROUND
     # The relation of an added object is always asked for: it has no place without one.
     fixed = (torch.arange(a) == 3)[None] & (objects == 2)
-    stated_here = torch.rand(n, a, generator=generator) < stated
-    asked = torch.where((after != before) & (fixed | ~added | stated_here), after, -1)
+    stated = torch.rand(n, a, generator=generator) < STATED
+    asked = torch.where((after != before) & (fixed | ~added | stated), after, -1)
     keep = torch.rand(n, a, generator=generator) < 0.5
     keep[:, [3, -1]] = False                        # place and background name no object
     keep[background] = False
@@ -198,10 +180,8 @@ def edits(n: int, hw: tuple[int, int], objects: int, generator: torch.Generator,
 
 def _changed(scenes: Scenes, kind: Tensor, value: Tensor,
              hw: tuple[int, int]) -> tuple[Scenes, Tensor]:
-    """Return (scenes after the change, whether each is a valid change) of edits of `kind` [n].
-
-    The attribute of the kind becomes `value` [n] of [0, 1); for add and remove the scenes stay.
-    """
+    """Return (scenes after the change, whether each is a valid change) of edits of `kind` [n]. The
+    attribute of the kind becomes `value` [n] of [0, 1); for add and remove the scenes stay."""
     attributes, geometry = scenes
     rows, objects = torch.arange(len(kind)), geometry.shape[1]
     column = COLUMN[kind] % attributes.shape[1]

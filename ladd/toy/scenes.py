@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ladd.cli import must
-
 SIZES = ("small", "large")
 COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "triangle", "cross", "square")
@@ -68,34 +66,19 @@ class Scenes(NamedTuple):
     geometry: Tensor                  # [n, o, 3] fp32: cx of W, cy of H, r in units
 
 
-def attribute_names(objects: int) -> tuple[str, ...]:
-    """Return the names of the attributes; raise InputError unless `objects` is 1 or 2."""
-    must(objects in ATTRIBUTES, f"objects must be 1 or 2 (got {objects!r})")
-    return ATTRIBUTES[objects]
-
-
-def check_size(hw: tuple[int, int]) -> None:
-    """Raise InputError unless (H, W) are positive multiples of 16."""
-    must(len(hw) == 2 and all(side >= 16 and side % 16 == 0 for side in hw),
-         f"image size (H, W) must be positive multiples of 16 (got {tuple(hw)})")
-
-
 def unit(hw: tuple[int, int], objects: int) -> float:
-    """Return the pixels of a unit, in which radii are given.
+    """Return the pixels of a unit, in which radii are given: the short side for one object,
+    sqrt(H W) for two.
 
-    One object: the short side, on which its offset from the image's centre depends, too. MMDiT
-    crops its position table around the centre, so sizes whose sides in patches are all even (or
-    all odd) show a scene at the same positions, and a small network need not learn each aspect
-    ratio separately (measured). Two objects: sqrt(H W).
+    MMDiT crops its position table around the centre, so with the short side all sizes whose sides
+    in patches are even (or odd) show a scene at the same positions, and a small network need not
+    learn each aspect ratio separately (measured).
     """
     return float(min(hw)) if objects == 1 else math.sqrt(hw[0] * hw[1])
 
 
 def swap(attributes: Tensor) -> Tensor:
-    """Return the same scenes [..., 8] told from the other object.
-
-    "A left of B" becomes "B right of A".
-    """
+    """Return scenes [..., 8] told from the other object: "A left of B" as "B right of A"."""
     out = attributes[..., [4, 5, 6, 3, 0, 1, 2, 7]]
     # Relations come in pairs of opposites, so the last bit turns one into its opposite.
     out[..., 3] = torch.where(out[..., 3] < 0, -1, out[..., 3] ^ 1)
@@ -103,11 +86,8 @@ def swap(attributes: Tensor) -> Tensor:
 
 
 def is_heldout(attributes: Tensor) -> Tensor:
-    """Return whether a scene has a combination that is held out from training.
-
-    Two objects: one of 6 (colour, shape, relation) of 64, told from either object. One object: one
-    of 4 (colour, shape, position) of 48.
-    """
+    """Return whether a scene has a combination that is held out from training: 4 (colour, shape,
+    position) of 48 for one object, 6 (colour, shape, relation) of 64, told from either of two."""
     _, colour, shape, place = attributes[..., :4].unbind(-1)
     held = ((colour + shape) % 4 == place) & ((2 * colour + shape) % 8 % 3 == 1)
     if attributes.shape[-1] == 8:
@@ -127,9 +107,6 @@ def _rows(objects: int, heldout: bool) -> Tensor:
 def sample_scenes(n: int, hw: tuple[int, int], objects: int, generator: torch.Generator,
                   heldout: bool = False) -> Scenes:
     """Return n scenes, uniform over the attribute rows that are (or are not) held out."""
-    attribute_names(objects)
-    check_size(hw)
-
     def rand(*size: int) -> Tensor:
         return torch.rand(*size, generator=generator)
 
@@ -162,10 +139,8 @@ def sample_scenes(n: int, hw: tuple[int, int], objects: int, generator: torch.Ge
 # --- renderer ---
 
 def signed_distance(shape: int, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
-    """Return the signed distance [n, h, w] in pixels to a shape, exact at its sides.
-
-    The bounding box of the shape is centred at 0; y points down.
-    """
+    """Return the signed distance [n, h, w] in pixels to a shape, exact at its sides, whose bounding
+    box is centred at 0; y points down."""
     if shape == 0:
         return (x.square() + y.square()).sqrt() - r
     x = x.abs()
@@ -185,16 +160,13 @@ def pixel_grid(h: int, w: int, centre: Tensor) -> tuple[Tensor, Tensor]:
 
 def coverage(shape: int, h: int, w: int, centre: Tensor, r: Tensor) -> Tensor:
     """Return how much of each pixel a shape covers, [n, h, w]: clamp(1/2 - signed distance).
-
-    centre [n, 2] (x, y) and r [n, 1] in pixels.
-    """
+    centre [n, 2] (x, y) and r [n, 1] in pixels."""
     distance = signed_distance(shape, *pixel_grid(h, w, centre), r[..., None])
     return (0.5 - distance).clamp_(0, 1)
 
 
 def render(scenes: Scenes, hw: tuple[int, int]) -> Tensor:
     """Return images [n, 3, H, W] in [-1, 1] of scenes, objects over the background."""
-    check_size(hw)
     h, w = hw
     chunk, out = max(1, 2**18 // (h * w)), torch.empty(len(scenes.attributes), 3, h, w)
     scale = torch.tensor([w, h, unit(hw, scenes.geometry.shape[1])])
@@ -212,10 +184,8 @@ def render(scenes: Scenes, hw: tuple[int, int]) -> Tensor:
 
 @lru_cache
 def cosine_waves(dim: int) -> Tensor:
-    """Return [dim, dim]: row k is the k-th cosine of the DCT-II.
-
-    The rows are orthogonal, have unit mean square, and are the same on every machine.
-    """
+    """Return [dim, dim], whose row k is the k-th cosine of the DCT-II. The rows are orthogonal and
+    have unit mean square."""
     k = torch.arange(dim, dtype=torch.float64)[:, None]
     j = torch.arange(dim, dtype=torch.float64) + 0.5
     return (torch.cos(math.pi / dim * k * j) * torch.where(k > 0, math.sqrt(2), 1.0)).float()
@@ -235,10 +205,8 @@ CHANNELS = ((0, 0, 0, 0.08), (0, 0, 1, 0.35), (0, 1, 0, 0.35), (0, 1, 1, 0.61), 
 
 @lru_cache
 def _filters(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return orthonormal filters [16, 3, 8, 8] and their gains [16, 1, 1, 1].
-
-    A filter is a colour axis times a 2-D DCT wave.
-    """
+    """Return orthonormal filters [16, 3, 8, 8], each a colour axis times a 2-D DCT wave, and their
+    gains [16, 1, 1, 1]."""
     axis, row, column, gain = (torch.tensor(field) for field in zip(*CHANNELS))
     colour = F.normalize(torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]]))
     wave = cosine_waves(8) / math.sqrt(8)
@@ -247,20 +215,15 @@ def _filters(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def encode(images: Tensor) -> Tensor:
-    """Return latents [n, 16, H/8, W/8] of images [n, 3, H, W].
-
-    A latent is (gain * <filter, 8x8 block> - SHIFT) * SCALE.
-    """
-    check_size(images.shape[2:])
+    """Return latents [n, 16, H/8, W/8] of images [n, 3, H, W]:
+    (gain * <filter, 8x8 block> - SHIFT) * SCALE."""
     filters, gain = _filters(images.device)
     return (F.conv2d(images.float(), filters * gain, stride=8) - SHIFT) * SCALE
 
 
 def decode(latents: Tensor) -> Tensor:
-    """Return images [n, 3, H, W] of latents, clamped to [-1, 1].
-
-    A block is the sum of the filters, each times its coefficient / gain.
-    """
+    """Return images [n, 3, H, W] of latents, clamped to [-1, 1]: each block the sum of the filters
+    times coefficient / gain."""
     filters, gain = _filters(latents.device)
     blocks = F.conv2d(latents.float() / SCALE + SHIFT,
                       (filters / gain).flatten(1).t()[..., None, None])
