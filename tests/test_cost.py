@@ -12,7 +12,6 @@ from torch.profiler import ProfilerActivity, profile
 import kernels
 from ladd import bench, build
 from ladd.build import compute_of, plan_of
-from ladd.cli import InputError
 from ladd.config import Config, parse_config
 from ladd.core.discriminator import Discriminator, DiscriminatorConfig
 from ladd.core.losses import LaddConfig, Mismatched, draw
