@@ -130,7 +130,7 @@ def train_teacher(config: Config, run: Path, needs: Needs, pairs: Latents | None
             text = text._replace(image=text.image.masked_fill(no_image[:, None, None, None], 0))
         return flow_loss(model, x0, eps, sigma, text).mean()
 
-    log = Log(run, "teacher", start)
+    log = Log(run, "teacher", start, config.tensorboard)
     health = Health()
     bar = progress("teacher", config.teacher_steps, start, quiet=rank)
     since = time.perf_counter()
@@ -246,9 +246,9 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
     # the first iterations train only the heads
     first = config.heads_first
     total = first + config.steps
-    log = Log(run, "distill", start)
+    log = Log(run, "distill", start, config.tensorboard)
     # a resumed run evaluates at `start` again, so the old line of that evaluation is dropped
-    evals = Log(run, "eval", start - 1)
+    evals = Log(run, "eval", start - 1, config.tensorboard)
     health = Health()
     bar = progress("distill", total, start, quiet=rank)
     pace = speed.Pace(config.batch, device, world, partial(bench.step_flops, config, base.config,
@@ -261,8 +261,9 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
         """Save a grid of samples and the metrics after `it` iterations; keep the best student."""
         if eval_model is not p.ema:
             refresh(eval_model, p.ema, untrained)
-        compare.save_grid(recipe, codec, eval_model, shown, config.sample_batch,
-                          run / "samples" / f"{it:06d}.png")
+        grid = run / "samples" / f"{it:06d}.png"
+        compare.save_grid(recipe, codec, eval_model, shown, config.sample_batch, grid)
+        evals.show(it, grid)
         values = {}
         if reference:
             values = evaluate.quality(recipe, codec, eval_model, prompts, reference,

@@ -660,7 +660,7 @@ def test_sample_batch_bounds_what_is_sampled_at_once(home):
 ELSEWHERE = {"preset": test_preset_decides_the_sizes, "tflops": test_tflops_decide_the_hours,
              "pooled_dim": test_text_of_real_prompts_decides_sizes_and_costs,
              "t5_tokens": test_text_of_real_prompts_decides_sizes_and_costs,
-             "bench_steps": "tests/test_speed.py", **dict.fromkeys(("shard", "replicas",
+             "bench_steps": "tests/test_speed.py", "tensorboard": "tests/test_torchrun.py", **dict.fromkeys(("shard", "replicas",
                                                                     "recompute", "timeout"),
                                                                    "tests/test_torchrun.py"),
              **dict.fromkeys(("encoders", "prompts", "eval_prompts", "t5", "pairs"),

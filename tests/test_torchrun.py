@@ -17,6 +17,7 @@ from conftest import begin_ranks, end_ranks, fork, has_ended, run_ranks
 from test_train import CLOCK, QUIET, TINY, load_state, log_of, main, rows_of, save_teacher, weights
 
 import train
+from ladd import config
 from ladd.cli import InputError
 from ladd.engine import parallel, run, state, step
 from ladd.engine.parallel import Norms
@@ -400,6 +401,25 @@ def test_a_checkpoint_is_published_before_the_next_one_begins(home, whole, monke
     monkeypatch.setattr(train, "save_or_stop", spied)
     main(home, f"--name published {REUSE} {QUIET} --save-every 4")
     assert seen[3] == seen[4] == [] and seen[5] == ["step_000004"]
+
+
+def test_tensorboard_gets_the_numbers_of_the_log_and_the_grids(home, whole, monkeypatch):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    main(home, f"--name board {REUSE} --eval-every 2 --tensorboard")
+    run = home / "runs/board"
+    lines = [line for line in log_of(run) if line["stage"] == "distill" and "loss_g" in line]
+    read = events.EventAccumulator(str(run / "tensorboard" / "distill")).Reload()
+    assert [(event.step, event.value) for event in read.Scalars("loss_g")] == [
+        (line["step"], pytest.approx(line["loss_g"])) for line in lines]
+    read = events.EventAccumulator(str(run / "tensorboard" / "eval")).Reload()
+    assert [event.step for event in read.Images("samples")] == [2, 4, 6]
+    assert {event.step for event in read.Scalars("fd_1")} == {2, 4, 6}
+
+
+def test_tensorboard_needs_its_package(monkeypatch):
+    monkeypatch.setattr(config, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="^--tensorboard requires the package tensorboard; pip"):
+        config.parse_config(["--tensorboard"])
 
 
 def test_a_warning_about_the_training_batch_is_printed(home, whole, monkeypatch):
