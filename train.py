@@ -402,7 +402,7 @@ def check_inputs(config: Config, compute: Compute, needs: Needs, say: Callable) 
     check_lora(sizes, config.student_depth, teacher_lora(config), student_lora(config))
     stored = config.folder / "config.json"
     if stored.exists() and not config.dry_run:
-        check_same(config, files.read_json(stored))
+        check_same(config, files.read_json(stored, dict))
     return sizes
 
 

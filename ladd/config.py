@@ -523,24 +523,29 @@ def to_json(c: Config) -> str:
     return json.dumps(asdict(c), indent=1) + "\n"
 
 
-def read_config(path: Path) -> Config:
-    """Return the configuration of a run folder; raise InputError for one of another version."""
-    try:
-        stored = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not the configuration of a run ({error})") from None
-    odd = sorted(set(FIELDS) ^ set(stored)) if isinstance(stored, dict) else ["no options"]
+def from_json(stored: dict[str, Any], path: Path) -> Config:
+    """Return the configuration that config.json, read from `path`, holds; raise InputError for one
+    of another version, or with values of other types."""
+    odd = sorted(set(FIELDS) ^ set(stored))
     must(not odd, f"{path}: made by another version of train.py ({', '.join(odd[:3])}); use the "
          "version that made it, or train again")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+    values = {}
+    for name, f in FIELDS.items():
+        value = stored[name]
+        parts, kind = [value], f.type
+        if hasattr(kind, "__args__"):
+            parts, kind = value, kind.__args__[0]
+            value = tuple(value) if isinstance(value, list) else None
+        kinds = (int, float) if kind is float else (kind,)
+        must(value is not None and all(type(part) in kinds for part in parts),
+             f"{path}: {name} must be {describe(f.type)} (got {stored[name]!r:.60})")
+        values[name] = value
     return validated(Config(**values))
 
 
-def check_same(c: Config, stored: Any) -> None:
+def check_same(c: Config, stored: dict[str, Any]) -> None:
     """Raise InputError unless a stored configuration is `c`, except for what concerns one
     process."""
-    must(isinstance(stored, dict), f"{c.folder}/config.json must be an object (got "
-         f"{type(stored).__name__})")
     for name, value in json.loads(to_json(c)).items():
         must(name in PROCESS_FIELDS or stored.get(name) == value, f"{c.folder}: made with "
              f"{flag_of(name)} {stored.get(name)} (got {value}); resume with the same flags or "

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ladd.cli import Parser, must, run_script
-from ladd.config import read_config
+from ladd.build import read_config
 from ladd.core import flow, lora
 from ladd.core.losses import flow_loss
 from ladd.core.mmdit import MMDiT, Text
@@ -246,7 +246,7 @@ def main(argv: list[str]) -> None:
     must(world == 1, f"torchrun must start 1 process of ladd.dpo (got {world})")
     began = time.perf_counter()
     run = Path(args.run)
-    config = read_config(run / "config.json")
+    config = read_config(run)
     device = pick_device(args.device)
     dtype = compute_dtype(config.precision, device)
     kind = "a .jsonl of pairs for a run on real images"

@@ -15,7 +15,7 @@ from test_train import QUIET, call, main, save_teacher
 
 from ladd import dpo
 from ladd.cli import InputError
-from ladd.config import read_config
+from ladd.build import read_config
 from ladd.core import lora
 from ladd.data import images
 from ladd.sd3 import encoders, lora_files
@@ -181,7 +181,7 @@ def picture(path: Path, seed: int) -> None:
 def test_bad_preference_files_are_one_line(tmp_path, home, lines, said):
     picture(tmp_path / "a.png", 0)
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
-    config = read_config(home / "runs/base/config.json")
+    config = read_config(home / "runs/base")
     with pytest.raises(InputError, match=said) as error:
         dpo.read_pairs(tmp_path / "pairs.jsonl", config.encoders, config.hw,
                        toy_codec(config.group(ToyConfig)), torch.device("cpu"))

@@ -18,7 +18,7 @@ from test_train import (QUIET, assert_same, call, load_state, main, refused, sav
 
 import sample
 from ladd import lcm
-from ladd.config import read_config
+from ladd.build import read_config
 from ladd.core import flow
 from ladd.core.mmdit import Text
 from ladd.data import shards
@@ -199,7 +199,7 @@ def test_its_student_can_be_sampled(home, monkeypatch):
 def test_the_first_steps_by_hand(home):
     """Adam, the clip, the learning rate and the EMA of two steps."""
     run_lcm(home, "--out two --steps 2")
-    config = read_config(home / "runs/base/config.json")
+    config = read_config(home / "runs/base")
     student, ema, teacher = (checkpoint.load_mmdit(home / "t.safetensors") for _ in range(3))
     latents, levels = shards.read_folder(home / "runs/base/data"), flow.euler_sigmas(16,
                                                                                      config.shift)
