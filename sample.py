@@ -28,27 +28,24 @@ Image i starts from the noise of seed + i, drawn on the CPU in fp32: the image i
 rounding, for any batch size and device. Several images go to a folder, as 000000_seed0.png and so
 on; no file is overwritten.
 """
-# The sections of this script, in the order in which a call runs them: parse, image, load, plan,
-# write, main (text, noise, sample, decode).
 import hashlib
 import json
 import os
 import time
 from argparse import Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 import kernels
 from ladd.cli import InputError, Parser, must, parse_size, parse_value, run_script
 from ladd.config import PRESETS, Config
 from ladd.core import flow
-from ladd.core.mmdit import MMDiT, Text, image_channels
+from ladd.core.mmdit import MMDiT, image_channels
 from ladd.core.sampler import (UNGUIDED, Recipe, evaluations, image_noise, read_recipe, sample,
                                step_counts)
 from ladd.data import masks
@@ -60,7 +57,7 @@ from ladd.engine.graphs import Graphed
 from ladd.engine.networks import frozen, pick_kernels
 from ladd.engine.parallel import finish, ranks
 from ladd.engine.run import (Stopper, commit, compute_dtype, device_name, memory_gb, pick_device,
-                             versions)
+                             progress, versions)
 from ladd.report import sheets
 from ladd.report.speed import wait
 from ladd.sd3 import checkpoint
@@ -69,14 +66,15 @@ from ladd.toy import captions, edits
 from ladd.toy.prompts import toy_codec
 from ladd.toy.scenes import ToyConfig
 
-# channels of the latents, of SD3 and of the toy dataset
-CHANNELS = 16
+CHANNELS = 16       # of the latents, of SD3 and of the toy dataset
 ROLES = "student", "teacher"
 RANGES = dict(num=(1, 10 ** 6), steps=(1, 1000), guidance=(0, 100), image_guidance=(0, 100),
               seed=(0, 2 ** 62), batch=(1, 4096), shard=(1, 10 ** 6), t5_tokens=(1, 512))
-# flags that only some tasks take
-READS = {"text": ("prompt", "init_image", "strength"), "inpaint": ("prompt", "init_image", "mask"),
-         "edit": ("instruction", "init_image", "image_guidance")}
+# by the task of a network: the flags that not every task takes, those that it requires
+TASK_FLAGS = {"text": ("prompt", "init_image", "strength"),
+              "inpaint": ("prompt", "init_image", "mask"),
+              "edit": ("instruction", "init_image", "image_guidance")}
+REQUIRED = {"text": (), "edit": ("init_image",), "inpaint": ("init_image", "mask")}
 
 
 def flags(names: Iterable[str], between: str = " ") -> str:
@@ -170,14 +168,12 @@ def parse(argv: list[str]) -> Namespace:
              if getattr(args, name)]
     must(not args.compare or not extra, "--compare must be used with --run alone (got "
          f"{flags(extra)})")
-    if args.save_latents:
-        of_images = "out", "compare", "grid", "sigmas", "tiled", "text_cache", "graph", "init_image"
-        extra = [name for name in of_images if getattr(args, name)]
-        must(not extra, "--save-latents must be used without the options of images (got "
-             f"{flags(extra)})")
-    else:
-        must(bool(args.out), "--out must be a .png for one image or a folder for several (got "
-             "nothing)")
+    of_images = "out", "compare", "grid", "sigmas", "tiled", "text_cache", "graph", "init_image"
+    extra = [name for name in of_images if getattr(args, name)]
+    must(not args.save_latents or not extra, "--save-latents must be used without the options of "
+         f"images (got {flags(extra)})")
+    must(bool(args.out or args.save_latents), "--out must be a .png for one image or a folder for "
+         "several (got nothing)")
     return args
 
 
@@ -185,34 +181,32 @@ def check_task(args: Namespace, task: str) -> None:
     """Raise InputError for flags that a network of this task does not use, or that it needs."""
     must(task == "text" or not args.save_latents, "--save-latents requires a text-to-image network "
          f"(got task {task}); train.py makes the latents of others")
-    extra = [name for names in READS.values() for name in names
-             if name not in READS[task] and getattr(args, name) is not None]
-    for name in extra:
-        raise InputError(f"{flags([name])} must be left out with a network of task {task}, which "
-                         f"takes {flags(READS[task], ', ')} (got {getattr(args, name)})")
+    for name in [name for names in TASK_FLAGS.values() for name in names]:
+        value = getattr(args, name)
+        must(value is None or name in TASK_FLAGS[task], f"{flags([name])} must be left out with a "
+             f"network of task {task}, which takes {flags(TASK_FLAGS[task], ', ')} (got {value})")
     pair = [name for name in ("init_image", "strength") if getattr(args, name) is not None]
     must(task != "text" or len(pair) != 1, "--init-image and --strength must be given together "
          f"for text-to-image (got {flags(pair)})")
-    for name in {"text": (), "edit": ("init_image",), "inpaint": ("init_image", "mask")}[task]:
+    for name in REQUIRED[task]:
         must(getattr(args, name) is not None, f"{flags([name])} must be a file for a "
              f"network of task {task} (got none)")
 
 
-def asked_prompts(args: Namespace, toy: ToyConfig | None) -> list[str]:
+def read_texts(args: Namespace, toy: ToyConfig | None) -> list[str]:
     """Return the prompts or instructions; "" is the null prompt. Those of the toy dataset are
     checked by its grammar."""
-    prompts = args.prompt or args.instruction
-    if prompts is None:
-        prompts, notes = read_prompts(args.prompt_file)
+    texts = args.prompt or args.instruction
+    if texts is None:
+        texts, notes = read_prompts(args.prompt_file)
         for note in notes:
             print(note)
-    if toy is None:
-        return prompts
-    parse = edits.parse_instruction if toy.task == "edit" else captions.parse
-    prompts = [" ".join(prompt.lower().split()) for prompt in prompts]
-    for prompt in filter(None, prompts):
-        parse(prompt, toy.objects)
-    return prompts
+    if toy:
+        check = edits.parse_instruction if toy.task == "edit" else captions.parse
+        texts = [" ".join(text.lower().split()) for text in texts]
+        for text in filter(None, texts):
+            check(text, toy.objects)
+    return texts
 
 
 def read_sigmas(text: str) -> list[float]:
@@ -229,113 +223,72 @@ def read_sigmas(text: str) -> list[float]:
     return sigmas
 
 
-# --- image ---
+# --- source image ---
 
 class Source(NamedTuple):
-    """Hold the given image and its mask."""
+    """Hold --init-image and --mask."""
     image: Tensor               # [1, 3, H, W] in [-1, 1]
     mask: Tensor | None         # bool [1, H, W], True is repainted
-
-
-def read_file(flag: str, path: str) -> Tensor:
-    """Return uint8 [3, H, W] of an image file, in its own size; raise InputError naming the
-    flag."""
-    try:
-        return read_image(Path(path), image_size(Path(path)))
-    except InputError as error:
-        raise InputError(f"{flag} {path}: {error}") from None
 
 
 def read_source(args: Namespace) -> Source | None:
     """Return --init-image and --mask; raise InputError where they do not fit each other or
     --size."""
-    if args.init_image is None:
+    pixels = {}
+    for name in ("init_image", "mask"):
+        path = getattr(args, name)
+        if path is not None:
+            try:
+                pixels[name] = read_image(Path(path), image_size(Path(path)))
+            except InputError as error:
+                raise InputError(f"{flags([name])} {path}: {error}") from None
+    if not pixels:
         return None
-    pixels = read_file("--init-image", args.init_image)
-    hw = tuple(pixels.shape[1:])
-    h, w = hw
+    image, mask = pixels["init_image"], pixels.get("mask")
+    h, w = image.shape[1:]
     must(h % 16 == w % 16 == 0, f"--init-image {args.init_image}: sides must be multiples of 16 "
          f"pixels (got {h}x{w})")
-    must(args.size is None or parse_size(args.size, "--size") == hw,
+    must(args.size is None or parse_size(args.size, "--size") == (h, w),
          f"--size must be that of --init-image {args.init_image}, {h}x{w} (got {args.size})")
-    image = pixels[None].float() / 127.5 - 1
-    if args.mask is None:
-        return Source(image, None)
-    mask = read_file("--mask", args.mask)
-    with Image.open(args.mask) as file:
-        clear = file.has_transparency_data
-    must(not clear, f"--mask {args.mask} must be black and white (got transparency)")
-    must(bool((mask == mask[:1]).all()), f"--mask {args.mask} must be black and white (got "
-         "colours)")
-    try:
-        return Source(image, masks.check_mask(mask[:1], hw))
-    except InputError as error:
-        raise InputError(f"--mask {args.mask} {str(error).removeprefix('mask ')}") from None
+    if mask is not None:
+        with Image.open(args.mask) as file:
+            transparent = file.has_transparency_data
+        colours = "transparency" if transparent else "colours"
+        must(not transparent and bool((mask == mask[:1]).all()),
+             f"--mask {args.mask} must be black and white (got {colours})")
+        try:
+            mask = masks.check_mask(mask[:1], (h, w))
+        except InputError as error:
+            raise InputError(f"--mask {args.mask} {str(error).removeprefix('mask ')}") from None
+    return Source(image[None].float() / 127.5 - 1, mask)
 
 
-def sizes_of(args: Namespace, trained: list[tuple[int, int]],
-             source: Source | None) -> list[tuple[int, int]]:
+def image_sizes(args: Namespace, recipe: Recipe, source: Source | None) -> list[tuple[int, int]]:
     """Return (H, W) of the images: of --init-image, of --size, or the first one of the run."""
     if source:
         return [tuple(source.image.shape[2:])]
-    if args.size is None:
-        return [trained[0]]
-    sizes = [parse_size(size, "--size") for size in args.size.split(",")]
-    must(len(sizes) == 1 or bool(args.save_latents), f"--size must be one size (got {args.size})")
-    return sizes
+    texts = recipe.sizes[:1] if args.size is None else args.size.split(",")
+    must(len(texts) == 1 or bool(args.save_latents), f"--size must be one size (got {args.size})")
+    return [parse_size(text, "--size") for text in texts]
 
 
-def conditions(source: Source | None, task: str, codec: Codec,
-               device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """Return (latents to noise and start from, image conditioning), [1, c, h, w] or None each."""
-    if source is None:
-        return None, None
-    if task == "inpaint":
-        return None, masks.image_condition(codec.latents, *source).to(device)
-    latents = codec.latents(source.image).to(device)
-    return (latents, None) if task == "text" else (None, latents)
+# --- networks ---
 
-
-def finished(out: Tensor, source: Source | None) -> Tensor:
-    """Return the images [b, 3, H, W] with the part of the source that a mask keeps."""
-    if source is None or source.mask is None:
-        return out
-    mask = source.mask.expand(len(out), -1, -1)
-    return masks.composite(source.image.expand_as(out), out, mask)
-
-
-def shown(source: Source | None, count: int) -> dict[str, list[Tensor]]:
-    """Return the first column of --compare: the source `count` times, striped where it is
-    repainted."""
-    if source is None:
-        return {}
-    if source.mask is None:
-        return {"source": [source.image[0]] * count}
-    return {"to repaint": [masks.hatched(*source)[0]] * count}
-
-
-# --- load ---
-
-class Found(NamedTuple):
+class Networks(NamedTuple):
     """Hold what --run or --checkpoint names."""
     recipe: Recipe
     files: dict[str, Path]      # of each role that is asked for
     encoders: str               # folder of SD3's encoders and VAE; "": the toy dataset
 
     @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """Return the image sizes in pixels that the networks were trained at."""
-        return [parse_size(size) for size in self.recipe.sizes]
-
-    @property
     def toy(self) -> ToyConfig | None:
         """Return the settings of the toy dataset; None for real images."""
         r = self.recipe
-        return None if self.encoders else ToyConfig(r.task, r.objects, 0.5, r.text_dim,
-                                                    tuple(self.sizes))
+        sizes = tuple(parse_size(size) for size in r.sizes)
+        return None if self.encoders else ToyConfig(r.task, r.objects, 0.5, r.text_dim, sizes)
 
 
-def published(path: Path) -> Recipe:
+def published_recipe(path: Path) -> Recipe:
     """Return the recipe of a published SD3: its preset's, found by the network's sizes."""
     c = checkpoint.load_mmdit(path).config
     known = {name: Config(**{**values, "preset": name}) for name, values in PRESETS.items()
@@ -349,61 +302,60 @@ def published(path: Path) -> Recipe:
                      f"{', '.join(known)}")
 
 
-def locate(args: Namespace) -> Found:
-    """Return recipe, files and encoders of --checkpoint or --run."""
-    if args.checkpoint is not None:
-        path = Path(args.checkpoint)
-        values = checkpoint.load_metadata(path)
-        role = values.get("role")
-        # a published network has no metadata
-        real = role is None or values.get("domain") == "sd3"
-        must(not real or args.encoders is not None, "--encoders must be a folder with SD3's text "
-             f"encoders and VAE for {path}, a network of real images (got none)")
-        must(real or args.encoders is None, f"--encoders must be left out for {path}, a network of "
-             f"the toy dataset (got {args.encoders})")
-        if role is None:
-            found, role = published(path), "teacher"
-        else:
-            found = read_recipe(values, path)
-        must(role in ROLES, f"{path}: role must be {' or '.join(ROLES)} (got {role!r})")
-        must(args.model in (None, role), f"--model must be {role} for {path} (got {args.model})")
-        return Found(found, {role: path}, args.encoders or "")
+def find_checkpoint(args: Namespace) -> Networks:
+    """Return recipe, file and encoders of --checkpoint."""
+    path = Path(args.checkpoint)
+    must(path.exists(), f"--checkpoint: {path} does not exist")
+    header = checkpoint.load_metadata(path)
+    role = header.get("role")
+    # a published network has no metadata
+    real = role is None or header.get("domain") == "sd3"
+    must(not real or args.encoders is not None, "--encoders must be a folder with SD3's text "
+         f"encoders and VAE for {path}, a network of real images (got none)")
+    must(real or args.encoders is None, f"--encoders must be left out for {path}, a network of "
+         f"the toy dataset (got {args.encoders})")
+    if role is None:
+        recipe, role = published_recipe(path), "teacher"
+    else:
+        recipe = read_recipe(header, path)
+    must(role in ROLES, f"{path}: role must be {' or '.join(ROLES)} (got {role!r})")
+    must(args.model in (None, role), f"--model must be {role} for {path} (got {args.model})")
+    return Networks(recipe, {role: path}, args.encoders or "")
+
+
+def find_run(args: Namespace) -> Networks:
+    """Return recipe, files and encoders of --run."""
     run = Path(args.run)
     stored = run / "config.json"
     must(stored.exists(), f"--run must be a run folder of train.py; {run} has no config.json")
-    values = read_json(stored)
-    found = read_recipe(values, stored)
-    encoders = values.get("encoders", "")
+    config = read_json(stored)
+    recipe = read_recipe(config, stored)
+    encoders = config.get("encoders", "")
     must(bool(encoders) or args.encoders is None, f"--encoders must be left out for {run}, a run "
          f"of the toy dataset (got {args.encoders})")
-    files = {role: run / "checkpoints" / f"{role}.safetensors" for role in ROLES}
-    if values.get("teacher"):
-        # a run with --teacher has no copy of it
-        files["teacher"] = Path(values["teacher"])
-    roles = ROLES if args.compare else [args.model or "student"]
-    asked = {role: files[role] for role in roles}
-    # a run with --steps 0 never has a student
-    hint = " (never with --steps 0: --model teacher)" if values.get("steps") == 0 else ""
-    for path in asked.values():
-        must(path.exists(), f"{path} does not exist; train.py writes it when that stage is "
-             f"done{hint}")
-    return Found(found, asked, args.encoders or encoders)
+    files = {}
+    for role in ROLES if args.compare else [args.model or "student"]:
+        files[role] = run / "checkpoints" / f"{role}.safetensors"
+        if role == "teacher" and config.get("teacher"):
+            files[role] = Path(config["teacher"])       # such a run has no copy of it
+        hint = " (never with --steps 0: --model teacher)" if config.get("steps") == 0 else ""
+        must(files[role].exists(), f"{files[role]} does not exist; train.py writes it when that "
+             f"stage is done{hint}")
+    return Networks(recipe, files, args.encoders or encoders)
 
 
-def load(path: Path, args: Namespace, found: Found, sizes: list[tuple[int, int]]) -> MMDiT:
+def load(path: Path, args: Namespace, networks: Networks, sizes: list[tuple[int, int]]) -> MMDiT:
     """Return the network, memory-mapped on the CPU; raise InputError unless it has the channels of
     its task, takes these sizes, and, of the toy dataset, reads text of its width."""
     model = checkpoint.load_mmdit(path, pick_kernels(args.kernels, args.device))
-    c = model.config
-    task = found.recipe.task
+    c, recipe = model.config, networks.recipe
     widths = c.in_channels, c.out_channels, c.context_dim, c.pooled_dim
-    wanted = (CHANNELS + image_channels(task), CHANNELS, found.recipe.text_dim,
-              found.recipe.text_dim)
-    # the width of real text is checked in codec_of
-    if found.encoders:
+    wanted = (CHANNELS + image_channels(recipe.task), CHANNELS, recipe.text_dim, recipe.text_dim)
+    # the width of real text is checked against the encoders
+    if networks.encoders:
         widths, wanted = widths[:2], wanted[:2]
     must(widths == wanted, f"{path}: channels (in, out, text, pooled) must be {wanted} for task "
-         f"{task} (got {widths})")
+         f"{recipe.task} (got {widths})")
     # the VAE makes 8x8 pixels one position of the latents
     most = 8 * c.patch * c.pos_grid
     flag = f"--init-image {args.init_image}" if args.init_image else "--size"
@@ -412,22 +364,22 @@ def load(path: Path, args: Namespace, found: Found, sizes: list[tuple[int, int]]
     return model
 
 
-def codec_of(args: Namespace, found: Found, device: torch.device,
-             models: dict[str, MMDiT]) -> Codec:
+def load_codec(args: Namespace, networks: Networks, device: torch.device,
+               models: dict[str, MMDiT]) -> Codec:
     """Return encoders and decoder; raise InputError where their text has another width than the
     networks read."""
-    if found.toy:
-        return toy_codec(found.toy)
+    if networks.toy:
+        return toy_codec(networks.toy)
     cache = Path(args.text_cache) if args.text_cache else None
-    codec = sd3_codec(found.encoders, device, args.t5, args.t5_tokens, cache, args.tiled)
+    codec = sd3_codec(networks.encoders, device, args.t5, args.t5_tokens, cache, args.tiled)
     for role, model in models.items():
         wanted = model.config.context_dim, model.config.pooled_dim
-        must(codec.widths == wanted, f"--encoders {found.encoders}: text must have widths "
+        must(codec.widths == wanted, f"--encoders {networks.encoders}: text must have widths "
              f"{wanted} (tokens, pooled), which the {role} reads (got {codec.widths})")
     return codec
 
 
-# --- plan ---
+# --- columns: ways to sample ---
 
 class Column(NamedTuple):
     """Hold one way to sample: all that decides an image except weights, prompt, seed and size."""
@@ -440,13 +392,12 @@ class Column(NamedTuple):
     strength: float = 1.0       # the first level, before the shift
 
 
-def plan(args: Namespace, recipe: Recipe, role: str) -> dict[str, Column]:
+def make_columns(args: Namespace, recipe: Recipe, role: str) -> dict[str, Column]:
     """Return the column asked for, or those of --compare, by title."""
     guidance = recipe.guidance if args.guidance is None else args.guidance
     image_guidance = args.image_guidance
     if image_guidance is None:
         image_guidance = recipe.image_guidance
-    both = guidance, image_guidance
 
     def column(role: str, steps: int, guidance: tuple[float, float] = UNGUIDED) -> Column:
         if role == "teacher":
@@ -454,7 +405,8 @@ def plan(args: Namespace, recipe: Recipe, role: str) -> dict[str, Column]:
         return Column(role, recipe.sampler, steps, recipe.sigmas(steps).tolist(), *UNGUIDED)
 
     if args.compare:
-        columns = [column("teacher", recipe.sample_steps, both), column("teacher", 4)]
+        columns = [column("teacher", recipe.sample_steps, (guidance, image_guidance)),
+                   column("teacher", 4)]
         columns += [column("student", n) for n in (4, 2, 1) if n in step_counts(recipe.levels)]
     else:
         for name in "guidance", "image_guidance":
@@ -462,22 +414,21 @@ def plan(args: Namespace, recipe: Recipe, role: str) -> dict[str, Column]:
             must(role == "teacher" or value in (None, 1), f"{flags([name])} must be 1 for a "
                  "student, which learned the guidance of its teacher; to change it use --model "
                  f"teacher (got {value})")
-        full = recipe.sample_steps if role == "teacher" else len(recipe.levels)
-        columns = [column(role, args.steps or full, both)]
+        steps = recipe.sample_steps if role == "teacher" else len(recipe.levels)
+        columns = [column(role, args.steps or steps, (guidance, image_guidance))]
         if args.sigmas is not None:
-            sigmas = read_sigmas(args.sigmas)
-            trained = columns[0].sigmas
+            sigmas, trained = read_sigmas(args.sigmas), columns[0].sigmas
             columns = [columns[0]._replace(steps=len(sigmas) - 1, sigmas=sigmas)]
             new = [f"{s:g}" for s in sigmas if min(abs(s - t) for t in trained) > 1e-3]
             if role == "student" and new:
                 print(f"note: this student was not trained at levels {', '.join(new)}")
     if args.strength is not None:
-        columns = [started(args, recipe.shift, c) for c in columns]
+        columns = [start_at_strength(args, recipe.shift, c) for c in columns]
     evals = [evaluations(c.guidance, c.image_guidance) for c in columns]
     return {f"{c.role} {c.steps}" + (f" x {n}" if n > 1 else ""): c for c, n in zip(columns, evals)}
 
 
-def started(args: Namespace, shift: float, column: Column) -> Column:
+def start_at_strength(args: Namespace, shift: float, column: Column) -> Column:
     """Return the column from that of its levels on which, before the shift, is nearest to
     --strength; print which one if it is another value."""
     # a shift of 1 / a undoes a shift of a
@@ -490,10 +441,11 @@ def started(args: Namespace, shift: float, column: Column) -> Column:
     return column._replace(sigmas=column.sigmas[i:], strength=round(levels[i], 6))
 
 
-# --- write ---
+# --- output ---
 
-def outputs(args: Namespace, count: int) -> list[Path]:
-    """Return the files to write; raise InputError where one exists or cannot be written."""
+def output_paths(args: Namespace, count: int) -> list[Path]:
+    """Return the files to write, in a folder that exists; raise InputError where one exists or
+    cannot be written."""
     out = Path(args.out)
     one = args.grid or args.compare or count == 1
     form = "a name ending in .png" if one else "a folder for several images, or use --grid"
@@ -510,165 +462,170 @@ def outputs(args: Namespace, count: int) -> list[Path]:
     return paths
 
 
-def texts(args: Namespace, recipe: Recipe, columns: list[Column], files: dict[str, Path],
-          hw: tuple[int, int],
-          device: torch.device) -> Callable[[list[str], list[int]], dict[str, str]]:
-    """Return a function from prompts and seeds to the text chunks of a PNG: "parameters" in the
-    form that other programs read, "ladd" all of it as JSON."""
-    if args.no_metadata:
-        return lambda prompts, seeds: {}
+def describe_sampling(args: Namespace, recipe: Recipe, columns: Iterable[Column],
+                      files: dict[str, Path], hw: tuple[int, int], device: torch.device) -> dict:
+    """Return all that decides the images but their prompts and seeds, for the PNG."""
     models = {}
     for role, path in files.items():
         digest = hashlib.sha256()
         for part in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
             with part.open("rb") as file:
                 digest = hashlib.file_digest(file, lambda: digest)
-        digest = digest.hexdigest()[:10]
         name = f"{Path(args.run).resolve().name}-{role}" if args.run else path.stem
-        models[role] = {"model": name, "model_hash": digest}
-    described = [c._asdict() | models[c.role] for c in columns]
+        models[role] = {"model": name, "model_hash": digest.hexdigest()[:10]}
     given = {name: Path(getattr(args, name)).name for name in ("init_image", "mask")
              if getattr(args, name)}
-    shared = {"task": recipe.task, **given, "height": hw[0], "width": hw[1], "shift": recipe.shift,
-              "device": device_name(device), "commit": commit(), "versions": versions(),
-              "columns": described}
-
-    def text(prompts: list[str], seeds: list[int]) -> dict[str, str]:
-        # "parameters" has room for one column and one seed
-        c = described[0]
-        line = (f"Steps: {c['steps']}, Sampler: {c['sampler'].capitalize()}, "
-                f"CFG scale: {c['guidance']:g}, ")
-        if c["image_guidance"] != 1:
-            line += f"Image CFG scale: {c['image_guidance']:g}, "
-        line += (f"Seed: {seeds[0]}, Size: {hw[1]}x{hw[0]}, Model hash: {c['model_hash']}, "
-                 f"Model: {c['model']}")
-        if args.strength is not None:
-            line += f", Denoising strength: {c['strength']:g}"
-        return {"parameters": "\n".join([*dict.fromkeys(prompts), line]),
-                "ladd": json.dumps({"prompts": prompts, "seeds": seeds, **shared})}
-    return text
+    return {"task": recipe.task, **given, "height": hw[0], "width": hw[1], "shift": recipe.shift,
+            "device": device_name(device), "commit": commit(), "versions": versions(),
+            "columns": [c._asdict() | models[c.role] for c in columns]}
 
 
-def sheet(args: Namespace, prompts: list[str], seeds: list[int],
-          columns: dict[str, list[Tensor]]) -> Image.Image:
-    """Return one sheet. --compare: one row per image. --grid: one row per prompt, with seed + j in
-    column +j."""
+def png_text(args: Namespace, prompts: list[str], seeds: list[int],
+             sampling: dict) -> dict[str, str]:
+    """Return the text chunks of a PNG: "parameters" in the form that other programs read, which has
+    room for one column and one seed, and "ladd", all of it as JSON. None with --no-metadata."""
+    if not sampling:
+        return {}
+    c = sampling["columns"][0]
+    line = (f"Steps: {c['steps']}, Sampler: {c['sampler'].capitalize()}, "
+            f"CFG scale: {c['guidance']:g}, ")
+    if c["image_guidance"] != 1:
+        line += f"Image CFG scale: {c['image_guidance']:g}, "
+    line += (f"Seed: {seeds[0]}, Size: {sampling['width']}x{sampling['height']}, "
+             f"Model hash: {c['model_hash']}, Model: {c['model']}")
+    if args.strength is not None:
+        line += f", Denoising strength: {c['strength']:g}"
+    return {"parameters": "\n".join([*dict.fromkeys(prompts), line]),
+            "ladd": json.dumps({"prompts": prompts, "seeds": seeds, **sampling})}
+
+
+def make_sheet(args: Namespace, prompts: list[str], seeds: list[int], source: Source | None,
+               columns: dict[str, list[Tensor]]) -> Image.Image:
+    """Return one sheet. --compare: one row per image, first what the networks were given. --grid:
+    one row per prompt, with seed + j in column +j."""
     stride = args.num if args.grid else 1
     rows = [f"{prompt or '(empty)'}, seed={seed}"
             for prompt, seed in zip(prompts[::stride], seeds[::stride])]
     if args.grid:
         (title, images), = columns.items()
         columns = {f"+{j}" if j else title: images[j::stride] for j in range(stride)}
+    elif source and source.mask is None:
+        columns = {"source": [source.image[0]] * len(rows), **columns}
+    elif source:
+        columns = {"to repaint": [masks.hatched(*source)[0]] * len(rows), **columns}
     cell = max(128, *next(iter(columns.values()))[0].shape)
     return sheets.contact_sheet(columns, rows, cell)
 
 
 # --- main ---
 
-def save_latents(args: Namespace, found: Found, prompts: list[str], sizes: list[tuple[int, int]],
-                 model: MMDiT, codec: Codec, device: torch.device) -> None:
+def save_latents(args: Namespace, networks: Networks, prompts: list[str],
+                 sizes: list[tuple[int, int]], model: MMDiT, codec: Codec,
+                 device: torch.device) -> None:
     """Write latents that the teacher generates, --num for each prompt."""
     count = len(prompts) * args.num
     plan = prompt_plan(prompts, sizes, count, args.shard, args.seed)
-    toy, recipe = found.toy, found.recipe
+    toy, recipe = networks.toy, networks.recipe
     if toy:
         codes = [captions.parse(prompt, toy.objects) for prompt in plan.prompts]
         plan = plan._replace(codes=torch.tensor(codes))
-    steps = args.steps or recipe.sample_steps
     guidance = recipe.guidance if args.guidance is None else args.guidance
-    dtype, rows = (torch.float32, 1024) if toy else (torch.bfloat16, 256)
-    begin = time.perf_counter()
-    stopper = Stopper()
-
-    def prepare(model: MMDiT) -> MMDiT:
-        """Return the network on the device, in its compute dtype."""
-        return frozen(model, compute_dtype("auto", device), device)
-
-    whole = generate.generate_latents(
-        Path(args.save_latents), plan, model, prepare, codec, steps, recipe.shift, (guidance, 1.0),
-        args.batch, dtype, rows, lambda: bool(stopper))
+    start, stopper = time.perf_counter(), Stopper()
+    complete = generate.generate_latents(
+        Path(args.save_latents), plan, model,
+        lambda model: frozen(model, compute_dtype("auto", device), device), codec,
+        args.steps or recipe.sample_steps, recipe.shift, (guidance, 1.0), args.batch, toy is None,
+        stopper)
     if ranks()[0] == 0:
-        made = f"{count} latents" if whole else "stopped; the same call resumes"
-        print(f"{args.save_latents}: {made}, {time.perf_counter() - begin:.0f} s, "
+        result = f"{count} latents" if complete else "stopped; the same call resumes"
+        print(f"{args.save_latents}: {result}, {time.perf_counter() - start:.0f} s, "
               f"{memory_gb(device):.2f} GB at peak")
     finish()
 
 
-def begun(column: Column, seeds: list[int], shape: tuple[int, ...], text: Text, init: Tensor | None,
-          image: Tensor | None) -> tuple[Tensor, Text]:
-    """Return (x [b, *shape], text) that sampling begins with: noise, or `init` noised to the first
-    level of the column; text with the image conditioning."""
-    x = image_noise(seeds, shape).to(text.context.device)
-    if init is not None:
-        x = flow.noised(init.expand_as(x), x, torch.tensor(column.sigmas[:1]).to(x))
-    if image is not None:
-        text = text._replace(image=image.expand(len(x), *image.shape[1:]))
-    return x, text
-
-
 def main(argv: list[str]) -> None:
     """Sample what the flags ask for; raise InputError before anything is written."""
+    # 1. read and check everything that is given
     args = parse(argv)
-    found = locate(args)
-    recipe = found.recipe
+    networks = find_run(args) if args.run is not None else find_checkpoint(args)
+    recipe = networks.recipe
     check_task(args, recipe.task)
-    prompts = asked_prompts(args, found.toy)
+    prompts = read_texts(args, networks.toy)
     source = read_source(args)
-    sizes = sizes_of(args, found.sizes, source)
-    models = {role: load(path, args, found, sizes) for role, path in found.files.items()}
+    sizes = image_sizes(args, recipe, source)
+    models = {role: load(path, args, networks, sizes) for role, path in networks.files.items()}
     device = pick_device(args.device)
     must(not args.graph or device.type == "cuda", f"--graph requires a GPU (got {device})")
-    codec = codec_of(args, found, device, models)
+    codec = load_codec(args, networks, device, models)
     if args.save_latents:
         must("teacher" in models, "--save-latents requires --model teacher (got a student)")
-        return save_latents(args, found, prompts, sizes, models["teacher"], codec, device)
+        return save_latents(args, networks, prompts, sizes, models["teacher"], codec, device)
     hw = sizes[0]
     prompts = [prompt for prompt in prompts for _ in range(args.num)]
     seeds = [args.seed + i for i in range(len(prompts))]
-    columns = plan(args, recipe, next(iter(found.files)))
+    columns = make_columns(args, recipe, next(iter(models)))
     # the last check of the input, since it makes the folder
-    paths = outputs(args, len(prompts))
-    text_of = texts(args, recipe, [*columns.values()], found.files, hw, device)
+    paths = output_paths(args, len(prompts))
+    sampling = {}
+    if not args.no_metadata:
+        sampling = describe_sampling(args, recipe, columns.values(), networks.files, hw, device)
 
+    # 2. encode text and source image
     codec.embed(["", *prompts])
     codec.release()
-    given = conditions(source, recipe.task, codec, device)
+    null = null_text(codec).to(device)
+    init = image = None     # latents to noise and start from; image conditioning. [1, c, h, w] each
+    if recipe.task == "inpaint":
+        image = masks.image_condition(codec.latents, *source).to(device)
+    elif recipe.task == "edit":
+        image = codec.latents(source.image).to(device)
+    elif source:
+        init = codec.latents(source.image).to(device)
+
+    # 3. sample, batch by batch
     dtype = compute_dtype("auto", device)
     models = {role: frozen(model, dtype, device) for role, model in models.items()}
     if args.graph:
         models = {role: Graphed(model) for role, model in models.items()}
-    null = null_text(codec).to(device)
     shape = CHANNELS, hw[0] // 8, hw[1] // 8
-    made = {title: [] for title in columns}
-    bar = tqdm(total=len(columns) * len(prompts), desc="images", dynamic_ncols=True)
+    images = {title: [] for title in columns}
     seconds, steps = 0.0, 0                                          # of the sampling alone
     begin = time.perf_counter()
-    for title, c in columns.items():
-        for i in range(0, len(prompts), args.batch):
-            part, drawn = prompts[i:i + args.batch], seeds[i:i + args.batch]
-            text = codec.embed(part).to(device)
-            x, text = begun(c, drawn, shape, text, *given)
-            wait(device)
-            start = time.perf_counter()
+    with progress("images", len(columns) * len(prompts)) as bar:
+        for title, c in columns.items():
             sigmas = torch.tensor(c.sigmas)
-            x0 = sample(models[c.role], x, text, sigmas, c.sampler, drawn, null, c.guidance,
-                        c.image_guidance)
-            wait(device)
-            seconds += time.perf_counter() - start
-            steps += len(sigmas) - 1
-            out = finished(codec.decode(x0), source)                # [b, 3, H, W]
-            if args.grid or args.compare:
-                made[title].extend(out)
-            else:
-                # each batch is written at once: an interrupted call keeps its images
-                for path, image, prompt, seed in zip(paths[i:], out, part, drawn):
-                    sheets.save_png(image, path, text_of([prompt], [seed]))
-            bar.update(len(part))
-    bar.close()
+            for i in range(0, len(prompts), args.batch):
+                batch = slice(i, i + args.batch)
+                text = codec.embed(prompts[batch]).to(device)
+                x = image_noise(seeds[batch], shape).to(device)         # [b, 16, h, w]
+                if init is not None:
+                    x = flow.noised(init.expand_as(x), x, sigmas[:1].to(x))
+                if image is not None:
+                    text = text._replace(image=image.expand(len(x), *image.shape[1:]))
+                wait(device)
+                start = time.perf_counter()
+                x0 = sample(models[c.role], x, text, sigmas, c.sampler, seeds[batch], null,
+                            c.guidance, c.image_guidance)
+                wait(device)
+                seconds += time.perf_counter() - start
+                steps += len(sigmas) - 1
+                out = codec.decode(x0)                                  # [b, 3, H, W]
+                if source and source.mask is not None:
+                    mask = source.mask.expand(len(out), -1, -1)
+                    out = masks.composite(source.image.expand_as(out), out, mask)
+                if args.grid or args.compare:
+                    images[title].extend(out)
+                else:
+                    # each batch is written at once: an interrupted call keeps its images
+                    for path, picture, prompt, seed in zip(paths[batch], out, prompts[batch],
+                                                           seeds[batch]):
+                        sheets.save_png(picture, path, png_text(args, [prompt], [seed], sampling))
+                bar.update(len(out))
+
+    # 4. one sheet, and what was done
     if args.grid or args.compare:
-        first = shown(source, len(prompts)) if args.compare else {}
-        sheets.save_png(sheet(args, prompts, seeds, first | made), paths[0],
-                        text_of(prompts, seeds))
+        sheet = make_sheet(args, prompts, seeds, source if args.compare else None, images)
+        sheets.save_png(sheet, paths[0], png_text(args, prompts, seeds, sampling))
     wall = time.perf_counter() - begin
     count = len(columns) * len(prompts)
     where = paths[0] if len(paths) == 1 else paths[0].parent

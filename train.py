@@ -19,6 +19,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -39,48 +40,38 @@ from ladd.data.prompts import (Codec, Prompts, given_prompts, held_out, pairs_pl
                                read_prompts)
 from ladd.data.shards import Latents
 from ladd.engine import generate, parallel, state
-from ladd.engine.inputs import Needs, load_data, load_pairs, load_teacher, start_of, teacher_sizes
+from ladd.engine.inputs import Needs, load_data, load_teacher, start_of, teacher_sizes
 from ladd.engine.networks import (Compute, check_lora, distribute, inference, checkpoint_tensors,
                                   network, refresh, save_network, trainable)
 from ladd.engine.parallel import Watch, any_rank, ranks
 from ladd.engine.run import (Health, Log, Stopped, Stopper, device_name, memory_gb, open_run,
-                             progress)
-from ladd.engine.step import (CLIP, Optim, calibrate, ladd_step, learning_rate, make_networks,
-                              moments, step_keys, step_parts)
+                             progress, read_seconds, write_seconds)
+from ladd.engine.step import (CLIP, Optim, calibrate, ladd_step, make_networks, rate_factor,
+                              step_keys, step_parts)
 from ladd.report import compare, evaluate, speed
 from ladd.sd3 import checkpoint, encoders
 from ladd.sd3.encoders import sd3_codec
 from ladd.toy.prompts import BEST, VALIDATION, draw_prompts, toy_codec, toy_latents, toy_plan
 
 
-def save_every(config: Config, saver: state.Saver, health: Health, step: int, done: int,
-               stopper: Stopper, tensors, meta) -> None:
+def save_or_stop(config: Config, saver: state.Saver, health: Health, step: int, done: int,
+                 stopper: Stopper, to_checkpoint: Callable, meta: dict) -> None:
     """Save at the interval, and on a signal or stop_after, then raise Stopped. `done` counts the
     steps of this process. Losses and gradients are checked first: NaN or inf ends the run
-    instead."""
-    # a checkpoint that was written in the background becomes the newest once all have written it
+    instead. `to_checkpoint` returns the arguments of state.collect."""
     wish = bool(stopper) or bool(config.stop_after and done >= config.stop_after)
     stop, unwritten = any_rank((wish, not saver.written))
+    # a checkpoint that is written in the background becomes the newest once all have written it
     if not unwritten:
         saver.publish()
     if stop or step % config.save_every == 0:
-        check_health(health, saver)
-        saver.begin(step, tensors(), meta)
+        health.check()
+        saver.begin(step, state.collect(*to_checkpoint()), meta)
     if stop:
         saver.finish()
         reason = stopper.signal or ("stop_after" if done == config.stop_after
                                     else "a signal elsewhere")
         raise Stopped(f"{reason}: saved step {step} in {saver.folder}; the same command resumes")
-
-
-def check_health(health: Health, saver: state.Saver) -> None:
-    """End a run whose losses or gradients are NaN or inf, with the checkpoint before them on
-    disk."""
-    try:
-        health.check()
-    except FloatingPointError:
-        saver.finish()
-        raise
 
 
 # --- stage 1: teacher ---
@@ -96,24 +87,21 @@ def train_teacher(config: Config, run: Path, needs: Needs, pairs: Latents | None
     sizes, untrained = start_of(needs, config.base, config.seed, compute.ops)
     # x_embedder has new input channels for the image, so it trains next to a LoRA
     reads_image = "x_embedder" if config.task != "text" else ""
-    model = network(sizes, untrained, compute, torch.float32, True, adapter=teacher_lora(config),
-                    also=reads_image)
+    model = network(sizes, untrained, compute, torch.float32, trains=True,
+                    adapter=teacher_lora(config), also=reads_image)
     optimizer = torch.optim.AdamW(trainable(model).values(), config.teacher_lr, betas=(0.9, 0.99),
                                   weight_decay=0.01, fused=True)
 
-    def tensors(saved: state.State | None = None) -> dict[str, Tensor]:
-        """Return what a checkpoint holds: weights and the optimizer's moments."""
-        weights = {f"model.{k}": v for k, v in checkpoint_tensors(model, model).items()}
-        return weights | moments(optimizer, model, "opt.", saved)
+    def to_checkpoint() -> tuple[state.Tensors, state.Optimizers]:
+        """Return what the stage resumes from."""
+        return ({"model": checkpoint_tensors(model, model)},
+                {"opt": (optimizer, trainable(model))})
 
     saver = state.Saver(run / "checkpoints" / "teacher", rank, world, any_rank)
     start = 0
-    meta = {"base": checkpoint.fingerprint(config.base) if config.base else ""}
     if saved := state.open_state(saver.folder):
         start = saved.step
-        must(saved.meta == meta, f"--base must be the file that {saver.folder} began with (got "
-             f"{config.base}), or take another --name")
-        state.fill(saved, tensors(saved))
+        state.restore(saved, *to_checkpoint())
     latents = pairs or toy_latents(toy_of(config), config.teacher_images, config.seed)
     exclude = latents.holdout if pairs else 0
     null = Text(*latents.null).to(device)
@@ -148,7 +136,7 @@ def train_teacher(config: Config, run: Path, needs: Needs, pairs: Latents | None
     since = time.perf_counter()
     steps = range(start, config.teacher_steps)
     feed = Prefetch(make, ((i,) for i in steps), device)
-    with Watch("teacher", config.timeout) as watch:
+    with Watch("teacher", config.timeout) as watch, saver, bar:
         for step, batch in zip(steps, feed):
             watch.heartbeat(step)
             # 1. loss and gradients, micro-batch by micro-batch
@@ -172,14 +160,13 @@ def train_teacher(config: Config, run: Path, needs: Needs, pairs: Latents | None
             bar.update()
             health.note(step + 1, {"loss": loss}, {"": (model, norms)})
             if (step + 1) % config.log_every == 0:
-                check_health(health, saver)
+                health.check()
                 line = parallel.mean({"loss": loss.item(), "grad_norm": norms.total.item()})
                 log.write(step + 1, **line, seconds=time.perf_counter() - since)
                 bar.set_postfix(loss=f"{line['loss']:.3f}", gb=f"{memory_gb(device):.1f}")
-            save_every(config, saver, health, step + 1, step + 1 - start, stopper, tensors, meta)
-        check_health(health, saver)
-        saver.finish()
-    bar.close()
+            save_or_stop(config, saver, health, step + 1, step + 1 - start, stopper, to_checkpoint,
+                         {})
+        health.check()
     base = Path(config.base).name
     if config.task != "text":
         base += f" of {sizes.in_channels} input channels, with x_embedder of teacher.safetensors"
@@ -205,15 +192,12 @@ def make_data(config: Config, run: Path, teacher: MMDiT, pairs: Latents | None, 
     else:
         prompts, _ = read_prompts(config.prompts)
         plan = prompt_plan(prompts, config.hw, size, shard, seed)
-    dtype, rows = (torch.float32, 1024) if toy else (torch.bfloat16, 256)
     with Watch("data", config.timeout) as watch:
-        whole = generate.generate_latents(run / "data", plan, teacher,
-                                          lambda model: inference(model, compute), codec,
-                                          config.sample_steps, config.shift,
-                                          (config.guidance, config.image_guidance),
-                                          config.sample_batch, dtype, rows, lambda: bool(stopper),
-                                          watch.heartbeat)
-    if not whole:
+        complete = generate.generate_latents(
+            run / "data", plan, teacher, lambda model: inference(model, compute), codec,
+            config.sample_steps, config.shift, (config.guidance, config.image_guidance),
+            config.sample_batch, config.real, stopper, watch.heartbeat)
+    if not complete:
         raise Stopped(f"{stopper.signal}: shards saved in {run / 'data'}; the same command resumes")
     return load_data(run / "data", teacher.config, config.task, config.batch)
 
@@ -248,7 +232,7 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
     meta = {"best": math.inf, "first": {}}
     if saved := state.open_state(saver.folder):
         start, meta = saved.step, saved.meta
-        state.fill(saved, p.tensors(saved))
+        state.restore(saved, *p.to_checkpoint())
     else:
         calibrate(dc, batching, p.teacher, p.heads, latents)
 
@@ -273,12 +257,12 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
                       step_keys(start, total, config.heads_steps), device)
     batches = iter(stream)
 
-    def evaluated(it: int, step: int) -> None:
-        """Evaluate, save a grid of samples, keep the best student."""
+    def evaluate_student(it: int) -> None:
+        """Save a grid of samples and the metrics after `it` iterations; keep the best student."""
         if eval_model is not p.ema:
             refresh(eval_model, p.ema, untrained)
         compare.save_grid(recipe, codec, eval_model, shown, config.sample_batch,
-                          run / "samples" / f"{step:06d}.png")
+                          run / "samples" / f"{it:06d}.png")
         values = {}
         if reference:
             values = evaluate.quality(recipe, codec, eval_model, prompts, reference,
@@ -287,11 +271,11 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
                                                  config.sample_batch)
         # equal except for rounding; the mean makes all processes choose the same best student
         values = parallel.mean(values)
-        found = evaluate.collapse_warnings(values, meta["first"] or values)
-        evals.write(it, **values, **alarms_column(found))
-        bar.write(f"step {step:5d}  " + "  ".join(
+        warnings = evaluate.collapse_warnings(values, meta["first"] or values)
+        evals.write(it, **values, **warnings_column(warnings))
+        bar.write(f"step {it:5d}  " + "  ".join(
             f"{k} {v:.3f}" for k, v in values.items() if k.startswith(("fd_", "prompt", "auc"))))
-        warn(bar, step, found)
+        warn(bar, it, warnings)
         meta["first"] = meta["first"] or values
         score = values["fd_1"] + values[f"fd_{len(config.levels)}"] if reference else math.inf
         if score < meta["best"]:
@@ -299,14 +283,14 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
             save_network(p.ema, untrained, out.with_name("best.safetensors"),
                          recipe.metadata("student", config.real), origin)
 
-    with Watch("distill", config.timeout) as watch:
+    with Watch("distill", config.timeout) as watch, saver, bar:
         for it in range(start, total + 1):
-            # 1. once in a while: evaluate; `step` counts the student's steps and is negative while
-            # only the discriminator trains
+            # 1. once in a while: evaluate. Log, files and messages count iterations; `step` counts
+            # the student's steps and is negative while only the discriminator trains
             step = it - first
             if config.eval_every and (step >= 0 and step % config.eval_every == 0 or it == total):
                 with pace.paused():
-                    evaluated(it, step)
+                    evaluate_student(it)
             if it == total:
                 break
             if config.profile and it == max(start, total - 3):
@@ -314,8 +298,8 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
                 profiler.start()
 
             # 2. discriminator steps, each with its own batch; the last one updates the student too
-            p.opt_g.param_groups[0]["lr"] = config.lr * learning_rate(optim, step, max(step, 0))
-            p.opt_d.param_groups[0]["lr"] = config.heads_lr * learning_rate(optim, step, it)
+            p.opt_g.param_groups[0]["lr"] = config.lr * rate_factor(optim, step, max(step, 0))
+            p.opt_d.param_groups[0]["lr"] = config.heads_lr * rate_factor(optim, step, it)
             for j in range(config.heads_steps):
                 parts = next(batches)
                 watch.heartbeat(it)
@@ -327,21 +311,20 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
             losses = {k: v for k, v in stats.items() if k.startswith("loss")}
             health.note(it + 1, losses, {name: (getattr(p, name), n) for name, n in norms.items()})
             if (it + 1) % config.log_every == 0:
-                check_health(health, saver)
+                health.check()
                 line = {k: v.item() for k, v in losses.items()}
                 line |= {f"norm_{'d' if name == 'heads' else 'g'}": n.total.item() for name, n
                          in norms.items()}
                 line = parallel.mean(line) | evaluate.batch_metrics(stats)
                 line |= pace.line(stream.waited, config.log_every)
-                found = evaluate.collapse_warnings(line) if step >= 0 else []
-                log.write(it + 1, **line, **alarms_column(found))
+                warnings = evaluate.collapse_warnings(line) if step >= 0 else []
+                log.write(it + 1, **line, **warnings_column(warnings))
                 bar.set_postfix({k: f"{line[k]:.2f}" for k in ("loss_d", "loss_g") if k in line},
                                 gb=f"{line['gb']:.1f}")
-                warn(bar, step, found)
-            save_every(config, saver, health, it + 1, it + 1 - start, stopper, p.tensors, meta)
-        check_health(health, saver)
-        saver.finish()
-    bar.close()
+                warn(bar, it + 1, warnings)
+            save_or_stop(config, saver, health, it + 1, it + 1 - start, stopper, p.to_checkpoint,
+                         meta)
+        health.check()
     if config.profile and start < total:
         profiler.stop()
         profiler.export_chrome_trace(config.profile if rank == 0 else f"{config.profile}.{rank}")
@@ -359,15 +342,15 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
     any_rank()
 
 
-def alarms_column(found: list[str]) -> dict[str, list[str]]:
+def warnings_column(warnings: list[str]) -> dict[str, list[str]]:
     """Return the column of the log, which exists only with a warning."""
-    return {"warnings": found} if found else {}
+    return {"warnings": warnings} if warnings else {}
 
 
-def warn(bar, step: int, alarms: list[str]) -> None:
+def warn(bar, it: int, warnings: list[str]) -> None:
     """Print collapse warnings above the progress bar, whose name shows that there was one."""
-    for alarm in alarms:
-        bar.write(f"step {step}: warning: {alarm}")
+    for warning in warnings:
+        bar.write(f"step {it}: warning: {warning}")
         bar.set_description("distill!")
 
 
@@ -381,7 +364,7 @@ def write_report(config: Config, run: Path, base: MMDiT, shown: list[Prompts], c
     student = checkpoint.load_mmdit(run / "checkpoints" / "student.safetensors", compute.ops)
     weights = ((base.config, base.state_dict()), (student.config, student.state_dict()),
                shrunk(base, student.config.depth))
-    networks = [network(*pair, compute, compute.dtype, False, compute.shard_teacher)
+    networks = [network(*pair, compute, compute.dtype, sharded=compute.shard_teacher)
                 for pair in weights]
     with Watch("report", config.timeout) as watch:
         compare.write_run_report(config.recipe, toy_of(config), run, shown, codec, networks,
@@ -416,23 +399,32 @@ def check_inputs(config: Config, compute: Compute, needs: Needs, say: Callable) 
             say(note)
     sizes = teacher_sizes(config.teacher_file, needs, config.base, compute.ops)
     check_lora(sizes, config.student_depth, teacher_lora(config), student_lora(config))
-    if config.data and config.data != "toy":
-        load_data(Path(config.data), sizes, config.task, config.batch)
     stored = config.folder / "config.json"
-    if stored.exists():
+    if stored.exists() and not config.dry_run:
         check_same(config, files.read_json(stored))
     return sizes
 
 
-def read_pairs(config: Config, sizes: MMDiTConfig, codec: Codec) -> Latents | None:
+def hash_inputs(config: Config) -> dict[str, str]:
+    """Return a fingerprint of each file or folder that a flag names. --data toy is none, and
+    --base may be gone once the run has its teacher."""
+    hashes = {}
+    for name in ("teacher", "base", "data", "pairs", "prompts", "eval_prompts"):
+        path = Path(getattr(config, name))
+        if name in ("teacher", "base") and getattr(config, name) and path.exists():
+            hashes[name] = checkpoint.fingerprint(path)
+        elif getattr(config, name) and path.exists():
+            hashes[name.replace("_", "-")] = files.fingerprint(path)
+    return hashes
+
+
+def read_pairs(config: Config, sizes: MMDiTConfig, made: dict[str, str]) -> Latents | None:
     """Return the images of --pairs, of which each size gets a batch of generated latents."""
     if not config.pairs:
         return None
-    made = {"text": codec.provenance["encoders"],
-            "vae": encoders.fingerprint(config.encoders, ["vae"])}
     # no teacher is trained with --teacher, so a single pair is enough
     batch = 1 if config.teacher else config.teacher_batch
-    pairs = load_pairs(Path(config.pairs), sizes, config.task, batch, made)
+    pairs = load_data(Path(config.pairs), sizes, config.task, batch, made)
     least = least_data(len(pairs.buckets), config.batch, config.shard_size)
     must(config.data_size >= least or bool(config.data) or not config.steps, "--data-size must be "
          f"at least {least}, a --batch of each of the {len(pairs.buckets)} sizes of {config.pairs} "
@@ -455,16 +447,14 @@ def main(argv: list[str]) -> None:
     if device.type == "cuda" and not any(a.startswith("--preset") for a in argv):
         say("preset tiny: the default on every device; --preset shapes is the larger one for a GPU")
     config.micro(world)
-    must(world % config.replicas == 0, f"--replicas must divide the {world} processes (got "
-         f"{config.replicas})")
+    must(world % config.replicas == 0, f"--replicas must divide the number of processes, {world} "
+         f"(got {config.replicas})")
     if (not config.real or config.base) and not config.teacher:
         config.micro(world, teacher=True)
+    sizes = check_inputs(config, compute, needs, say)
     if config.dry_run:
-        sizes = teacher_sizes(config.teacher_file, needs, config.base, compute.ops)
-        check_lora(sizes, config.student_depth, teacher_lora(config), student_lora(config))
         prompts = len(set(read_prompts(config.prompts)[0])) if config.prompts else config.data_size
         return bench.dry_run(config, sizes, compute, prompts) if rank == 0 else None
-    sizes = check_inputs(config, compute, needs, say)
     parallel.start(device, config.timeout)
 
     def plan(**shards: int) -> dict[str, int]:
@@ -476,53 +466,8 @@ def main(argv: list[str]) -> None:
     if config.bench_steps:
         bench.bench(config, compute)
         return parallel.finish()
-    run = config.folder
-    stopper = Stopper()
-    if config.real:
-        codec = sd3_codec(config.encoders, device, config.t5, config.t5_tokens,
-                          run / "text.safetensors")
-    else:
-        codec = toy_codec(toy_of(config))
-    widths = sizes.context_dim, sizes.pooled_dim
-    must(codec.widths == widths, f"--encoders {config.encoders}: text must have widths {widths} "
-         f"(tokens, pooled), which the teacher reads (got {codec.widths})")
-    pairs = read_pairs(config, sizes, codec)
-    shown = shown_prompts(config, pairs)
-    if rank == 0:
-        open_run(run, to_json(config))
-        # one process writes the file of text, all read it
-        if config.real:
-            codec.embed(["", *(c for p in shown for c in p.captions)])
-            codec.release()
-    # wait until the first process has made the run folder
-    any_rank()
-    say(f"{run}: {device_name(device)}, {compute.dtype}")
-    clock = run / "seconds.json"
-    seconds = files.read_json(clock) if clock.exists() else {}
-
-    def timed(name: str, stage: Callable, *args):
-        """Run a stage; its seconds add up over all calls of the run."""
-        start = time.perf_counter()
-        try:
-            return stage(config, run, *args)
-        finally:
-            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
-            if rank == 0:
-                files.publish(clock, lambda path: files.write_json(path, seconds))
-
     try:
-        teacher = timed("teacher", train_teacher, needs, pairs, compute, stopper)
-        if not config.steps:
-            say(f"--steps 0: the run ends with its teacher, {config.teacher_file}")
-            return parallel.finish()
-        latents = timed("data", make_data, teacher, pairs, codec, compute, stopper)
-        timed("distill", distill, teacher, latents, shown, codec, compute, stopper)
-        if not (run / "report.json").exists():
-            if any_rank(bool(stopper)):
-                raise Stopped(f"{stopper.signal or 'a signal elsewhere'}: the student is saved; "
-                              "the same command reports")
-            stopper.end()
-            write_report(config, run, teacher, shown, codec, compute, seconds)
+        run_stages(config, compute, needs, sizes, say)
     except torch.OutOfMemoryError as error:
         shards = compute.mesh["shard"].size() if compute.mesh else 1
         planned = plan(shard=shards, teacher_shard=shards if compute.shard_teacher else 1)
@@ -534,9 +479,64 @@ def main(argv: list[str]) -> None:
     parallel.finish()
 
 
+def run_stages(config: Config, compute: Compute, needs: Needs, sizes: MMDiTConfig,
+               say: Callable[[str], None]) -> None:
+    """Run the stages in the run folder, which only one command at a time may use."""
+    run, rank, stopper = config.folder, ranks()[0], Stopper()
+    if config.real:
+        codec = sd3_codec(config.encoders, compute.device, config.t5, config.t5_tokens,
+                          run / "text.safetensors")
+    else:
+        codec = toy_codec(toy_of(config))
+    widths = sizes.context_dim, sizes.pooled_dim
+    must(codec.widths == widths, f"--encoders {config.encoders}: text must have widths {widths} "
+         f"(tokens, pooled), which the teacher reads (got {codec.widths})")
+    made = {}       # what latents from elsewhere must have been made with
+    if config.real and (config.pairs or config.data):
+        text = codec.provenance()["encoders"]
+        made = {"encoders": text, "text": text,
+                "vae": encoders.fingerprint(config.encoders, ["vae"])}
+    pairs = read_pairs(config, sizes, made)
+    if config.data and config.data != "toy":
+        load_data(Path(config.data), sizes, config.task, config.batch, made)
+    shown = shown_prompts(config, pairs)
+    if (run / "report.json").exists() and (run / "checkpoints/student.safetensors").exists():
+        return say(f"{run} is complete: {run / 'report.json'}")
+    with open_run(run, to_json(config), hash_inputs(config)) if rank == 0 else nullcontext():
+        # one process writes the file of text, all read it
+        if rank == 0 and config.real:
+            codec.embed(["", *(c for p in shown for c in p.captions)])
+            codec.release()
+        # wait until the first process has made the run folder
+        any_rank()
+        say(f"{run}: {device_name(compute.device)}, {compute.dtype}")
+        seconds = read_seconds(run)
+
+        def timed(name: str, stage: Callable, *args):
+            """Run a stage; its seconds add up over all calls of the run."""
+            start = time.perf_counter()
+            try:
+                return stage(config, run, *args)
+            finally:
+                seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+                if rank == 0:
+                    write_seconds(run, seconds)
+
+        teacher = timed("teacher", train_teacher, needs, pairs, compute, stopper)
+        if not config.steps:
+            return say(f"--steps 0: the run ends with its teacher, {config.teacher_file}")
+        latents = timed("data", make_data, teacher, pairs, codec, compute, stopper)
+        timed("distill", distill, teacher, latents, shown, codec, compute, stopper)
+        if any_rank(bool(stopper)):
+            raise Stopped(f"{stopper.signal or 'a signal elsewhere'}: the student is saved; "
+                          "the same command reports")
+        stopper.end()
+        write_report(config, run, teacher, shown, codec, compute, seconds)
+
+
 if __name__ == "__main__":
     try:
-        run_script("train.py", main)
+        run_script("train.py", main, parallel.leave)
     except Stopped as stopped:
         if ranks()[0] == 0:
             print(stopped)

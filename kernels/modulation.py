@@ -1,15 +1,16 @@
 """Adaptive layer norm of a DiT block and the gated residual between two matrix products.
 
     modulate(x)    = n (1 + scale) + shift,  n = (x - mean x) rstd,  rstd = 1 / sqrt(var x + eps)
-    gate(x, y)     = x + gate y
-    gate_modulate  = (x', modulate(x'))  with x' = x + gate y
+    gate(x, branch) = x + gate branch
+    gate_modulate  = (x', modulate(x'))  with x' = x + gate branch
     modulate2      = two modulations of one normalised row (the second attention of MMDiT-X)
 
-Gradient, with w = dy (1 + scale) (modulate2: summed over both) and means over the width of a row:
+Gradient, with dy that of a modulated row, w = dy (1 + scale) (modulate2: summed over both) and
+means over the width of a row:
 
     dx'    = rstd (w - mean w - n mean(w n)) + what reaches x' as the residual
-    dx     = dx',  dy = gate dx'
-    dscale = sum dy n,  dshift = sum dy,  dgate = sum dx' y        sums over the tokens of a sample
+    dx     = dx',  dbranch = gate dx'
+    dscale = sum dy n,  dshift = sum dy,  dgate = sum dx' branch   sums over the tokens of a sample
 
 x, branch [b, l, d], d a multiple of 64, any batch and token stride; shift, scale, gate [b, d],
 views of the modulation chunks with any row stride (0 too), read in place. What has no unit stride

@@ -4,6 +4,7 @@ Standard library only.
 """
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable
 
@@ -12,13 +13,27 @@ class InputError(ValueError):
     """Report refused input; the scripts print it as one line and exit with code 2."""
 
 
-def run_script(name: str, main: Callable[[list[str]], None]) -> None:
-    """Call main with the command line; turn an InputError into one line and exit code 2."""
+def run_script(name: str, main: Callable[[list[str]], None],
+               leave: Callable[[int], None] = sys.exit) -> None:
+    """Call main with the command line; turn refused input and losses that are NaN or inf into one
+    line and leave(2)."""
     try:
         main(sys.argv[1:])
-    except InputError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (InputError, FloatingPointError) as error:
+        print(f"{name}: {one_line(str(error))}", file=sys.stderr)
+        leave(2)
+    except BrokenPipeError:
+        # what reads the output has ended; otherwise the interpreter reports it once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave(1)
+
+
+def one_line(text: str, most: int = 1000) -> str:
+    """Return `text` in one line of at most `most` characters that a terminal can show: what is not
+    printable, such as a control character in a file name, is written as its escape sequence."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
+                    for c in text[:2 * most])
+    return shown if len(shown) <= most else f"{shown[:most // 2]} ... {shown[-most // 2:]}"
 
 
 def must(ok: bool, message: str) -> None:
@@ -38,13 +53,17 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
-        """Return the flags; raise InputError for an unknown one."""
+        """Return the flags; raise InputError for an unknown one, and for what is not UTF-8."""
+        for word in argv:
+            # Python decodes other bytes to surrogates
+            must(not any("\ud800" <= c <= "\udfff" for c in word),
+                 f"arguments must be UTF-8 text (got {word!r})")
         args, unknown = self.parse_known_args(argv)
         if unknown:
             flags = [s for a in self._actions for s in a.option_strings if s.startswith("--")]
-            # with a cutoff of 0 there always is a nearest one
-            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1, 0)
-            raise InputError(f"unknown argument {unknown[0]!r}; the nearest flag is {near[0]}")
+            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
+            hint = f"the nearest flag is {near[0]}" if near else "--help shows the flags"
+            raise InputError(f"unknown argument {unknown[0]!r}; {hint}")
         return args
 
 
@@ -72,6 +91,8 @@ def parse_size(text: str, flag: str = "--sizes") -> tuple[int, int]:
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(p.isdecimal() for p in parts):
         raise InputError(f"{flag} must be HxW in pixels, such as 64x64 (got {text!r})")
+    if max(map(len, parts)) > 5 or max(map(int, parts)) > 8192:
+        raise InputError(f"{flag} must be at most 8192x8192 (got {text})")
     h, w = map(int, parts)
     if min(h, w) < 16 or h % 16 or w % 16:
         near = "x".join(str(max(16, round(s / 16) * 16)) for s in (h, w))

@@ -18,10 +18,11 @@ INF = math.inf
 
 
 def option(default, help: str, show: str = MORE, choices: tuple = (), low: float = -INF,
-           high: float = INF):
-    """Return a field of Config: default, meaning, where it is shown, and the values it takes."""
-    return field(default=default, metadata={
-        "help": help, "show": show, "choices": choices, "low": low, "high": high})
+           high: float = INF, above: float = -INF):
+    """Return a field of Config: default, meaning, where it is shown, and the values it takes, from
+    `low` (or above `above`) to `high`."""
+    return field(default=default, metadata={"help": help, "show": show, "choices": choices,
+                                            "low": low, "high": high, "above": above})
 
 
 # fmt: off
@@ -55,7 +56,7 @@ class Config:
                      ("device", "cpu", "none"))
     t5_tokens: int = option(256, "T5 tokens per prompt", low=1, high=512)
     data_size: int = option(3072, "latents to generate", low=1)
-    shard_size: int = option(128, "latents per file", PRESET, low=1)
+    shard_size: int = option(128, "latents per file", PRESET, low=1, high=10 ** 6)
     objects: int = option(1, "objects in a scene of the toy dataset", PRESET, (1, 2))
     stated: float = option(0.5, "probability that a caption states an attribute", PRESET, low=0,
                            high=0.95)
@@ -63,29 +64,31 @@ class Config:
     teacher: str = option("", "checkpoint of the teacher; default: train one", MAIN)
     base: str = option("", "initialize the teacher from this checkpoint; added input channels "
                        "start at zero", MAIN)
-    guidance: float = option(2.0, "guidance scale of the teacher", MAIN, low=1)
-    sample_steps: int = option(8, "sampling steps of the teacher", MAIN, low=1)
+    guidance: float = option(2.0, "guidance scale of the teacher", MAIN, low=1, high=100)
+    sample_steps: int = option(8, "sampling steps of the teacher", MAIN, low=1, high=1000)
     image_guidance: float = option(1.0, "guidance scale for the source image (--task edit); 1: off",
-                                   low=0)
+                                   low=0, high=100)
     teacher_steps: int = option(960, "training steps of the teacher", low=1)
     teacher_batch: int = option(128, "samples per step of the teacher's training", low=1)
-    teacher_lr: float = option(4e-3, "peak learning rate of the teacher, with cosine decay", low=0)
+    teacher_lr: float = option(4e-3, "peak learning rate of the teacher, with cosine decay",
+                               above=0, high=1)
     teacher_lora: int = option(0, "train a LoRA of this rank on --base instead of all weights",
                                low=0, high=1024)
     teacher_images: int = option(49152, "rendered images to train on", PRESET, low=1)
     teacher_means: tuple[float, ...] = option((1.0,), "noise levels: mixture of LogitNormal(mean, "
                                               "1)", PRESET)
-    text_dropout: float = option(0.1, "probability of dropping the caption", PRESET, low=0, high=1)
+    text_dropout: float = option(0.1, "probability of dropping the caption", PRESET, low=0,
+                                 high=0.95)
     image_dropout: float = option(0.05, "probability of dropping caption and source image", PRESET,
-                                  low=0, high=1)
-    depth: int = option(6, "blocks of the teacher", PRESET, low=1)
-    width: int = option(128, "width of the teacher, a multiple of 64", PRESET, low=64)
+                                  low=0, high=0.95)
+    depth: int = option(6, "blocks of the teacher", PRESET, low=1, high=256)
+    width: int = option(128, "width of the teacher, a multiple of 64", PRESET, low=64, high=16384)
     qk_norm: bool = option(False, "RMS norm of queries and keys", PRESET)
     dual_blocks: int = option(0, "first blocks with a second, image-only attention", PRESET, low=0)
     pos_grid: int = option(0, "side of the position table in patches; 0: as --sizes need", PRESET,
-                           low=0)
-    text_dim: int = option(64, "width of a text token", PRESET, low=23)
-    pooled_dim: int = option(0, "width of the pooled text; 0: text_dim", PRESET, low=0)
+                           low=0, high=1024)
+    text_dim: int = option(64, "width of a text token", PRESET, low=23, high=65536)
+    pooled_dim: int = option(0, "width of the pooled text; 0: text_dim", PRESET, low=0, high=65536)
     predicts: str = option("x0", "prediction target of the network: velocity or clean latent",
                            PRESET, ("v", "x0"))
     # --- student ---
@@ -93,17 +96,18 @@ class Config:
                         low=0)
     batch: int = option(64, "pairs per step", MAIN, low=1)
     micro_batch: int = option(0, "pairs at a time in each process; 0: all", MAIN, low=0)
-    lr: float = option(1.5e-4, "learning rate of the student", MAIN, low=0)
+    lr: float = option(1.5e-4, "learning rate of the student", MAIN, above=0, high=1)
     lora: int = option(0, "the student is a LoRA of this rank; 0: all weights train", MAIN, low=0,
                        high=1024)
     lora_targets: tuple[str, ...] = option(("all",), "layers with a LoRA: all, attention, or names "
                                            "with *")
     student_depth: int = option(0, "blocks of the student, taken evenly from the teacher; 0: all",
                                 low=0)
-    ema: float = option(0.99, "decay of the student's EMA, which is what is saved", low=0, high=1)
+    ema: float = option(0.99, "decay of the student's EMA, which is what is saved", low=0,
+                        high=0.999999)
     levels: tuple[float, ...] = option((1.0, 0.75, 0.5, 0.25), "noise levels of the student, "
                                        "largest first")
-    shift: float = option(1.0, "resolution shift of the noise levels", low=1)
+    shift: float = option(1.0, "resolution shift of the noise levels", low=1, high=100)
     sampler: str = option("renoise", "how the student samples", MORE, SAMPLERS)
     probs: tuple[float, ...] = option((0.4, 0.2, 0.2, 0.2), "how often each of --levels is trained",
                                       PRESET)
@@ -111,17 +115,20 @@ class Config:
     warmup: int = option(20, "steps of linear learning-rate warm-up", PRESET, low=0)
     beta2: float = option(0.95, "beta2 of Adam", PRESET, low=0, high=0.9999)
     # --- discriminator ---
-    heads_lr: float = option(3e-3, "learning rate of the discriminator heads", low=0)
-    heads_steps: int = option(2, "discriminator steps per student step", low=1)
+    heads_lr: float = option(3e-3, "learning rate of the discriminator heads", above=0, high=1)
+    heads_steps: int = option(2, "discriminator steps per student step", low=1, high=1000)
     taps: tuple[int, ...] = option((0, 1, 2), "teacher blocks that the heads read")
-    d_mean: float = option(-2.0, "noise levels of the discriminator: LogitNormal(d_mean, 1)")
+    d_mean: float = option(-2.0, "noise levels of the discriminator: LogitNormal(d_mean, 1)",
+                           low=-10, high=10)
     mismatched: float = option(0.5, "fraction of real samples also shown with a mismatched "
                                "caption, labelled generated", low=0, high=1)
-    head_width: int = option(64, "channels of a head, a multiple of 16", PRESET, low=16)
+    head_width: int = option(64, "channels of a head, a multiple of 16", PRESET, low=16, high=4096)
     heads_first: int = option(40, "first iterations, which train only the discriminator", PRESET,
                               low=0)
-    r1_weight: float = option(0.0, "weight of the approximate R1 penalty", PRESET, low=0)
-    distill_weight: float = option(0.0, "weight of the paper's distillation loss", PRESET, low=0)
+    r1_weight: float = option(0.0, "weight of the approximate R1 penalty", PRESET, low=0,
+                              high=10 ** 6)
+    distill_weight: float = option(0.0, "weight of the paper's distillation loss", PRESET, low=0,
+                                   high=10 ** 6)
     # --- compute ---
     recompute: str = option("none", "activation checkpointing: none, selective (all but "
                             "attention), full", MAIN, ("none", "selective", "full"))
@@ -136,7 +143,7 @@ class Config:
                         ("auto", "none", "student", "all"))
     replicas: int = option(1, "copies of what is sharded, such as one per node", low=1)
     timeout: float = option(1800.0, "seconds without progress of any process until the run is "
-                            "aborted", low=1)
+                            "aborted", low=1, high=10 ** 7)
     stop_after: int = option(0, "save and end after so many steps of this process; 0: never",
                              PRESET, low=0)
     # --- evaluation ---
@@ -413,16 +420,19 @@ def validated(c: Config) -> Config:
     agree."""
     for name, f in FIELDS.items():
         value, flag, meta = getattr(c, name), flag_of(name), f.metadata
-        choices, low, high = meta["choices"], meta["low"], meta["high"]
+        choices, low, high, above = (meta[key] for key in ("choices", "low", "high", "above"))
         if choices:
             must(value in choices, f"{flag} must be one of {', '.join(map(str, choices))} (got "
                  f"{value!r})")
         if f.type in (int, float):
-            limits = f"at least {low:g}" if high == INF else f"{low:g} to {high:.10g}"
-            if low == -INF:
-                limits = "a finite number"
-            must(low <= value <= high and math.isfinite(value), f"{flag} must be {limits} (got "
-                 f"{value})")
+            most = 10 ** 9 if f.type is int and high == INF else high
+            limits = f"{low:g} to {most:.10g}"
+            if above == 0:
+                limits = f"above 0 and at most {high:g}"
+            elif high == INF and not value > most:
+                limits = f"at least {low:g}"
+            must(low <= value <= most and value > above and math.isfinite(value),
+                 f"{flag} must be {limits} (got {value})")
         if isinstance(value, tuple):
             must(bool(value), f"{flag} must have at least one value (got none)")
             numbers = [v for v in value if not isinstance(v, str)]
@@ -433,8 +443,9 @@ def validated(c: Config) -> Config:
          f"4/3 of the smallest (got areas {areas})")
     must(len(set(c.hw)) == len(c.hw), "--sizes must differ from each other (got "
          f"{','.join(c.sizes)})")
-    must(c.folder.parent == Path("runs") and c.folder.name not in ("", "..", "runs"),
-         f"--name must be the name of a folder (got {c.name!r})")
+    named = c.folder.parent == Path("runs") and c.folder.name not in ("", "..", "runs")
+    must(named and c.name.isprintable() and len(c.folder.name.encode()) <= 200,
+         f"--name must be the name of a folder, at most 200 bytes long (got {c.name!r})")
     must(c.dual_blocks <= c.depth, f"--set dual_blocks must be at most depth, {c.depth} (got "
          f"{c.dual_blocks})")
     must(not c.pos_grid or c.pos_grid >= c.patches,
@@ -449,8 +460,11 @@ def validated(c: Config) -> Config:
          f"--levels must fall from 1 and stay above 0 (got {c.levels})")
     must(len(c.probs) == len(c.levels), f"--set probs must have {len(c.levels)} values, one for "
          f"each of --levels (got {len(c.probs)})")
-    must(abs(sum(c.probs) - 1) < 1e-6 and min(c.probs) >= 0,
-         f"--set probs must be probabilities that add up to 1 (got {c.probs})")
+    must(abs(sum(c.probs) - 1) < 1e-6 and min(c.probs) > 0, "--set probs must be probabilities "
+         f"above 0 that add up to 1 (got {c.probs}); leave a level that is not trained out of "
+         "--levels")
+    must(max(map(abs, c.teacher_means)) <= 10, "--set teacher_means must be -10 to 10 (got "
+         f"{c.teacher_means})")
     must(list(c.taps) == sorted(set(c.taps)) and c.taps[0] >= 0,
          f"--taps must be ascending block numbers (got {c.taps})")
     # otherwise the file of the teacher says how deep it is
@@ -471,6 +485,8 @@ def validated(c: Config) -> Config:
          f"above 0 with --image-guidance {c.image_guidance}, which needs samples without a source "
          "(got 0)")
     must(c.base or not c.teacher_lora, f"--teacher-lora requires --base (got {c.teacher_lora})")
+    must(not c.steps or c.easy_steps < c.steps, "--set easy_steps must be below --steps, "
+         f"{c.steps}, or the larger half of --levels is never trained (got {c.easy_steps})")
     if not c.steps:
         must(c.task != "text" or not c.real, "--steps must be at least 1 for real text-to-image, "
              "whose teacher is loaded (got 0); --task edit and inpaint train one")

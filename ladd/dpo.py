@@ -31,7 +31,8 @@ from ladd.core.mmdit import MMDiT, Text
 from ladd.core.sampler import Recipe
 from ladd.data import images
 from ladd.data.batches import Prefetch
-from ladd.data.prompts import Codec, null_text, read_objects
+from ladd.data.files import fingerprint, locked, read_objects
+from ladd.data.prompts import Codec, null_text
 from ladd.data.shards import Latents
 from ladd.engine import parallel, state
 from ladd.engine.networks import factors, frozen, pick_kernels
@@ -45,6 +46,8 @@ from ladd.toy.prompts import draw_prompts, toy_codec
 from ladd.toy.scenes import ToyConfig
 
 PREFERENCES = 2 ** 40 + 9      # seed of the prompts, beyond those of ladd/toy/prompts.py
+# what a resumed call must have in common with the first
+RECIPE = "prompts rank alpha targets beta steps batch lr seed".split()
 WARMUP = 20                    # steps of linear learning-rate warm-up
 
 
@@ -181,17 +184,21 @@ def parse(argv: list[str]) -> Namespace:
 
 
 def train(args: Namespace, means: tuple[float, ...], model: MMDiT, reference: MMDiT,
-          latents: Latents, out: Path, device: torch.device, stopper: Stopper) -> None:
+          latents: Latents, out: Path, recipe: dict, device: torch.device,
+          stopper: Stopper) -> None:
     """Train the LoRA of `model` at the noise levels of the teacher's training, a mixture of
-    LogitNormal(mean, 1). Training resumes from out/checkpoints, and ends early after a signal."""
+    LogitNormal(mean, 1). Training resumes from checkpoints of the same `recipe` in `out`, and ends
+    early after a signal."""
     named = lora.parameters(model)
     optimizer = torch.optim.AdamW(named.values(), args.lr, betas=(0.9, 0.99), weight_decay=0.0,
                                   fused=True)
+    parts = {"lora": named}, {"opt": (optimizer, named)}        # what training resumes from
     saver = state.Saver(out / "checkpoints")
     start = 0
     if saved := state.open_state(saver.folder):
+        state.check_recipe(saved, recipe)
         start = saved.step
-        state.fill(saved, named | state.optimizer_targets(optimizer, named, "opt.", saved))
+        state.restore(saved, *parts)
 
     def make(step: int) -> tuple[Tensor, ...]:
         """Return chosen, rejected, noise, noise level and text, a function of the step alone."""
@@ -200,31 +207,31 @@ def train(args: Namespace, means: tuple[float, ...], model: MMDiT, reference: MM
         chosen, rejected = batch.x0.chunk(2, 1)
         sigma = flow.logit_normal_mixture(len(chosen), means, 1.0, g)
         eps = torch.randn(chosen.shape, generator=g)
-        return chosen, rejected, eps, sigma, batch.context, batch.pooled
+        return chosen, rejected, eps, sigma, *batch.text[:2]
 
     steps = range(start, args.steps)
     batches = Prefetch(make, ((i,) for i in steps), device)
     health = Health()
     bar = progress("dpo", args.steps, start)
-    for step, (*x0, eps, sigma, context, pooled) in zip(steps, batches):
-        optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / WARMUP)
-        loss, stats = dpo_loss(model, reference, *x0, eps, sigma, Text(context, pooled), args.beta)
-        loss.backward()
-        norms = parallel.clip(model, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        health.note(step + 1, {"loss": loss}, {"": (model, norms)})
-        bar.update()
-        done = step + 1 == args.steps or bool(stopper)
-        if done or (step + 1) % 10 == 0:
-            health.check()
-            bar.set_postfix(loss=f"{loss.item():.3f}", right=f"{stats['right'].item():.2f}")
-        if done or (step + 1) % args.save_every == 0:
-            saver.begin(step + 1, named | state.optimizer_tensors(optimizer, named, "opt."), None)
-        if done:
-            break
-    saver.finish()
-    bar.close()
+    with saver, bar:
+        for step, (*x0, eps, sigma, context, pooled) in zip(steps, batches):
+            optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / WARMUP)
+            text = Text(context, pooled)
+            loss, stats = dpo_loss(model, reference, *x0, eps, sigma, text, args.beta)
+            loss.backward()
+            norms = parallel.clip(model, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            health.note(step + 1, {"loss": loss}, {"": (model, norms)})
+            bar.update()
+            done = step + 1 == args.steps or bool(stopper)
+            if done or (step + 1) % 10 == 0:
+                health.check()
+                bar.set_postfix(loss=f"{loss.item():.3f}", right=f"{stats['right'].item():.2f}")
+            if done or (step + 1) % args.save_every == 0:
+                saver.begin(step + 1, state.collect(*parts), recipe)
+            if done:
+                break
 
 
 def main(argv: list[str]) -> None:
@@ -272,7 +279,11 @@ def main(argv: list[str]) -> None:
     model.compute_dtype = dtype
     generator = torch.Generator().manual_seed(args.seed)
     lora.add(model, args.rank, args.alpha or args.rank, lora.TARGETS[args.targets], generator)
-    train(args, config.teacher_means, model, teacher, latents, out, device, stopper)
+    recipe = {"teacher": checkpoint.fingerprint(paths["teacher"]),
+              "preferences": fingerprint(args.preferences) if args.preferences else "",
+              **{name: getattr(args, name) for name in RECIPE}}
+    with locked(out):
+        train(args, config.teacher_means, model, teacher, latents, out, recipe, device, stopper)
     if stopper:
         return print(f"{stopper.signal}: saved in {out / 'checkpoints'}; the same command resumes")
     path = out / "lora.safetensors"

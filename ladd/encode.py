@@ -13,15 +13,15 @@ pair alike. For inpainting each image gets a random mask. The same command again
 
 Letters: b images, c channels, H W size in pixels, h w size of the latents, H/8 W/8.
 """
+import functools
 import hashlib
 import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,78 +39,59 @@ from ladd.sd3.encoders import (encode_images, encode_prompts, encoder_identity, 
 ROWS = 256      # prompts per file: 700 MB of SD3's text. Our choice
 
 
-# --- text ---
-
 def write_texts(args, prompts: list[str], provenance: dict, device: torch.device) -> None:
     """Create or check the folder and write the text that is missing in it. The encoders are only
     loaded where there is something to encode."""
     out = Path(args.out)
-    dtype = compute_dtype("auto", device)
-    encoders = None
+
+    @functools.cache
+    def encoders():
+        dtype = compute_dtype("auto", device)
+        return load_encoders(args.encoders, device, dtype, args.t5, args.t5_tokens)
+
     if (out / "provenance.json").exists():
         tensors = shards.read_prompt_files(out)[1]
         null = tensors["null_context"], tensors["null_pooled"]
     else:
-        encoders = load_encoders(args.encoders, device, dtype, args.t5, args.t5_tokens)
-        text = encode_prompts(encoders, [""])
+        text = encode_prompts(encoders(), [""])
         null = text.context[0], text.pooled[0]
     shards.open_folder(out, provenance, prompts, torch.arange(len(prompts))[:, None], null, ROWS)
     todo = shards.missing_text(out)
     if not todo:
         return
-    if encoders is None:
-        encoders = load_encoders(args.encoders, device, dtype, args.t5, args.t5_tokens)
-    for line in truncations(encoders, prompts):
+    for line in truncations(encoders(), prompts):
         print(line)
-    bar = progress("text", len(prompts), min(len(prompts), todo[0] * ROWS))
-    for index in todo:
-        part = prompts[index * ROWS:(index + 1) * ROWS]
-        text = encode_prompts(encoders, part, args.batch)
-        shards.write_text(out, index, text.context, text.pooled)
-        bar.update(len(part))
-    bar.close()
+    with progress("text", len(prompts), min(len(prompts), todo[0] * ROWS)) as bar:
+        for index in todo:
+            part = prompts[index * ROWS:(index + 1) * ROWS]
+            text = encode_prompts(encoders(), part, args.batch)
+            shards.write_text(out, index, text.context, text.pooled)
+            bar.update(len(part))
 
 
-# --- images ---
-
-class Sample(NamedTuple):
-    """An image or a pair, cut to the size of its bucket."""
-    pixels: Tensor          # uint8 [3, H, W], the image whose latents are x0
-    source: Tensor | None   # uint8 [3, H, W], of a pair
-    mask: Tensor | None     # bool [H, W], True where the image is repainted
-
-
-def read_sample(image: Captioned, hw: tuple[int, int], key: tuple[int, ...]) -> Sample:
-    """Return an image or a pair, cut to hw. Its mask is a function of `key` alone; (): no mask.
-    Raises InputError with the reason where a file cannot be used."""
-    pixels, *source = of_files(read_image, image, hw)
-    mask = masks.masks(1, hw, flow.generator(*key))[0] if key else None
-    return Sample(pixels, source[0] if source else None, mask)
+def read_sample(image: Captioned, hw: tuple[int, int], key: tuple[int, ...]) -> list[Tensor]:
+    """Return the pixels uint8 [3, H, W] of an image or of target and source, cut to hw; with a
+    `key` also a mask bool [H, W], a function of it. Raises InputError with the reason where a file
+    cannot be used."""
+    mask = [masks.masks(1, hw, flow.generator(*key))[0]] if key else []
+    return of_files(read_image, image, hw) + mask
 
 
-def encode_samples(vae, samples: Sequence[Sample]) -> tuple[Tensor, Tensor | None]:
-    """Return (x0 [b, c, h, w], image conditioning), both on the CPU in fp16, which is finer than
-    bf16 at the unit scale of latents.
+def encode_samples(vae, samples: list[list[Tensor]], task: str) -> list[Tensor]:
+    """Return x0 [b, c, h, w] and, for pairs, the latents of the sources [b, c, h, w], with masks
+    masks.image_condition [b, 1 + c, h, w]; on the CPU in fp16, which is finer than bf16 at the unit
+    scale of latents."""
+    def encode(pixels: Tensor) -> Tensor:
+        return encode_images(vae, pixels)
 
-    The conditioning of pairs is the latents of the sources [b, c, h, w], of masks
-    masks.image_condition [b, 1 + c, h, w], otherwise None.
-    """
-    pixels, source, mask = (None if parts[0] is None else torch.stack(parts)
-                            for parts in zip(*samples))
-
-    def scaled(images: Tensor) -> Tensor:
-        return images.to(vae.device) / 127.5 - 1
-
-    def encoded(images: Tensor) -> Tensor:
-        return encode_images(vae, images)
-
-    x0 = encoded(scaled(pixels)).half().cpu()
-    if source is not None:
-        return x0, encoded(scaled(source)).half().cpu()
-    if mask is not None:
-        image = masks.image_condition(encoded, scaled(pixels), mask.to(vae.device))
-        return x0, image.half().cpu()
-    return x0, None
+    pixels, *more = (torch.stack(parts).to(vae.device) for parts in zip(*samples))
+    pixels = pixels / 127.5 - 1
+    latents = [encode(pixels)]
+    if task == "edit":
+        latents.append(encode(more[0] / 127.5 - 1))
+    if task == "inpaint":
+        latents.append(masks.image_condition(encode, pixels, more[0]))
+    return [t.half().cpu() for t in latents]
 
 
 def write_shards(args, pieces: list, number: dict[str, int], device: torch.device,
@@ -135,8 +116,7 @@ def write_shards(args, pieces: list, number: dict[str, int], device: torch.devic
         for index in todo:
             hw, images = pieces[index]
             for i, image in enumerate(images):
-                key = (args.seed, index, i) if args.task == "inpaint" else ()
-                yield image, hw, key
+                yield image, hw, (args.seed, index, i) if args.task == "inpaint" else ()
 
     stream = ahead(pool, read_sample, requests(), 4 * args.batch)
     total = sum(len(images) for _, images in pieces)
@@ -160,20 +140,15 @@ def write_shards(args, pieces: list, number: dict[str, int], device: torch.devic
                     skipped[image.name] = str(error)
             waited += time.perf_counter() - asked
             if samples:
-                parts.append(encode_samples(vae, samples))
+                parts.append(encode_samples(vae, samples, args.task))
             bar.update(len(batch))
         if len(skipped) > skipped_before:
-            write_skipped(out, skipped)
+            files.write_json(out / "skipped.json", skipped)
         if parts:
-            x0, image = (None if part[0] is None else torch.cat(part) for part in zip(*parts))
-            shards.write_shard(out, index, x0, torch.tensor(ids), image)
+            x0, *image = (torch.cat(part) for part in zip(*parts))
+            shards.write_shard(out, index, x0, torch.tensor(ids), *image)
     bar.close()
     return waited / (time.perf_counter() - began)
-
-
-def write_skipped(out: Path, skipped: dict[str, str]) -> None:
-    """Write skipped.json, {file: why it cannot be used}."""
-    files.publish(out / "skipped.json", lambda path: files.write_json(path, skipped))
 
 
 # --- the command ---
@@ -235,19 +210,19 @@ def main(argv: list[str]) -> None:
         prompts = list(dict.fromkeys(found))
         print(*notes, f"{args.prompt_file}: {len(found)} prompts, {len(prompts)} distinct",
               sep="\n")
-        write_texts(args, prompts, provenance, device)
-    else:
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            encode_all(args, provenance, device, pool)
+        return write_texts(args, prompts, provenance, device)
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        encode_all(args, provenance, device, pool)
 
 
 def encode_all(args, provenance: dict, device: torch.device, pool: ThreadPoolExecutor) -> None:
-    """Encode the captions and images of --images or --jsonl, and print a summary."""
+    """Encode the captions and images of --images or --jsonl, and print how many images of each size
+    the folder holds, and which are skipped and why."""
     out = Path(args.out)
     what = "pair" if args.task == "edit" else "image"
     skipped = {}
     if args.images is not None:
-        source, root = args.images, args.images
+        source = root = args.images
         listed, skipped = find_images(source)
     else:
         source, root = args.jsonl, Path(args.jsonl).parent
@@ -271,25 +246,20 @@ def encode_all(args, provenance: dict, device: torch.device, pool: ThreadPoolExe
     write_texts(args, prompts, provenance, device)
 
     if (out / "skipped.json").exists():     # from shards that are already written
-        skipped = files.read_json(out / "skipped.json") | skipped
+        skipped = files.read_json(out / "skipped.json", dict) | skipped
     pieces = plan(images, args.area, args.multiple, args.least, args.shard)
     number = {prompt: i for i, prompt in enumerate(prompts)}
     waiting = write_shards(args, pieces, number, device, pool, skipped)
-    write_skipped(out, skipped)
-    summary(out, pieces, skipped, waiting, what)
+    files.write_json(out / "skipped.json", skipped)
 
-
-def summary(out: Path, pieces: list, skipped: dict[str, str], waiting: float, what: str) -> None:
-    """Print how many images of each size the folder holds, and which are skipped and why. Raises
-    InputError if there is none."""
-    counts = Counter()
-    enlarged = 0
-    for (h, w), images in pieces:
-        kept = [image.hw for image in images if image.name not in skipped]
-        counts[h, w] += len(kept)
-        enlarged += sum(h > hw[0] or w > hw[1] for hw in kept)
     for path, reason in list(skipped.items())[:20]:
         print(f"skipped {path}: {reason}")
+    counts = Counter()
+    enlarged = 0
+    for (h, w), part in pieces:
+        kept = [image.hw for image in part if image.name not in skipped]
+        counts[h, w] += len(kept)
+        enlarged += sum(h > hw[0] or w > hw[1] for hw in kept)
     must(counts.total() > 0, f"{out} must get at least one {what} that can be read (got none)")
     print("  ".join(f"{h}x{w}: {n}" for (h, w), n in sorted(counts.items())))
     print(f"{counts.total()} {what}s, {enlarged} of them enlarged, {len(skipped)} skipped "

@@ -33,12 +33,14 @@ from ladd.core.mmdit import MMDiT, MMDiTConfig, Text, shrunk
 from ladd.core.sampler import guided
 from ladd.data import shards
 from ladd.data.batches import Prefetch
+from ladd.data.files import fingerprint, locked
 from ladd.data.shards import Latents
 from ladd.engine import parallel, state
 from ladd.engine.inputs import load_data, load_teacher
-from ladd.engine.networks import Compute, checkpoint_tensors, inference, make_student, save_network
+from ladd.engine.networks import (Compute, checkpoint_tensors, inference, make_student,
+                                  save_network, trainable)
 from ladd.engine.run import Health, Stopper, progress
-from ladd.engine.step import Optim, learning_rate, make_optimizer, moments, student_update
+from ladd.engine.step import Optim, make_optimizer, rate_factor, student_update
 from ladd.report.compare import student_rows, teacher_row, write_toy_report
 from ladd.sd3 import checkpoint
 from ladd.toy.prompts import toy_codec, toy_latents
@@ -141,21 +143,16 @@ def train(config: Config, path_steps: int, base: MMDiT, teacher: MMDiT, compute:
     student, ema = make_student(base, teacher, compute, config.student_depth, student_lora(config))
     optimizer = make_optimizer(student, optim.lr, optim.beta2)
 
-    def tensors(saved: state.State | None = None) -> dict[str, Tensor]:
-        out = {}
-        for role, model in (("student", student), ("ema", ema)):
-            for name, tensor in checkpoint_tensors(model, student).items():
-                out[f"{role}.{name}"] = tensor
-        return out | moments(optimizer, student, "opt.", saved)
+    def to_checkpoint() -> tuple[state.Tensors, state.Optimizers]:
+        return ({"student": checkpoint_tensors(student, student),
+                 "ema": checkpoint_tensors(ema, student)}, {"opt": (optimizer, trainable(student))})
 
     start = 0
     if saved := state.open_state(saver.folder):
-        changed = [name for name in recipe if saved.meta.get(name) != recipe[name]]
-        must(not changed, f"{saver.folder}: began with another {' and '.join(changed)}; use the "
-             "same or take another --out")
+        state.check_recipe(saved, recipe)
         start = saved.step
-        state.fill(saved, tensors(saved))
-    levels = flow.euler_levels(path_steps, config.shift).to(device)
+        state.restore(saved, *to_checkpoint())
+    levels = flow.euler_sigmas(path_steps, config.shift).to(device)
     null = Text(*latents.null).to(device)
     make = partial(draw_parts, latents, batch=config.batch, micro=config.micro(1), seed=config.seed,
                    path_steps=path_steps, shift=config.shift)
@@ -165,9 +162,9 @@ def train(config: Config, path_steps: int, base: MMDiT, teacher: MMDiT, compute:
     # The batch with which the LADD iteration of the same number begins, so that both methods see
     # the same latents in the same order.
     keys = ((step * config.heads_steps, step) for step in steps)
-    try:
+    with saver, bar:
         for step, parts in zip(steps, Prefetch(make, keys, device)):
-            optimizer.param_groups[0]["lr"] = config.lr * learning_rate(optim, step, step)
+            optimizer.param_groups[0]["lr"] = config.lr * rate_factor(optim, step, step)
             loss = torch.zeros((), device=device)
             for x0, eps, sigma, text in parts:
                 part_loss = lcm_loss(student, ema, teacher, x0, text, null, eps, sigma, levels,
@@ -185,12 +182,9 @@ def train(config: Config, path_steps: int, base: MMDiT, teacher: MMDiT, compute:
                 health.check()
                 bar.set_postfix(loss=f"{loss.item():.3f}")
             if save:
-                saver.begin(step + 1, tensors(), recipe)
+                saver.begin(step + 1, state.collect(*to_checkpoint()), recipe)
             if done:
                 break
-    finally:
-        saver.finish()           # also after an error: the last checkpoint becomes visible
-        bar.close()
     return ema
 
 
@@ -210,16 +204,16 @@ def main(argv: list[str]) -> None:
     path = Path(config.teacher or run / "checkpoints" / "teacher.safetensors")
     base = load_teacher(path, needs_of(config), compute.ops)
     latents = read_data(config, run, made.seed, base.config)
-    with state.writing(out):
-        out.mkdir(parents=True, exist_ok=True)
     recipe = {"teacher": checkpoint.fingerprint(path), "path_steps": args.path_steps,
-              **{name: getattr(config, name) for name in ("steps", "lr", "batch", "seed", "data")}}
+              "latents": config.data == "toy" or fingerprint(config.data or run / "data"),
+              **{name: getattr(config, name) for name in ("steps", "lr", "batch", "seed")}}
     teacher = inference(base, compute)
     stopper = Stopper()
-    saver = state.Saver(out / "checkpoints")
-    ema = train(config, args.path_steps, base, teacher, compute, latents, saver, recipe, stopper)
+    with locked(out):
+        ema = train(config, args.path_steps, base, teacher, compute, latents,
+                    state.Saver(out / "checkpoints"), recipe, stopper)
     if stopper:
-        return print(f"{stopper.signal}: saved in {saver.folder}; the same command resumes")
+        return print(f"{stopper.signal}: saved in {out / 'checkpoints'}; the same command resumes")
     stopper.end()
     student = out / "student.safetensors"
     depth = config.student_depth or base.config.depth

@@ -147,8 +147,7 @@ def test_moving_keeps_types_and_values():
 def test_prefetch_yields_each_key_in_turn_and_counts_the_wait(monkeypatch, ahead):
     """With a thread the next one is made while the loop works; without, the loop waits for all of
     it."""
-    monkeypatch.setattr(batches, "pinned", lambda value: value)
-    monkeypatch.setattr(batches, "moved", lambda value, device: value)
+    monkeypatch.setattr(batches, "tree_map_only", lambda kind, function, value: value)
     made = []
 
     def make(i: int, j: int) -> tuple[int, int]:
@@ -167,6 +166,6 @@ def test_prefetch_yields_each_key_in_turn_and_counts_the_wait(monkeypatch, ahead
 
 
 def test_an_error_in_the_thread_reaches_the_loop(monkeypatch):
-    monkeypatch.setattr(batches, "pinned", lambda value: value)
+    monkeypatch.setattr(batches, "tree_map_only", lambda kind, function, value: value)
     with pytest.raises(ZeroDivisionError):
         list(Prefetch(lambda i: 1 / i, [(0,)], torch.device("cuda")))

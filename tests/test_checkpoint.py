@@ -62,16 +62,14 @@ def test_a_run_folder_stands_for_its_student(tmp_path):
     assert load_metadata(tmp_path) == {"steps": "4"}
 
 
-@pytest.mark.parametrize("place, tells", [(0, True), (2 ** 16 - 1, True), (2 ** 16, False),
-                                          (-2 ** 16, True), (-1, True)])
-def test_a_fingerprint_reads_both_ends(tmp_path, place, tells):
-    """The first and last 64 KiB tell files of one size apart; what lies between is not read."""
+@pytest.mark.parametrize("place", [0, 2 ** 16, -1])
+def test_a_fingerprint_reads_the_whole_file(tmp_path, place):
     path, content = tmp_path / "m.safetensors", bytearray(3 * 2 ** 16)
     path.write_bytes(content)
     before = fingerprint(path)
     content[place] = 1
     path.write_bytes(content)
-    assert (fingerprint(path) != before) == tells
+    assert fingerprint(path) != before
     path.write_bytes(bytes(len(content) + 1))               # zeros again, but one more
     assert fingerprint(path) != before
 

@@ -110,9 +110,9 @@ def test_negative_values_are_values():
 
 
 def test_set_changes_the_other_values_and_the_last_one_counts():
-    flags = "--set width=192 --lr 1 --set=qk_norm=on --set width=256 --set probs=1,0,0,0"
+    flags = "--set width=192 --lr 1 --set=qk_norm=on --set width=256 --set probs=.4,.4,.1,.1"
     config = parse_config(flags.split())
-    assert config == replace(Config(), width=256, qk_norm=True, probs=(1, 0, 0, 0), lr=1)
+    assert config == replace(Config(), width=256, qk_norm=True, probs=(.4, .4, .1, .1), lr=1)
 
 
 def test_every_option_has_one_way_to_be_given():
@@ -249,14 +249,16 @@ def test_sizes_of_the_teacher_follow_from_the_options():
 # no batch of each size
 BAD = {"--stepz 5": ("'--stepz'", "--steps"), "--heads-learning-rate 1": ("--heads-learning-rate",
                                                                           "--heads"),
-       "--lr=1 --taps=0 --quality=9": ("--quality", "nearest flag is --"),
+       "--lr=1 --taps=0 --quality=9": ("--quality", "--help shows the flags"),
        "steps": ("'steps'", "--steps"), "--preset huge": ("--preset", "'huge'", "tiny, tiny-edit, "
                                                           "tiny-inpaint, tiny-lora, shapes"),
        "--steps many": ("--steps", "'many'", "whole number"),
        "--steps 1.5": ("--steps", "'1.5'", "whole number"),
-       "--lr fast": ("--lr", "'fast'", "a number"), "--lr nan": ("--lr", "nan", "at least 0"),
-       "--lr inf": ("--lr", "inf", "at least 0"), "--d-mean nan": ("--d-mean", "nan", "finite"),
-       "--d-mean inf": ("--d-mean", "inf", "finite"),
+       "--lr fast": ("--lr", "'fast'", "a number"),
+       "--lr nan": ("--lr", "nan", "above 0 and at most 1"),
+       "--lr inf": ("--lr", "inf", "above 0 and at most 1"),
+       "--d-mean nan": ("--d-mean", "nan", "-10 to 10"),
+       "--d-mean inf": ("--d-mean", "inf", "-10 to 10"),
        "--set teacher_means=0,nan": ("--set teacher_means", "nan", "finite"),
        "--set teacher_means=,": ("--set teacher_means", "at least one value", "got none"),
        "--taps a,b": ("--taps", "'a,b'", "whole numbers separated by commas"),
@@ -287,7 +289,7 @@ BAD = {"--stepz 5": ("'--stepz'", "--steps"), "--heads-learning-rate 1": ("--hea
        "--lora 4 --lora-targets to_q": ("LoRA targets", "to_q", "joint_blocks", "attn.qkv"),
        "--lora 4 --student-depth 1 --lora-targets joint_blocks.1.*": ("LoRA targets",
                                                                       r"joint_blocks\.1"),
-       "--lora 129": ("LoRA rank", "got 129", "1 to the network's width, 128"),
+       "--lora 129": ("--lora: LoRA rank", "got 129", "1 to the network's width, 128"),
        "--lora 4 --lora-targets ,": ("--lora-targets", "at least one value"),
        "--teacher-lora 4": ("--teacher-lora requires --base", "got 4"), "--teacher-lora 4 "
        "--teacher t": ("--teacher-lora must be left out with --teacher", "not trained", "got 4"),
@@ -308,7 +310,7 @@ BAD = {"--stepz 5": ("'--stepz'", "--steps"), "--heads-learning-rate 1": ("--hea
        "--n 5": (r"--n\b", "got 5", "at least 6"), "--set eval_n=3": ("--set eval_n", "got 3",
                                                                       "at least 6"),
        "--sample-batch 1": ("--sample-batch", "got 1", "at least 2"),
-       "--set text_dim=16": ("--set text_dim", "got 16", "at least 23"),
+       "--set text_dim=16": ("--set text_dim", "got 16", "23 to 65536"),
        "--set stated=1": ("--set stated", "got 1", r"0 to 0\.95"),
        "--set beta2=1": ("--set beta2", "got 1", r"0 to 0\.9999"),
        "--seed 99999999999999": ("--seed", "got 99999999999999", "0 to"),
@@ -319,7 +321,7 @@ BAD = {"--stepz 5": ("'--stepz'", "--steps"), "--heads-learning-rate 1": ("--hea
        "--precision fp8": ("--precision", "'fp8'", "auto, fp32, bf16"),
        "--name a/b": ("--name", "'a/b'", "name of a folder"),
        "--name ..": ("--name", r"'\.\.'", "name of a folder"),
-       "--guidance .5": ("--guidance", r"0\.5", "at least 1"),
+       "--guidance .5": ("--guidance", r"0\.5", "1 to 100"),
        "--profile nowhere/trace.json": ("--profile", "got nowhere/trace.json", "existing folder"),
        "--teacher no.safetensors": ("--teacher", "no.safetensors", "not exist"),
        "--data nowhere": ("--data", "nowhere", "not exist"),
@@ -327,7 +329,7 @@ BAD = {"--stepz 5": ("'--stepz'", "--steps"), "--heads-learning-rate 1": ("--hea
        "--set pos_grid=4": ("--set pos_grid", "got 4", "at least 5"),
        "--task video": ("--task", "'video'", "text, edit, inpaint"),
        "--steps -1": ("--steps", "got -1", "at least 0"),
-       "--task edit --image-guidance -1": ("--image-guidance", "got -1", "at least 0"),
+       "--task edit --image-guidance -1": ("--image-guidance", "got -1", "0 to 100"),
        "--task inpaint --set image_dropout=.1": ("--set image_dropout requires --task edit",
                                                  "got inpaint"), "--task edit --set "
        "text_dropout=.02": ("--set image_dropout", r"got 0\.05", r"at most text_dropout, 0\.02"),
@@ -402,12 +404,16 @@ def test_bounds(name):
     here."""
     f = FIELDS[name]
     step, no_numbers = (1, []) if f.type is int else (1e-3, [math.nan, math.inf, -math.inf])
-    beyond = [v for v in (f.metadata["low"] - step, f.metadata["high"] + step) if math.isfinite(v)]
-    low, high = f.metadata["low"], f.metadata["high"]
+    low, high, above = (f.metadata[key] for key in ("low", "high", "above"))
+    beyond = [v for v in (low - step, high + step, above) if math.isfinite(v)]
     accepted = f"at least {low:g}" if high == math.inf else re.escape(f"{low:g} to {high:.10g}")
-    if low == -math.inf:
-        accepted = "a finite number"
-    for value in beyond + no_numbers:
+    if above == 0:
+        accepted = f"above 0 and at most {high:g}"
+    for value in beyond + no_numbers + [10 ** 9 + 1] * (f.type is int):
+        if value == 10 ** 9 + 1 and high == math.inf:
+            accepted = f"{low:g} to 1000000000"
+        elif value == 10 ** 9 + 1 and high > value:
+            continue
         with refused(f"^{flag_of(name)} must be {accepted} ", re.escape(f"(got {value})")):
             validated(replace(Config(), **{name: value}))
 
@@ -506,8 +512,8 @@ CASES = {"seed": [("log", "teacher", "1"), ("shards", "data", "1"), ("log", "stu
          "ema": [("weights", "student", "0.5")], "sampler": [("log", "student", "renoise",
                                                               "--eval-every 3")],
          "levels": [("log", "student", "1,.9,.8,.7"),
-                    ("log", "student", "1,.5,.4,.3", "--eval-every 3 --set probs=1,0,0,0")],
-         "probs": [("log", "student", "0,0,0,1")], "easy_steps": [("log", "student", "9")],
+                    ("log", "student", "1,.5,.4,.3", "--eval-every 3 --set probs=.97,.01,.01,.01")],
+         "probs": [("log", "student", ".1,.1,.1,.7")], "easy_steps": [("log", "student", "2")],
          "shift": [("log", "student", "3"), ("shards", "data", "3")],
          "d_mean": [("log", "student", "1")], "taps": [("weights", "student", "1")],
          "head_width": [("weights", "student", "32")], "heads_steps": [("log", "student", "2")],

@@ -17,13 +17,13 @@ from PIL import Image
 from ladd import encode
 from ladd.cli import InputError
 from ladd.core import flow
-from ladd.core.mmdit import Text
 from ladd.data import files, images, masks, shards
 from ladd.data.files import read_json, read_tensors
 from ladd.data.prompts import read_prompts
 from ladd.engine.run import compute_dtype
-from ladd.sd3.encoders import (cached_text, decode_latents, encode_images, encode_prompts,
-                               encoder_identity, fingerprint, libraries, load_encoders, load_vae,
+from ladd.sd3 import encoders as sd3_encoders
+from ladd.sd3.encoders import (decode_latents, encode_images, encode_prompts, encoder_identity,
+                               fingerprint, libraries, load_encoders, load_vae, sd3_codec,
                                truncations)
 
 for package in ("transformers", "diffusers"):
@@ -196,39 +196,50 @@ assert out.images.shape == (1, 64, 96, 3)
 
 # the cache of text
 
-def test_the_cache_asks_for_each_prompt_once_and_gives_equal_text(tmp_path, encoders, folder):
-    path, name, asked = tmp_path / "text.safetensors", encoder_identity(folder, t5_tokens=40), []
+def test_the_cache_asks_for_each_prompt_once_and_gives_equal_text(tmp_path, folder, encoders,
+                                                                  monkeypatch):
+    path, asked = tmp_path / "text.safetensors", []
 
-    def ask(prompts):
+    def ask(encoders, prompts):
         asked.append(list(prompts))
         return encode_prompts(encoders, prompts, 1)
 
-    first = cached_text(path, name, ["a", "b", "a"], ask)
-    again = cached_text(path, name, ["b", "a", "a"],
-                        lambda prompts: pytest.fail("asked the encoders"))
-    more = cached_text(path, name, ["c", "b"], ask)
+    def embed(*prompts):
+        """What a process of its own is given."""
+        return sd3_codec(folder, CPU, "device", 40, path).embed(list(prompts))
+
+    monkeypatch.setattr(sd3_encoders, "encode_prompts", ask)
+    first = embed("a", "b", "a")
+    assert asked == [["a", "b"]]
+    again = embed("b", "a", "a")
+    assert asked == [["a", "b"]]
+    more = embed("c", "b")
     assert asked == [["a", "b"], ["c"]]
     direct = encode_prompts(encoders, ["a", "b", "a"], 1).to(torch.bfloat16)
     assert torch.equal(first.context, direct.context) and torch.equal(first.pooled, direct.pooled)
     for part in (0, 1):
-        assert torch.equal(again[part], first[part][[1, 0, 0]]) and torch.equal(more[part][1],
-                                                                                first[part][1])
+        assert torch.equal(again[part], first[part][[1, 0, 0]])
+        assert torch.equal(more[part][1], first[part][1])
     assert [path.name for path in tmp_path.iterdir()] == ["text.safetensors"]
 
 
-def test_the_cache_of_other_encoders_raises_and_survives_a_failure(tmp_path):
+def test_the_cache_of_other_encoders_raises_and_survives_a_failure(tmp_path, folder, monkeypatch):
     path = tmp_path / "text.safetensors"
-    text = lambda prompts: Text(torch.ones(len(prompts), 2, 3), torch.ones(len(prompts), 4))
-    cached_text(path, "these", ["a"], text)
+    embed = lambda tokens, *prompts: sd3_codec(folder, CPU, "device", tokens,
+                                               path).embed(list(prompts))
+    embed(8, "a")
     before = path.read_bytes()
-    with pytest.raises(InputError, match=r"must hold text of the encoders those \(got these\)"):
-        cached_text(path, "those", ["a"], text)
-    with pytest.raises(ZeroDivisionError):
-        cached_text(path, "these", ["a", "b"], lambda prompts: 1 / 0)
+    message = r"must hold text of the encoders .* T5, 9 tokens \(got .* T5, 8 tokens\)"
+    with pytest.raises(InputError, match=message):
+        embed(9, "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(sd3_encoders, "encode_prompts", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            embed(8, "a", "b")
     assert path.read_bytes() == before
     path.write_bytes(before[:50])
     with pytest.raises(InputError, match="not a complete safetensors"):
-        cached_text(path, "these", ["a"], text)
+        embed(8, "a")
 
 
 def test_identity_follows_weights_tokenizers_and_t5(folder, tmp_path):

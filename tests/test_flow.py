@@ -102,10 +102,10 @@ def test_student_warm_up_takes_the_easier_half_first():
 def test_euler_levels():
     for steps in (1, 2, 3, 7, 50):
         for a in (1.0, 1.7, 3.0):
-            s = flow.euler_levels(steps, a)
+            s = flow.euler_sigmas(steps, a)
             assert s.shape == (steps + 1,) and s[0] == 1 and s[-1] == 0 and (s.diff() < 0).all()
-    assert_close("4 steps", flow.euler_levels(4), torch.tensor([*LEVELS, 0]), 1e-7)
-    assert_close("4 steps, shift 3", flow.euler_levels(4, 3.0),
+    assert_close("4 steps", flow.euler_sigmas(4), torch.tensor([*LEVELS, 0]), 1e-7)
+    assert_close("4 steps, shift 3", flow.euler_sigmas(4, 3.0),
                  torch.tensor([1, 0.9, 0.75, 0.5, 0]), 1e-6)
 
 
@@ -122,7 +122,7 @@ def test_draws_depend_on_the_generator_alone(draw):
 
 def test_euler_integrates_a_linear_field_exactly():
     x0, eps = pair()
-    sigmas = flow.euler_levels(5, 2.0).double()
+    sigmas = flow.euler_sigmas(5, 2.0).double()
     x = eps
     # v is constant on the whole line
     for now, then in zip(sigmas, sigmas[1:]):

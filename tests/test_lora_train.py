@@ -20,7 +20,7 @@ from ladd.config import Config, parse_config
 from ladd.core import lora
 from ladd.core.mmdit import MMDiT, shrunk, widened
 from ladd.data.shards import Latents
-from ladd.engine import networks
+from ladd.engine import networks, state
 from ladd.engine.networks import LoraConfig
 from ladd.engine.step import Networks, Optim, ladd_step, make_networks, step_parts
 from ladd.sd3 import lora_files
@@ -87,7 +87,7 @@ def test_a_step_moves_the_matrices_and_nothing_else(precision, targets):
     config, p, parts = setting(
         f"--precision {precision} --lora {RANK} --lora-targets {targets} --ema .9")
     frozen = {k: t.clone() for k, t in p.teacher.state_dict().items()}
-    before = {k: t.detach().clone() for k, t in p.tensors().items()}
+    before = {k: t.detach().clone() for k, t in state.collect(*p.to_checkpoint()).items()}
     for _ in range(2):                                                # A moves once B is not zero
         ladd_step(config.ladd, p, parts, config.ema, True)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32

@@ -614,7 +614,7 @@ BAD = {  # name: (flags or a function of a folder that gives them, what the mess
     "no run": (["--run", "runs/nowhere"] + PROMPT,
                "^--run must be a run folder of train.py; runs/nowhere has no config.json$"),
     "no checkpoint": (["--checkpoint", "nowhere"] + PROMPT,
-                      "nowhere: not a complete safetensors file"),
+                      "^--checkpoint: nowhere does not exist$"),
     "neither": (PROMPT, r"^exactly one of --run, --checkpoint must be given \(got none\)$"),
     "both": (GOOD + ["--checkpoint", "x"],
              r"^exactly one of --run, --checkpoint must be given \(got --run --checkpoint\)$"),

@@ -81,7 +81,7 @@ def test_guidance_by_text_and_image_is_the_formula_of_three_terms(guidance, imag
     assert min((v_text - v_null).abs().max(), (v_null - v_none).abs().max()) > 0.1
     expected = v_none + image_guidance * (v_null - v_none) + guidance * (v_text - v_null)
     assert_close("v", v, expected, 1e-10)
-    levels = flow.euler_levels(2).double()
+    levels = flow.euler_sigmas(2).double()
     model.rows = 0
     x = sampler.sample(model, noise, text, levels, "euler", SEEDS, null, guidance, image_guidance)
     plain = sampler.guided(model.model, null, guidance, image_guidance)
@@ -89,7 +89,7 @@ def test_guidance_by_text_and_image_is_the_formula_of_three_terms(guidance, imag
                                                          sampler.euler(plain, noise, text, levels))
 
 
-@pytest.mark.parametrize("levels", [flow.euler_levels(1), flow.euler_levels(4, 3.0),
+@pytest.mark.parametrize("levels", [flow.euler_sigmas(1), flow.euler_sigmas(4, 3.0),
                                     torch.tensor([1, 0.6, 0.599, 0])])
 def test_euler_is_exact_on_a_straight_field(levels):
     noise, text, _ = setting()
@@ -102,7 +102,7 @@ def test_euler_is_exact_on_a_straight_field(levels):
                          ids=["euler", "renoise"])
 def test_levels_and_text_arrive_at_the_network(run):
     noise, text, _ = setting()
-    levels, seen = flow.euler_levels(4, 3.0), []
+    levels, seen = flow.euler_sigmas(4, 3.0), []
 
     def v(x, sigma, t):
         assert t is text and sigma.shape == (3,) and (sigma == sigma[0]).all()
@@ -135,7 +135,7 @@ def test_a_step_reads_nothing_from_the_device_and_copies_fresh_noise_at_most(nam
     def v(x, sigma, text):
         seen.append((sigma.device.type, tuple(sigma.shape)))
         return x
-    levels, more = flow.euler_levels(steps, 3.0), () if name == "euler" else (SEEDS,)
+    levels, more = flow.euler_sigmas(steps, 3.0), () if name == "euler" else (SEEDS,)
     with Copies() as copies:
         out = getattr(sampler, name)(v, noise, None, levels, *more)
     assert out.is_meta and seen == steps * [("meta", (3,))]
@@ -188,7 +188,7 @@ def test_renoise_predicts_then_renoises():
 def test_sample_costs_one_evaluation_a_step_and_two_if_guided(name, guidance):
     model, (noise, text, null) = Counting(tiny()), setting()
     for steps in (1, 2, 4):
-        model.rows, levels = 0, flow.euler_levels(steps).double()
+        model.rows, levels = 0, flow.euler_sigmas(steps).double()
         x = sampler.sample(model, noise, text, levels, name, SEEDS, null, guidance)
         assert model.rows == steps * (1 if guidance == 1 else 2)
         assert x.shape == noise.shape and not x.requires_grad
@@ -200,7 +200,7 @@ def test_sample_costs_one_evaluation_a_step_and_two_if_guided(name, guidance):
 
 def test_one_step_of_either_sampler_is_the_prediction():
     model, (noise, text, _) = tiny(), setting()
-    levels = flow.euler_levels(1).double()
+    levels = flow.euler_sigmas(1).double()
     x = [sampler.sample(model, noise, text, levels, name, SEEDS) for name in ("euler", "renoise")]
     assert_close("euler", x[0], noise - model(noise, torch.ones(3).double(), *text))
     assert_close("renoise", x[1], x[0])
@@ -209,7 +209,7 @@ def test_one_step_of_either_sampler_is_the_prediction():
 @pytest.mark.parametrize("name", ["euler", "renoise"])
 def test_an_image_does_not_depend_on_its_batch(name):
     model, (noise, text, null) = tiny(), setting()
-    levels = flow.euler_levels(3).double()
+    levels = flow.euler_sigmas(3).double()
     together = sampler.sample(model, noise, text, levels, name, SEEDS, null, 2.0)
     for i in range(3):
         row = slice(i, i + 1)
@@ -221,9 +221,9 @@ def test_an_image_does_not_depend_on_its_batch(name):
 def test_guidance_without_the_null_text_is_refused():
     noise, text, _ = setting()
     with pytest.raises(ValueError, match=r"null must be the text of the empty prompt .*\(got None"):
-        sampler.sample(tiny(), noise, text, flow.euler_levels(1), "euler", SEEDS, None, 2.0)
+        sampler.sample(tiny(), noise, text, flow.euler_sigmas(1), "euler", SEEDS, None, 2.0)
     with pytest.raises(ValueError, match=r"null must be the text of the empty prompt .*\(got None"):
-        sampler.sample(tiny(), noise, text, flow.euler_levels(1), "euler", SEEDS, None, 1.0, 2.0)
+        sampler.sample(tiny(), noise, text, flow.euler_sigmas(1), "euler", SEEDS, None, 1.0, 2.0)
 
 
 def test_a_graph_is_recorded_once_per_shape_and_reads_the_inputs_of_each_call():
@@ -241,7 +241,7 @@ def test_a_graph_is_recorded_once_per_shape_and_reads_the_inputs_of_each_call():
     kept = [t.clone() for t in (noise, *text[:2])]
     for name in ("euler", "renoise"):
         for b in (3, 1):
-            few, levels = text.map(lambda t: t[:b]), flow.euler_levels(3).double()
+            few, levels = text.map(lambda t: t[:b]), flow.euler_sigmas(3).double()
             args = noise[:b], few, levels, name, SEEDS[:b], null
             for guidance in (1.0, 2.0):
                 ours, plain = (sampler.sample(m, *args, guidance) for m in (graphed, model))

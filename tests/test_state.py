@@ -11,6 +11,7 @@ import signal
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from itertools import count, product
 from pathlib import Path
@@ -19,7 +20,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import tiny, tiny_inputs
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -27,8 +27,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.multiprocessing import start_processes
 
 from ladd.cli import InputError
-from ladd.build import networks_on_meta
-from ladd.config import parse_config
 from ladd.data import files
 from ladd.engine import parallel, state
 from ladd.engine.state import Saver, fill, open_state, optimizer_targets, optimizer_tensors, states
@@ -182,12 +180,12 @@ def test_a_state_before_the_first_step_empties_an_optimizer(tmp_path):
 @pytest.fixture
 def gate(monkeypatch) -> threading.Event:
     """Return an event that writing waits for."""
-    opened, real = threading.Event(), state.save_file
+    opened, real = threading.Event(), state.write_tensors
 
     def slow(*args):
         assert opened.wait(20)
         real(*args)
-    monkeypatch.setattr(state, "save_file", slow)
+    monkeypatch.setattr(state, "write_tensors", slow)
     return opened
 
 
@@ -218,60 +216,47 @@ def test_a_second_begin_waits_for_the_first_and_loses_none(tmp_path, gate):
     assert_values(tmp_path, 2, {"values": 2})
 
 
-def test_buffers_are_used_again_and_fit_what_comes(tmp_path):
+def test_buffers_are_used_again_for_the_names_that_come(tmp_path):
     saver, at = Saver(tmp_path), []
-    for size in (4, 4, 5):
-        saver.begin(size, {"a": torch.full((size,), 2.0), "b": torch.ones(3)}, None)
+    for step in (4, 5):
+        saver.begin(step, {"a": torch.full((4,), float(step)), "b": torch.ones(3)}, None)
         saver.finish()
         at.append((saver.buffers["a"].data_ptr(), saver.buffers["b"].data_ptr()))
-    assert at[0] == at[1] and at[1][1] == at[2][1]
-    got = {"a": torch.zeros(5), "b": torch.zeros(3)}
+    assert at[0] == at[1]
+    got = {"a": torch.zeros(4), "b": torch.zeros(3)}
     load(tmp_path, got)
-    assert got["a"].tolist() == [2.0] * 5
+    assert got["a"].tolist() == [5.0] * 4
     saver.begin(9, {"b": torch.ones(3)}, None)
     saver.finish()
     assert set(open_state(tmp_path).tensors) == {"b"}
 
 
-def test_copies_on_the_host_do_not_overlap():
-    """Of all dtypes, without elements and without axes, the large ones after the small ones."""
+def test_the_end_of_the_block_publishes_unless_another_process_may_not_arrive(tmp_path):
+    for world, error, kept in ((1, RuntimeError, True), (1, None, True),
+                               (2, FloatingPointError, True), (2, RuntimeError, False)):
+        folder = tmp_path / f"{world} {error}"
+        with suppress(error or ()):
+            with Saver(folder, 0, world) as saver:
+                saver.begin(1, {"a": torch.zeros(2)}, None)
+                saver.job.result()
+                files.write_tensors(state.part_file(saver.work, 1, 2), {"b": torch.ones(1)})
+                if error:
+                    raise error("an error")
+        assert bool(states(folder)) == kept
+
+
+def test_copies_on_the_host_keep_their_memory():
+    """Of all dtypes, without elements and without axes."""
     kinds = product([(), (0, 3), (3,), (5, 7), (65, 9)],
                     [torch.float32, torch.uint8, torch.bfloat16, torch.int64])
     tensors = {f"{dtype} {shape}": torch.full(shape, i + 1, dtype=dtype)
                for i, (shape, dtype) in enumerate(kinds)}
-    found = state.snapshot(tensors, {})
+    found = state.host_copies(tensors, {})
     assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
                and found[name].is_contiguous() for name, tensor in tensors.items())
-    kept = state.snapshot(tensors, found)
-    assert all(kept[name].data_ptr() == found[name].data_ptr() for name in tensors)
-
-
-def rounded(size: int) -> int:
-    """What torch's pinned allocator takes for a block (CachingHostAllocator.h)."""
-    return 1 << (size - 1).bit_length()
-
-
-@pytest.mark.parametrize("preset, asked, alone", [
-    ("sd3-medium", 33.4e9, 1.47), ("sd3.5-large", 130.6e9, 1.65)])
-def test_pinned_memory_of_a_state_is_hardly_more_than_its_bytes(preset, asked, alone):
-    """The student, its EMA and two moments, the heads and two moments."""
-    config = parse_config(["--preset", preset, "--dry-run"])
-    student, heads = networks_on_meta(config, config.model, torch.float32)[1:]
-    sizes = {f"{i} {name}": p.nbytes for module, copies in ((student, 4), (heads, 3))
-             for i in range(copies) for name, p in module.named_parameters()}
-    blocks, total = state.packed(sizes), sum(sizes.values())
-    assert sorted(name for _, names in blocks for name in names) == sorted(sizes)
-    assert all(sum(map(sizes.get, names)) <= size == rounded(size) for size, names in blocks)
-    assert total == pytest.approx(asked, rel=.002)
-    assert sum(map(rounded, sizes.values())) > alone * total              # a block for each tensor
-    assert sum(size for size, _ in blocks) < 1.001 * total
-
-
-def test_blocks_fit_few_tensors_too():
-    assert state.packed({}) == [] and state.packed({"a": 0}) == [(64, ["a"])]
-    assert state.packed({"a": 65, "b": 1}) == [(128, ["a"]), (64, ["b"])]
-    assert state.packed({"a": 2 ** 20}) == [(2 ** 20, ["a"])]
-    assert state.packed({"a": 2 ** 20 + 1, "b": 4}) == [(2 ** 21, ["a", "b"])]
+    kept = state.host_copies({name: tensor + 1 for name, tensor in tensors.items()}, found)
+    assert all(kept[name] is found[name] and torch.equal(found[name], tensor + 1)
+               for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("call", [
@@ -297,13 +282,13 @@ def test_a_full_disk_is_one_line_at_the_next_call_and_former_states_stay(tmp_pat
 def test_processes_wait_for_each_other(tmp_path, monkeypatch):
     """Two as two threads: the second one's disk is slow, and it begins before the first has cleaned
     up."""
-    barrier, real = threading.Barrier(2), state.save_file
+    barrier, real = threading.Barrier(2), state.write_tensors
 
-    def slow(tensors, path, header):
+    def slow(path, tensors, header):
         if "part-00001" in path.name:
             time.sleep(0.2)
-        real(tensors, path, header)
-    monkeypatch.setattr(state, "save_file", slow)
+        real(path, tensors, header)
+    monkeypatch.setattr(state, "write_tensors", slow)
     (tmp_path / ".tmp_step_000007").mkdir()
     (tmp_path / ".tmp_step_000007" / "part-00003-of-00004.safetensors").write_text("left by a kill")
 
@@ -333,9 +318,9 @@ def test_content_reaches_the_disk_before_the_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda old, new: events.append("replace")
                         or replace(old, new))
     save(tmp_path / "states", 1, values(1))
-    work = ".tmp_step_000001"
-    assert events == ["part-00000-of-00001.safetensors", work, "meta.json", work, "replace",
-                      "states"]
+    part, work = "part-00000-of-00001.safetensors", ".tmp_step_000001"
+    assert events == [part, f".tmp_{part}", "replace", work, "meta.json", ".tmp_meta.json",
+                      "replace", work, "replace", "states"]
 
 
 # kills
@@ -361,12 +346,11 @@ def kill_at(m: pytest.MonkeyPatch, call: int) -> None:
             return real(*args, **kwargs)
         m.setattr(owner, name, counted)
 
-    wrap(state, "save_file", lambda tensors, path, header: Path(path).write_bytes(b"half"))
+    wrap(Path, "open", lambda path, mode: os.close(os.open(path, os.O_CREAT)))
     wrap(Path, "write_text", lambda path, text: path.write_bytes(text.encode()[:4]))
-    wrap(shutil, "rmtree", lambda path: [os.unlink(file) for file
+    wrap(shutil, "rmtree", lambda path, **options: [os.unlink(file) for file
                                          in list(Path(path).rglob("*.*"))[:1]])
-    for owner, name in ((os, "fsync"), (os, "replace"), (Path, "mkdir"), (Path, "rename"),
-                        (Path, "chmod")):
+    for owner, name in ((os, "fsync"), (os, "replace"), (Path, "mkdir"), (Path, "rename")):
         wrap(owner, name)
 
 
@@ -602,8 +586,21 @@ def rewritten(change):
         rows = json.loads(header["rows"])
         change(tensors, rows)
         tensors = {name: t.clone() for name, t in tensors.items()}
-        save_file(tensors, part, {"rows": json.dumps(rows)})
+        files.write_tensors(part, tensors, {"rows": json.dumps(rows), "step": header["step"]})
     return act
+
+
+def flipped(path: Path) -> None:
+    """Flip one bit of a weight."""
+    data = bytearray((path / PART).read_bytes())
+    data[-50] ^= 4
+    (path / PART).write_bytes(data)
+
+
+def of_another_step(path: Path) -> None:
+    """Put a part of another checkpoint in its place."""
+    tensors, header = files.read_tensors(path / PART)
+    files.write_tensors(path / PART, tensors, {"rows": header["rows"], "step": "1"})
 
 
 def written_as(text: str):
@@ -614,6 +611,13 @@ PART = "part-00001-of-00002.safetensors"
 BIAS = "final_layer.linear.bias"
 EMBEDDER = "x_embedder.proj.bias"
 DAMAGED = {
+    "flipped bit": (flipped, f"{PART}: its content does not have the checksum in its header"),
+    "another part": (lambda p: shutil.copy(p / PART.replace("1-", "0-", 1), p / PART),
+                     f"{PART} was written as part-00000-of-00002.safetensors"),
+    "another step": (of_another_step, f"{PART} must be of step 2 (got 1)"),
+    "other meta": (lambda p: (p / "meta.json").write_text(
+        (p / "meta.json").read_text().replace('"rank": 0', '"rank": 1')),
+        "meta.json: its content does not have the checksum in it"),
     "missing part": (lambda p: (p / PART).unlink(), f"{PART}: not a complete safetensors file"),
     "cut part": (lambda p: (p / PART).write_bytes((p / PART).read_bytes()[:-7]),
                  f"{PART}: not a complete"),
@@ -623,10 +627,10 @@ DAMAGED = {
                      "meta.json: not a complete JSON file"),
     "cut meta": (written_as('{"parts": 2, "me'), "meta.json: not a complete JSON file"),
     "older layout": (written_as('{"best": 3}'),
-                     "meta.json must have a number of parts and meta (got {'best': 3})"),
-    "no table": (written_as("[2]"), "meta.json must have a number of parts and meta (got [2])"),
+                     "meta.json: its content does not have the checksum in it (got {'best': 3})"),
+    "no table": (written_as("[2]"), "meta.json must be a JSON object (got list)"),
     "parts as text": (written_as('{"parts": "2", "meta": 0}'),
-                      "parts and meta (got {'parts': '2', 'meta': 0})"),
+                      "does not have the checksum in it (got {'parts': '2', 'meta': 0})"),
     "rows missing": (rewritten(lambda t, r: t.pop(EMBEDDER)),
                      f"{EMBEDDER} must have each of the rows 0:128 once (got 0:64)"),
     "rows twice": (rewritten(lambda t, r: (t.update({EMBEDDER: torch.zeros(96)}),

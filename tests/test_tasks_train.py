@@ -88,8 +88,8 @@ def test_renders_to_train_on_keep_prompt_picture_and_image_together(toy):
     for p in parts:
         hw = tuple(p.latents.shape[2:])
         b = latents.gather(hw, torch.arange(len(p.captions)))
-        assert torch.equal(b.x0, p.latents) and torch.equal(b.image, p.image)
-        assert same((b.context, b.pooled), codec.embed(p.captions)[:2])
+        assert torch.equal(b.x0, p.latents) and torch.equal(b.text.image, p.image)
+        assert same(b.text[:2], codec.embed(p.captions)[:2])
         assert torch.equal(latents.codes[latents.buckets[hw][1]], p.codes)
     for i, shard in enumerate(plan.shards):
         p, rows = drawn[i % 2], slice(24 * (i // 2), 24 * (i // 2 + 1))
@@ -472,10 +472,10 @@ def test_sources_are_left_out_only_where_the_caption_is(tmp_path, monkeypatch, t
                     else ~image.flatten(1).any(1))
         left = ~empty[-1][:, None]
         assert torch.equal(x0, b.x0)
-        assert torch.equal(context, torch.where(left[..., None], b.context, null.context))
-        assert torch.equal(pooled, torch.where(left, b.pooled, null.pooled))
+        assert torch.equal(context, torch.where(left[..., None], b.text.context, null.context))
+        assert torch.equal(pooled, torch.where(left, b.text.pooled, null.pooled))
         assert (image is None) == (task == "text")
-        assert image is None or torch.equal(image, b.image * ~bare[-1][:, None, None, None])
+        assert image is None or torch.equal(image, b.text.image * ~bare[-1][:, None, None, None])
     empty, bare = torch.cat(empty), torch.cat(bare)
     assert len(
         empty) == 640 and abs(

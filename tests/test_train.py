@@ -181,7 +181,7 @@ def test_a_run_ends_with_a_valid_report_that_has_every_baseline(base):
 
 
 def test_what_a_run_leaves(base):
-    """Grids from step 0; of the states the last two, so not step 2; the student."""
+    """Grids from iteration 2 on, the first of the student; the last two checkpoints."""
     states = {f"checkpoints/{stage}/step_{step:06d}/{name}" for stage, step, name
               in product(("teacher", "distill"), (4, 6),
                          ("part-00000-of-00001.safetensors", "meta.json"))}
@@ -189,14 +189,14 @@ def test_what_a_run_leaves(base):
               in enumerate(("4x8", "8x4", "4x8", "8x4"))}
     prompts = {f"data/{name}" for name in ("prompts.json", "prompts.safetensors", "provenance.json",
                                            "text-00000.safetensors")}
-    grids = {f"samples/{step:06d}.png" for step in (0, 2, 4)}
+    grids = {f"samples/{step:06d}.png" for step in (2, 4, 6)}
     networks = {f"checkpoints/{name}.safetensors" for name in ("teacher", "student", "last")}
     rest = {"config.json", "env.txt", "log.jsonl", "report.json", "report.png"}
     whole = states | shards | prompts | grids | networks | rest
     assert stamps(base).keys() - {"seconds.json"} == whole
     env = (base / "env.txt").read_text()
     assert env.startswith("command: ") and "torch: " in env and "commit: " in env
-    with Image.open(base / "samples" / "000000.png") as picture:
+    with Image.open(base / "samples" / "000002.png") as picture:
         assert "euler" in picture.text["parameters"]
 
 
@@ -435,8 +435,8 @@ def test_learning_rates_rise_stay_and_fall_and_are_never_negative():
     """The heads warm up in their own first steps: counted by the student's, these steps were
     negative, and so was the rate."""
     optim = step.Optim(1e-3, 1e-3, 0.9, steps=100, warmup=20)
-    heads = [train.learning_rate(optim, it - 40, it) for it in range(140)]     # heads_first: 40
-    student = [train.learning_rate(optim, step, step) for step in range(100)]
+    heads = [train.rate_factor(optim, it - 40, it) for it in range(140)]     # heads_first: 40
+    student = [train.rate_factor(optim, step, step) for step in range(100)]
     assert step.DECAY == 0.4
     assert heads[:20] == pytest.approx([(i + 1) / 20 for i
                                         in range(20)]) and set(heads[20:100]) == {1}

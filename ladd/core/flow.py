@@ -12,7 +12,9 @@ from torch import Tensor
 def generator(*key) -> torch.Generator:
     """Return a generator on the CPU that is a function of `key` (numbers, strings, tuples) alone.
 
-    What a step draws from it needs no saved state and is the same on every machine.
+    What a step draws from it needs no saved state and is the same on every machine. Keys begin with
+    a run's seed and the number of a purpose: 1 the teacher's training, 2 steps of LADD and of
+    consistency distillation, 3 calibration of the heads, 7 preferences, 8 a LoRA's matrices.
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -88,6 +90,6 @@ def student_probs(step: int, probs: tuple[float, ...], warmup_steps: int) -> tup
     return (0.0,) * hard + (1 / easy,) * easy
 
 
-def euler_levels(steps: int, a: float = 1.0) -> Tensor:
-    """Return steps + 1 fp32 levels from 1 to 0, both exact, evenly spaced before the shift `a`."""
+def euler_sigmas(steps: int, a: float = 1.0) -> Tensor:
+    """Return steps + 1 final levels from 1 to 0, both exact, evenly spaced before the shift `a`."""
     return shift(torch.linspace(1, 0, steps + 1), a)

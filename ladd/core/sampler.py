@@ -63,7 +63,7 @@ class Recipe:
 
     def teacher_sigmas(self, steps: int) -> Tensor:
         """Return the teacher's final levels [steps + 1], evenly spaced before the shift."""
-        return flow.euler_levels(steps, self.shift)
+        return flow.euler_sigmas(steps, self.shift)
 
 
 def read_recipe(stored: Any, where: Path) -> Recipe:
@@ -158,7 +158,7 @@ def guided(model: MMDiT, null: Text, guidance: float,
     return v
 
 
-def levels_on_device(sigmas: Tensor, noise: Tensor) -> Tensor:
+def sigmas_on_device(sigmas: Tensor, noise: Tensor) -> Tensor:
     """Return sigmas [steps + 1, b] on the device of `noise` [b, ...].
 
     They are copied once, since each copy from pageable memory waits for the GPU. Arithmetic of the
@@ -171,7 +171,7 @@ def levels_on_device(sigmas: Tensor, noise: Tensor) -> Tensor:
 def euler(v: Callable, noise: Tensor, text: Text, sigmas: Tensor) -> Tensor:
     """Return x0 from noise: x += (sigma' - sigma) v over consecutive levels."""
     x = noise
-    for now, then, sigma in zip(sigmas[:-1], sigmas[1:], levels_on_device(sigmas, noise)):
+    for now, then, sigma in zip(sigmas[:-1], sigmas[1:], sigmas_on_device(sigmas, noise)):
         x = x + (then - now) * v(x, sigma, text)
     return x
 
@@ -182,7 +182,7 @@ def renoise(v: Callable, noise: Tensor, text: Text, sigmas: Tensor, seeds: list[
 
     The inputs of the network are then noised like those that LADD trains the student on.
     """
-    x, levels = noise, levels_on_device(sigmas, noise)
+    x, levels = noise, sigmas_on_device(sigmas, noise)
     for i, then in enumerate(sigmas[1:]):
         x0_hat = flow.to_x0(x, v(x, levels[i], text), levels[i])
         fresh = noise

@@ -6,14 +6,17 @@ resuming needs no saved state, and two processes train as one does.
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ladd.core import flow
 from ladd.core.losses import Draws, LaddConfig, Mismatched, draw
 from ladd.core.mmdit import Text
+from ladd.data.images import ahead
 from ladd.data.shards import Latents, mismatched_captions
 
 
@@ -45,8 +48,10 @@ def micro_batches(latents: Latents, batching: Batching, config: LaddConfig, inde
     """
     seed, batch, micro, _, _, rank, world = batching
     bucket, chosen = latents.choose(index, batch, seed, latents.holdout)
-    # Every process draws the mismatched captions of the full batch and keeps those of its rows.
-    rows = evenly_spread(batch, config.mismatched)
+    # Every process draws the mismatched captions of the full batch and keeps those of its rows:
+    # where the running count reaches a new integer.
+    before = torch.arange(batch)
+    rows = before[((before + 1) * config.mismatched).long() > (before * config.mismatched).long()]
     prompts = latents.buckets[bucket][1][chosen[rows]]
     # The string is part of the seed; another one would change the random numbers of runs.
     generator = flow.generator(*key, "misfits")
@@ -59,18 +64,12 @@ def micro_batches(latents: Latents, batching: Batching, config: LaddConfig, inde
         if config.mismatched:
             mine = (rows >= first) & (rows < first + micro)
             local, other = rows[mine] - first, others[mine]
-            image = None if got.image is None else got.image[local]
+            image = None if got.text.image is None else got.text.image[local]
             text = Text(latents.context[other], latents.pooled[other], image)
             mismatched = Mismatched(local, text, found[mine].float(), count)
         draws = draw(got.x0, step, config, key, first, batch)
         out.append(MicroBatch(got.x0, got.text, mismatched, draws))
     return out
-
-
-def evenly_spread(n: int, fraction: float) -> Tensor:
-    """Return the numbers below n at which the running count n * fraction reaches a new integer."""
-    numbers = torch.arange(n)
-    return numbers[((numbers + 1) * fraction).long() > (numbers * fraction).long()]
 
 
 def moved(value: Any, device: torch.device) -> Any:
@@ -79,23 +78,7 @@ def moved(value: Any, device: torch.device) -> Any:
     The host does not wait for copies from pinned memory. They run in the GPU's stream, after the
     work that was queued before them.
     """
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    return mapped(lambda item: moved(item, device), value)
-
-
-def pinned(value: Any) -> Any:
-    """Return the tensors of nested tuples and lists in pinned (page-locked) memory."""
-    if isinstance(value, Tensor):
-        return value.pin_memory()
-    return mapped(pinned, value)
-
-
-def mapped(function: Callable, value: Any) -> Any:
-    """Return a list, tuple or NamedTuple of function(each); anything else unchanged."""
-    if not isinstance(value, (list, tuple)):
-        return value
-    return getattr(type(value), "_make", type(value))(map(function, value))
+    return tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), value)
 
 
 class Prefetch:
@@ -113,16 +96,15 @@ class Prefetch:
     def __iter__(self) -> Iterator[Any]:
         if self.device.type != "cuda":
             for key in self.keys:
-                yield self.wait(lambda key=key: self.make(*key))
+                yield self.wait(partial(self.make, *key))
             return
+
+        def pinned(*key) -> Any:
+            """Return make(*key) in pinned (page-locked) memory."""
+            return tree_map_only(Tensor, Tensor.pin_memory, self.make(*key))
+
         with ThreadPoolExecutor(1) as pool:
-            pending = None
-            for key in self.keys:
-                previous = pending
-                pending = pool.submit(lambda key=key: pinned(self.make(*key)))
-                if previous is not None:
-                    yield moved(self.wait(previous.result), self.device)
-            if pending is not None:
+            for pending in ahead(pool, pinned, self.keys, 2):
                 yield moved(self.wait(pending.result), self.device)
 
     def wait(self, result: Callable) -> Any:

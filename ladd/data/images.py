@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from ladd.cli import InputError, must
-from ladd.data.files import read_json
-from ladd.data.prompts import is_text, read_lines, read_objects
+from ladd.data.files import is_text, read_json, read_lines, read_objects
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 # what Pillow raises for files that are no images or incomplete

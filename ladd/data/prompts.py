@@ -1,5 +1,4 @@
 """Prompts: read from files, planned as shards of latents, and the codec that encodes them."""
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,83 +6,38 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ladd.cli import InputError, must
+from ladd.cli import must
 from ladd.core.mmdit import Text, image_channels
+from ladd.data.files import read_lines, read_objects
 from ladd.data.shards import Latents
 
 
-# --- files of prompts and of captioned images ---
-
-def read_lines(path: str | Path) -> list[str]:
-    """Return the lines of a UTF-8 file, stripped; raise InputError where it cannot be read."""
-    try:
-        return [line.strip() for line in Path(path).read_text("utf-8-sig").split("\n")]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} must be UTF-8 (got another byte at {error.start})") from None
-
-
-def is_text(value: Any) -> bool:
-    """Return whether `value` is a string that UTF-8 can encode.
-
-    JSON may hold halves of surrogate pairs, which no tokenizer reads.
-    """
-    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
-
-
-def read_objects(path: str | Path, keys: Sequence[str]) -> list[dict]:
-    """Return the objects of a .jsonl file without its empty lines.
-
-    Raise InputError that names the first line which has no text for one of `keys`.
-    """
-    objects = []
-    wanted = ", ".join(f'"{key}": "..."' for key in keys)
-    for number, line in enumerate(read_lines(path), 1):
-        if not line:
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError:
-            value = None
-        must(isinstance(value, dict) and all(is_text(value.get(key)) for key in keys),
-             f"{path}: line {number} must be {{{wanted}}} (got {line[:60]!r})")
-        objects.append(value)
-    return objects
-
-
 def read_prompts(path: str | Path) -> tuple[list[str], list[str]]:
-    """Return (prompts, notes) of a .txt file, one prompt per line, or a .jsonl file.
-
-    A line of .jsonl is {"prompt": ...}. Empty lines and, in .txt, lines that begin with # are
-    skipped; notes count them. Raise InputError for a file that cannot be read, a line of .jsonl
-    without a prompt, and a file without any prompt.
-    """
+    """Return (prompts, notes) of a .txt file, one prompt per line, or a .jsonl file with lines
+    {"prompt": ...}. Empty lines and, in .txt, lines that begin with # are skipped; notes count
+    them."""
     lines = read_lines(path)
+    comments = 0
     if Path(path).suffix == ".jsonl":
-        prompts, comments = [found["prompt"] for found in read_objects(path, ["prompt"])], 0
+        prompts = [found["prompt"] for found in read_objects(path, ["prompt"])]
     else:
         prompts = [line for line in lines if line and line[0] != "#"]
         comments = sum(line[:1] == "#" for line in lines)
     must(bool(prompts), f"{path} must have at least one prompt, one per line (got none)")
-    # The last of `lines` is what follows the last newline, not an empty line.
+    # the last of `lines` is what follows the last newline, not an empty line
     counts = {"empty lines": lines[:-1].count(""), "comments": comments}
-    notes = [f"{path}: {n} {what} skipped" for what, n in counts.items() if n]
-    return prompts, notes
+    return prompts, [f"{path}: {n} {what} skipped" for what, n in counts.items() if n]
 
-
-# --- text and plans ---
 
 class Codec(NamedTuple):
     """Text encoders and autoencoder, of SD3 or of the toy dataset. Results are on the CPU."""
     encode: Callable[[list[str]], Text]     # text of prompts; "" is the null prompt
     embed: Callable[[list[str]], Text]      # the same, from a cache where a prompt was seen before
-    decode: Callable[[Tensor], Tensor]      # images [b, 3, 8h, 8w] in [-1, 1] of latents
-                                            # [b, 16, h, w]
+    decode: Callable[[Tensor], Tensor]      # [b, 16, h, w] to images [b, 3, 8h, 8w] in [-1, 1]
     latents: Callable[[Tensor], Tensor]     # latents of images; the mean of a VAE's distribution
     release: Callable[[], None]             # frees the text encoders until they are needed again
     widths: tuple[int, int]                 # of a text token and of the pooled text
-    provenance: dict                        # identifies the encoders whose text this is
+    provenance: Callable[[], dict]          # identifies the encoders whose text this is
 
 
 def null_text(codec: Codec) -> Text:
@@ -109,10 +63,8 @@ class Plan(NamedTuple):
 
 def prompt_plan(prompts: list[str], sizes: Sequence[tuple[int, int]], count: int, shard: int,
                 seed: int) -> Plan:
-    """Return the plan of `count` samples that cycle through `prompts`.
-
-    Sample i starts from the noise of seed + i; shards cycle through the image sizes (in pixels).
-    """
+    """Return the plan of `count` samples that cycle through `prompts`, from the noise of seed + i.
+    Shards cycle through the image sizes (in pixels)."""
     distinct = list(dict.fromkeys(prompts))
     number = {prompt: i for i, prompt in enumerate(distinct)}
     ids = torch.tensor([number[prompts[i % len(prompts)]] for i in range(count)])
@@ -130,13 +82,12 @@ def prompt_plan(prompts: list[str], sizes: Sequence[tuple[int, int]], count: int
 
 
 def pairs_plan(pairs: Latents, count: int, shard: int, seed: int) -> Plan:
-    """Return the plan of `count` samples for the prompts and images of a folder of pairs.
-
-    The folder is one for editing or inpainting; its held-out samples are left out. Sample i starts
-    from the noise of seed + i. Shards cycle through the sizes, and each size through its samples.
-    """
+    """Return the plan of `count` samples for the prompts and images of `pairs` (editing or
+    inpainting) but the held-out ones, from the noise of seed + i. Shards cycle through the sizes,
+    and each size through its samples."""
     sizes = list(pairs.buckets)
-    shards, first = [], dict.fromkeys(sizes, 0)
+    shards = []
+    first = dict.fromkeys(sizes, 0)
     for i in range(0, count, shard):
         hw = sizes[i // shard % len(sizes)]
         n = len(pairs.buckets[hw][1]) - pairs.holdout
@@ -167,14 +118,14 @@ def given_prompts(sizes: Sequence[tuple[int, int]], captions: list[str]) -> list
 
 
 def held_out(latents: Latents, n: int) -> list[Prompts]:
-    """Return the last samples of a folder of pairs: about n, at least one of each size.
-
-    They never train, but another pair with the same source may.
-    """
-    parts, each = [], max(1, n // len(latents.buckets))
+    """Return about n of the held-out samples of a folder of pairs, at least one of each size. They
+    never train, but another pair with the same source may."""
+    parts = []
+    each = max(1, n // len(latents.buckets))
     for (h, w), (x0, prompt_id) in latents.buckets.items():
         rows = torch.arange(len(prompt_id) - min(each, latents.holdout), len(prompt_id))
-        image, mask = latents.images[h, w][rows].float(), None
+        image = latents.images[h, w][rows].float()
+        mask = None
         if image.shape[1] > image_channels("edit"):
             mask = image[:, 0].bool().repeat_interleave(8, 1).repeat_interleave(8, 2)
         captions = [latents.prompts[i] for i in prompt_id[rows]]

@@ -31,29 +31,19 @@ from torch import Tensor
 from ladd.cli import must
 from ladd.core import flow
 from ladd.core.mmdit import Text
-from ladd.data.files import (check_finite, finite_json, publish, read_json, read_tensors,
-                             write_json, write_tensors)
+from ladd.data.files import (fingerprint, finite_json, read_json, read_tensors, write_json,
+                             write_tensors)
 
 
 class Batch(NamedTuple):
     """Samples of one latent size."""
-    x0: Tensor                     # [b, c, h, w] fp32
-    context: Tensor                # [b, l, dc] as stored
-    pooled: Tensor                 # [b, dp] as stored
-    index: Tensor                  # [b] int64, position in the dataset: buckets by (h, w)
-    image: Tensor | None = None    # [b, e, h, w] fp32
-
-    @property
-    def text(self) -> Text:
-        """Return the conditioning of the batch."""
-        return Text(self.context, self.pooled, self.image)
+    x0: Tensor    # [b, c, h, w] fp32
+    text: Text    # context and pooled as stored, image [b, e, h, w] fp32
 
 
 class Rows:
-    """Tensors joined along their first axis without a copy.
-
-    rows[index], index [b] int64, gathers like torch.cat(parts)[index].
-    """
+    """Tensors joined along their first axis without a copy: rows[index], index [b] int64, gathers
+    like torch.cat(parts)[index]."""
 
     def __init__(self, parts: Sequence[Tensor]):
         self.parts = list(parts)
@@ -84,7 +74,7 @@ class Latents:
     # by (h, w): x0 [n, c, h, w], prompt_id [n]
     buckets: dict[tuple[int, int], tuple[Tensor | Rows, Tensor]]
     provenance: dict[str, Any]
-    # by (h, w): [n, e, h, w]; empty without image conditioning
+    # by (h, w): image conditioning [n, e, h, w]; empty where there is none
     images: dict[tuple[int, int], Tensor | Rows] = field(default_factory=dict)
 
     @property
@@ -94,20 +84,15 @@ class Latents:
 
     @property
     def holdout(self) -> int:
-        """Return how many latents of each size never train, to test the discriminator on.
-
-        It is a sixteenth of the smallest bucket, at least two.
-        """
+        """Return how many latents of each size never train, to test the discriminator on."""
         return max(2, min(len(ids) for _, ids in self.buckets.values()) // 16)
 
     def gather(self, bucket: tuple[int, int], index: Tensor) -> Batch:
         """Return the samples `index` [b] of one bucket."""
         x0, prompt_id = self.buckets[bucket]
-        offset = sum(len(ids) for hw, (_, ids) in self.buckets.items() if hw < bucket)
         prompt = prompt_id[index]
         image = self.images[bucket][index].float() if self.images else None
-        return Batch(x0[index].float(), self.context[prompt], self.pooled[prompt], offset + index,
-                     image)
+        return Batch(x0[index].float(), Text(self.context[prompt], self.pooled[prompt], image))
 
     def batch(self, step: int, batch: int, seed: int, exclude: int = 0) -> Batch:
         """Return the batch of `step`: gather(*choose(...))."""
@@ -115,26 +100,21 @@ class Latents:
 
     def choose(self, step: int, batch: int, seed: int,
                exclude: int = 0) -> tuple[tuple[int, int], Tensor]:
-        """Return (bucket, index [batch]) of the batch of `step`.
+        """Return (bucket, index [batch]) of the batch of `step`, a function of the arguments alone.
 
-        It is a function of the arguments alone, by permutations that follow from (seed, epoch). A
-        batch has one size, and a sample occurs at most once per epoch: what a bucket has left
-        below `batch` waits for the next epoch. The last `exclude` samples of each bucket are left
-        out (they are held out, for `gather`). Raise InputError for a bucket that cannot fill a
-        batch, since its samples would never be seen. Our choice.
+        A batch has one size, and a sample occurs at most once per epoch: what a bucket has left
+        below `batch` waits for the next epoch. The last `exclude` samples of each bucket are held
+        out. Raise InputError for a bucket that cannot fill a batch, since its samples would never
+        be seen. Our choice.
         """
-        # The batches of an epoch are numbered bucket after bucket.
-        starts, total = {}, 0
-        for hw in sorted(self.buckets):
-            size = len(self.buckets[hw][1]) - exclude
+        starts = []     # (bucket, first row) of the batches of an epoch
+        for hw, (_, ids) in sorted(self.buckets.items()):
+            size = len(ids) - exclude
             must(size >= batch, f"latents {hw[0]}x{hw[1]} must be at least a batch of {batch} (got "
                  f"{size})")
-            starts[hw] = total
-            total += size // batch
-        epoch, position = divmod(step, total)
-        number = int(permutation(total, seed, epoch)[position])
-        bucket = max(hw for hw, start in starts.items() if start <= number)
-        first = (number - starts[bucket]) * batch
+            starts += [(hw, i * batch) for i in range(size // batch)]
+        epoch, position = divmod(step, len(starts))
+        bucket, first = starts[permutation(len(starts), seed, epoch)[position]]
         order = permutation(len(self.buckets[bucket][1]) - exclude, seed, epoch, bucket)
         return bucket, order[first:first + batch]
 
@@ -149,10 +129,9 @@ def mismatched_captions(codes: Tensor, prompt: Tensor, generator: torch.Generato
                         tries: int = 32) -> tuple[Tensor, Tensor]:
     """Return (others, found): for each of `prompt` [m] another prompt that does not fit its image.
 
-    codes [p, a] are the stated attributes, -1 where open; two captions exclude each other where
-    both state an attribute and differ. Up to `tries` prompts are drawn for each sample. found [m]
-    is False where none of them excludes its caption, as for a caption that states nothing; then
-    `others` has the prompt itself.
+    Two captions exclude each other where both state an attribute (codes [p, a]) and differ. found
+    [m] is False where none of `tries` drawn prompts excludes the caption, as where that states
+    nothing; then `others` has the prompt itself.
     """
     drawn = torch.randint(len(codes), (len(prompt), tries), generator=generator)
     a, b = codes[prompt, None], codes[drawn]                                    # [m, tries, a]
@@ -162,29 +141,25 @@ def mismatched_captions(codes: Tensor, prompt: Tensor, generator: torch.Generato
     return torch.where(found, drawn.gather(1, first)[:, 0], prompt), found
 
 
-# --- writing a folder ---
-
 def open_folder(folder: str | Path, provenance: dict[str, Any], prompts: Sequence[str],
                 codes: Tensor, null: tuple[Tensor, Tensor], rows: int = 1024) -> None:
-    """Create the folder, or check that an existing one was made alike, so that its files can stay.
-
-    `rows` is the number of prompts per file of text. Raise InputError that names the first
-    difference and both values.
-    """
-    folder, prompts, provenance = Path(folder), list(prompts), {**provenance, "rows": rows}
+    """Create the folder with `rows` prompts per file of text, or check that an existing one was
+    made alike, so that its files can stay. Raise InputError that names the first difference."""
+    folder, prompts = Path(folder), list(prompts)
+    new = {**provenance, "rows": rows}
     tensors = {"null_context": null[0].to("cpu", torch.bfloat16),
                "null_pooled": null[1].to("cpu", torch.bfloat16),
                "codes": codes.to("cpu", torch.int64)}
-    check_prompts(folder, prompts, tensors)
+    check_tensors(folder, tensors, prompt_shapes(prompts))
     if not (folder / "provenance.json").exists():
         must(not shards(folder) and not list(folder.glob("text-*")),
              f"{folder}: shards without provenance.json; take another folder")
-        publish(folder / "prompts.safetensors", lambda path: write_tensors(path, tensors))
-        publish(folder / "prompts.json", lambda path: write_json(path, prompts))
-        publish(folder / "provenance.json", lambda path: write_json(path, provenance))
+        write_tensors(folder / "prompts.safetensors", tensors)
+        write_json(folder / "prompts.json", prompts)
+        write_json(folder / "provenance.json", new)
         return
-    old = finite_json(read_json(folder / "provenance.json"))
-    new = json.loads(json.dumps(finite_json(provenance)))
+    old = finite_json(read_json(folder / "provenance.json", dict))
+    new = json.loads(json.dumps(finite_json(new)))     # tuples become lists
     old_prompts, old_tensors = read_prompt_files(folder)
     values = [(name, old.get(name), new.get(name)) for name in [*new, *old]]
     values += [("prompt", a, b) for a, b in zip_longest(old_prompts, prompts)]
@@ -196,42 +171,35 @@ def open_folder(folder: str | Path, provenance: dict[str, Any], prompts: Sequenc
 
 
 def missing_text(folder: str | Path) -> list[int]:
-    """Return the indices of the files of text that do not exist.
-
-    File i holds the text of prompts[i * rows:(i + 1) * rows].
-    """
+    """Return the indices of the files of text that do not exist; file i holds the text of
+    prompts[i * rows:(i + 1) * rows]."""
     return [i for i, (path, _) in enumerate(text_files(folder)) if not path.exists()]
 
 
 def write_text(folder: str | Path, index: int, context: Tensor, pooled: Tensor) -> None:
     """Write file `index` of text: context [r, l, dc] and pooled [r, dp], in bf16."""
-    _, tensors = read_prompt_files(folder)
-    path, n = text_files(folder)[index]
+    path, shapes = text_files(folder)[index]
     text = {"context": context.to("cpu", torch.bfloat16),
             "pooled": pooled.to("cpu", torch.bfloat16)}
-    check_text(path, text, n, tensors)
-    publish(path, lambda path: write_tensors(path, text))
+    check_tensors(path, text, shapes)
+    write_tensors(path, text, {"folder": identity(path.parent)})
 
 
 def write_shard(folder: str | Path, index: int, x0: Tensor, prompt_id: Tensor,
                 image: Tensor | None = None) -> None:
-    """Write the latents x0 [n, c, h, w] of the prompts prompt_id [n], dtypes kept.
-
-    image [n, e, h, w] is the image conditioning.
-    """
+    """Write the latents x0 [n, c, h, w] of the prompts prompt_id [n], and the image conditioning
+    [n, e, h, w], dtypes kept."""
     path = Path(folder) / f"{index:05d}-{x0.shape[-2]}x{x0.shape[-1]}.safetensors"
     tensors = {"x0": x0, "prompt_id": prompt_id.long()}
     if image is not None:
         tensors["image"] = image
     check_shard(path, tensors)
-    publish(path, lambda path: write_tensors(path, tensors))
+    write_tensors(path, tensors, {"folder": identity(path.parent)})
 
 
 def missing_shards(folder: str | Path, plan: Sequence[tuple[int, int]]) -> list[int]:
-    """Return the indices into `plan`, the (h, w) of every shard, of shards that do not exist.
-
-    Raise InputError for a shard that the plan does not have.
-    """
+    """Return the indices into `plan`, the (h, w) of every shard, of shards that do not exist; raise
+    InputError for a shard that the plan does not have."""
     present = shards(Path(folder))
     for index, hw, path in present:
         must(index < len(plan) and tuple(plan[index]) == hw,
@@ -239,103 +207,107 @@ def missing_shards(folder: str | Path, plan: Sequence[tuple[int, int]]) -> list[
     return sorted(set(range(len(plan))) - {index for index, _, _ in present})
 
 
-# --- reading a folder ---
-
 def read_folder(folder: str | Path) -> Latents:
-    """Return the latents of a folder, memory-mapped.
-
-    Raise InputError that names the file which is missing, truncated, misshapen or not finite.
-    """
+    """Return the latents of a folder, memory-mapped; raise InputError that names a file which is
+    missing, truncated, misshapen or not finite."""
     folder = Path(folder)
-    provenance = read_json(folder / "provenance.json")
+    provenance = read_json(folder / "provenance.json", dict)
     prompts, tensors = read_prompt_files(folder)
-    channels, image_channels, parts = None, None, {}
+    first = None
+    parts = {}
     for _, hw, path in shards(folder):
-        shard, _ = read_tensors(path)
-        check_shard(path, shard, hw, channels, len(prompts), image_channels)
-        channels = shard["x0"].shape[1]
-        image_channels = shard["image"].shape[1] if "image" in shard else 0
+        shard = read_own(path)
+        check_shard(path, shard, hw, len(prompts), first)
+        first = first or shard
         parts.setdefault(hw, []).append(shard)
     must(bool(parts), f"{folder} must have shards such as 00000-8x8.safetensors (got none)")
-    buckets, images = {}, {}
+    buckets = {}
+    images = {}
     for hw, some in sorted(parts.items()):
-        buckets[hw] = joined([s["x0"] for s in some]), torch.cat([s["prompt_id"] for s in some])
-        if image_channels:
-            images[hw] = joined([s["image"] for s in some])
+        buckets[hw] = joined(some, "x0"), torch.cat([shard["prompt_id"] for shard in some])
+        if "image" in first:
+            images[hw] = joined(some, "image")
     null = tensors["null_context"], tensors["null_pooled"]
     return Latents(prompts, *read_text(folder), tensors["codes"], null, buckets, provenance, images)
 
 
+def identity(folder: Path) -> str:
+    """Return what the header of each file in the folder says of it."""
+    return fingerprint(folder / "provenance.json")
+
+
+def read_own(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file; raise InputError unless it was written there, by this name."""
+    tensors, header = read_tensors(path, renamed=False)
+    must(header.get("folder", identity(path.parent)) == identity(path.parent),
+         f"{path} belongs to another folder; put the original back, or remove it and make it again")
+    return tensors
+
+
 def read_prompt_files(folder: str | Path) -> tuple[list[str], dict[str, Tensor]]:
     """Return the content of prompts.json and of prompts.safetensors."""
-    prompts = read_json(Path(folder) / "prompts.json")
+    prompts = read_json(Path(folder) / "prompts.json", list)
     path = Path(folder) / "prompts.safetensors"
     tensors, _ = read_tensors(path)
-    check_prompts(path, prompts, tensors)
+    check_tensors(path, tensors, prompt_shapes(prompts))
     return prompts, tensors
 
 
 def read_text(folder: str | Path) -> tuple[Tensor | Rows, Tensor | Rows]:
     """Return (context [p, l, dc], pooled [p, dp]) of all prompts, memory-mapped."""
-    _, tensors = read_prompt_files(folder)
     parts = []
-    for path, n in text_files(folder):
-        text, _ = read_tensors(path)
-        check_text(path, text, n, tensors)
+    for path, shapes in text_files(folder):
+        text = read_own(path)
+        check_tensors(path, text, shapes)
         parts.append(text)
-    return joined([text["context"] for text in parts]), joined([text["pooled"] for text in parts])
+    return joined(parts, "context"), joined(parts, "pooled")
 
 
-def joined(parts: list[Tensor]) -> Tensor | Rows:
-    """Return the parts as one tensor along the first axis, without a copy."""
-    return Rows(parts) if len(parts) > 1 else parts[0]
+def joined(parts: list[dict[str, Tensor]], name: str) -> Tensor | Rows:
+    """Return a tensor of all parts, joined along the first axis without a copy."""
+    return Rows([part[name] for part in parts]) if len(parts) > 1 else parts[0][name]
 
 
-def text_files(folder: str | Path) -> list[tuple[Path, int]]:
-    """Return (path, number of prompts) of each file of text that the folder is to hold."""
+Shapes = dict[str, tuple[int | str, ...]]    # by name; a letter stands for any size
+
+
+def prompt_shapes(prompts: list[str]) -> Shapes:
+    """Return the shapes in prompts.safetensors."""
+    return {"codes": (len(prompts), "a"), "null_context": ("l", "dc"), "null_pooled": ("dp",)}
+
+
+def text_files(folder: str | Path) -> list[tuple[Path, Shapes]]:
+    """Return (path, shapes) of each file of text that the folder is to hold."""
     folder = Path(folder)
-    rows = read_json(folder / "provenance.json")["rows"]
-    firsts = range(0, len(read_json(folder / "prompts.json")), rows)
-    return [(folder / f"text-{first // rows:05d}.safetensors", min(rows, firsts.stop - first))
-            for first in firsts]
+    prompts, tensors = read_prompt_files(folder)
+    rows = read_json(folder / "provenance.json", dict)["rows"]
+    files = []
+    for i, first in enumerate(range(0, len(prompts), rows)):
+        n = min(rows, len(prompts) - first)
+        files.append((folder / f"text-{i:05d}.safetensors",
+                      {"context": (n, *tensors["null_context"].shape),
+                       "pooled": (n, *tensors["null_pooled"].shape)}))
+    return files
 
 
 def shards(folder: Path) -> list[tuple[int, tuple[int, int], Path]]:
     """Return (index, (h, w), path) of the shards in a folder, by index."""
-    name, found = re.compile(r"(\d{5,})-(\d+)x(\d+)\.safetensors"), []
+    found = []
     for path in folder.glob("*"):
-        if match := name.fullmatch(path.name):
+        if match := re.fullmatch(r"(\d{5,})-(\d+)x(\d+)\.safetensors", path.name):
             index, h, w = map(int, match.groups())
             found.append((index, (h, w), path))
     return sorted(found)
 
 
-# --- checks ---
-
-def check_prompts(where: Path, prompts: list[str], tensors: dict[str, Tensor]) -> None:
-    """Raise InputError unless `tensors` belong to these prompts."""
-    check_shapes(where, tensors, {"codes": (len(prompts), "a"), "null_context": ("l", "dc"),
-                                  "null_pooled": ("dp",)})
-
-
-def check_text(where: Path, text: dict[str, Tensor], n: int, tensors: dict[str, Tensor]) -> None:
-    """Raise InputError unless `text` is of n prompts and shaped like that of the empty prompt."""
-    check_shapes(where, text, {"context": (n, *tensors["null_context"].shape),
-                               "pooled": (n, *tensors["null_pooled"].shape)})
-
-
-def check_shard(where: Path, tensors: dict[str, Tensor], hw: tuple[int, int] | None = None,
-                channels: int | None = None, prompts: int | None = None,
-                image_channels: int | None = None) -> None:
-    """Raise InputError unless `tensors` are a shard with these sizes; None: any size.
-
-    image_channels are those of the image conditioning; 0: none, None: any or none.
-    """
-    h, w = hw or ("h", "w")
-    want = {"x0": ("n", channels or "c", h, w), "prompt_id": ("n",)}
-    if image_channels or (image_channels is None and "image" in tensors):
-        want["image"] = ("n", image_channels or "e", h, w)
-    check_shapes(where, tensors, want)
+def check_shard(where: Path, tensors: dict[str, Tensor], hw: tuple = ("h", "w"),
+                prompts: int | None = None, first: dict[str, Tensor] | None = None) -> None:
+    """Raise InputError unless `tensors` are a shard of this latent size for so many prompts, with
+    the channels of the shard `first`; None: any."""
+    shapes = {"x0": ("n", first["x0"].shape[1] if first else "c", *hw), "prompt_id": ("n",)}
+    if "image" in (first or tensors):
+        shapes["image"] = "n", first["image"].shape[1] if first else "e", *hw
+    check_tensors(where, tensors, shapes)
     for name, t in tensors.items():
         kind, ok = "floating-point", t.is_floating_point()
         if name == "prompt_id":
@@ -347,23 +319,20 @@ def check_shard(where: Path, tensors: dict[str, Tensor], hw: tuple[int, int] | N
          f"{where}: prompt_id must be rows of the {prompts} prompts (got {low} to {high})")
 
 
-def check_shapes(where: Path, tensors: dict[str, Tensor],
-                 want: dict[str, tuple[int | str, ...]]) -> None:
-    """Raise InputError unless the tensors are finite and have the names and shapes of `want`.
-
-    A letter stands for any size, the same wherever it occurs.
-    """
+def check_tensors(where: Path, tensors: dict[str, Tensor], shapes: Shapes) -> None:
+    """Raise InputError unless the tensors are finite and have these names and shapes, in which a
+    letter has the same size wherever it occurs."""
     sizes = {}
-
-    def fits(side: int, expected: int | str) -> bool:
-        if isinstance(expected, str):
-            expected = sizes.setdefault(expected, side)
-        return side == expected
-
-    ok = set(tensors) == set(want) and all(
-        tensors[name].ndim == len(sides) and all(map(fits, tensors[name].shape, sides))
-        for name, sides in want.items())
-    wanted = ", ".join(f"{name} [{', '.join(map(str, sides))}]" for name, sides in want.items())
+    ok = set(tensors) == set(shapes)
+    for name, sides in shapes.items():
+        shape = tensors[name].shape if ok else ()
+        ok &= len(shape) == len(sides)
+        for size, side in zip(shape, sides):
+            ok &= size == (sizes.setdefault(side, size) if isinstance(side, str) else side)
+    wanted = ", ".join(f"{name} [{', '.join(map(str, sides))}]" for name, sides in shapes.items())
     found = ", ".join(f"{name} {list(t.shape)}" for name, t in tensors.items())
     must(ok, f"{where} must have {wanted} (got {found})")
-    check_finite(where, tensors)
+    for name, tensor in tensors.items():
+        # in parts, since a memory-mapped tensor may be larger than memory
+        must(all(part.isfinite().all() for part in tensor.split(1024)),
+             f"{where}: {name} must be finite (got NaN or inf)")

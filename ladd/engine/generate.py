@@ -16,7 +16,7 @@ from ladd.core.sampler import image_noise, sample
 from ladd.data import shards
 from ladd.data.prompts import Codec, Plan
 from ladd.engine.parallel import any_rank, ranks
-from ladd.engine.run import progress
+from ladd.engine.run import Stopper, progress
 
 
 def weights_sha(model: MMDiT) -> str:
@@ -30,23 +30,25 @@ def weights_sha(model: MMDiT) -> str:
 
 
 def generate_latents(folder: Path, plan: Plan, weights: MMDiT, prepare: Callable[[MMDiT], MMDiT],
-               codec: Codec, steps: int, shift: float, guidance: tuple[float, float], batch: int,
-               dtype: torch.dtype, rows: int = 1024, stopped: Callable[[], bool] = lambda: False,
-               heartbeat: Callable[[int], None] = lambda done: None) -> bool:
-    """Fill `folder` with the plan's text and latents (in `dtype`), by Euler over `steps` levels.
+                     codec: Codec, steps: int, shift: float, guidance: tuple[float, float],
+                     batch: int, real: bool, stopper: Stopper,
+                     heartbeat: Callable[[int], None] = lambda done: None) -> bool:
+    """Fill `folder` with the plan's text and latents, by Euler over `steps` levels.
 
-    Return True when the folder is complete, False when `stopped` returned True before a file. Text
-    is encoded first, `rows` prompts per file; then the encoders are released and `prepare` puts the
-    teacher on its device, which generates `batch` samples at a time. Each process makes every
-    world-th file and calls `heartbeat` with the number of files it has made. Raise InputError if
-    the folder was made in another way.
+    Return True when the folder is complete, False after a signal, which is looked for before each
+    file. Text is encoded first; then the encoders are released and `prepare` puts the teacher on
+    its device, which generates `batch` samples at a time. Each process makes every world-th file
+    and calls `heartbeat` with the number of files it has made. Raise InputError if the folder was
+    made in another way.
     """
     rank, world = ranks()
+    # prompts per file of text, and the dtype of latents
+    rows, dtype = (256, torch.bfloat16) if real else (1024, torch.float32)
     if rank == 0:
         null = codec.encode([""])
         made = {"sampler": "euler", "steps": steps, "guidance": guidance[0], "shift": shift,
                 **({"image_guidance": guidance[1]} if plan.shards[0].image else {}),
-                **plan.provenance, "teacher": weights_sha(weights), **codec.provenance}
+                **plan.provenance, "teacher": weights_sha(weights), **codec.provenance()}
         shards.open_folder(folder, made, plan.prompts, plan.codes,
                            (null.context[0], null.pooled[0]), rows)
     any_rank()      # wait for the folder
@@ -55,14 +57,14 @@ def generate_latents(folder: Path, plan: Plan, weights: MMDiT, prepare: Callable
     mine = missing[rank::world]
     with progress("text", len(mine) * rows, quiet=rank or not mine) as bar:
         for done, i in enumerate(mine):
-            if stopped():
+            if stopper:
                 break
             heartbeat(done)
             text = codec.encode(plan.prompts[i * rows:(i + 1) * rows])
             shards.write_text(folder, i, text.context, text.pooled)
             bar.update(rows)
     codec.release()
-    if any_rank(stopped()):
+    if any_rank(bool(stopper)):
         return False
     missing = shards.missing_shards(folder, [shard.hw for shard in plan.shards])
     any_rank()
@@ -72,13 +74,13 @@ def generate_latents(folder: Path, plan: Plan, weights: MMDiT, prepare: Callable
         device, channels = next(model.parameters()).device, model.config.out_channels
         _, tensors = shards.read_prompt_files(folder)
         null = Text(tensors["null_context"].to(device), tensors["null_pooled"].to(device))
-        sigmas = flow.euler_levels(steps, shift)
+        sigmas = flow.euler_sigmas(steps, shift)
     total = sum(len(shard.prompt_id) for shard in plan.shards)
     left = sum(len(plan.shards[i].prompt_id) for i in missing)
     text_files = -(-len(plan.prompts) // rows)
     with progress("data", total, total - left, quiet=rank or not mine) as bar:
         for done, i in enumerate(mine, text_files):
-            if stopped():
+            if stopper:
                 break
             heartbeat(done)
             hw, ids, seed, image = plan.shards[i]
@@ -95,4 +97,4 @@ def generate_latents(folder: Path, plan: Plan, weights: MMDiT, prepare: Callable
                 bar.update(len(few) * world)    # an estimate: the other processes are as fast
             shards.write_shard(folder, i, torch.cat(parts).to(dtype), ids,
                                None if image is None else image.to(dtype))
-    return not any_rank(stopped())
+    return not any_rank(bool(stopper))

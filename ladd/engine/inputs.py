@@ -76,10 +76,18 @@ def teacher_sizes(path: Path, needs: Needs, base: str, ops: Kernels) -> MMDiTCon
     return start_of(needs, base, 0, ops)[0] if base else needs.sizes
 
 
-def load_data(path: Path, teacher: MMDiTConfig, task: str, batch: int) -> shards.Latents:
+def load_data(path: Path, teacher: MMDiTConfig, task: str, batch: int,
+              made: Mapping[str, str] | None = None) -> shards.Latents:
     """Return the latents in `path`; raise InputError if text widths, sizes or channels do not fit
-    the teacher, or if a size has fewer samples than a batch and its held-out ones."""
+    the teacher, if a size has fewer samples than a batch and its held-out ones, or if other
+    encoders or another VAE made them than those of the run, `made`."""
     latents = shards.read_folder(path)
+    about = latents.provenance
+    must(not made or bool({"encoders", "text"} & set(about)), f"{path}: text must come from "
+         "encoders that it names; make the folder by ladd.encode, sample.py or train.py")
+    for key, own in (made or {}).items():
+        must(about.get(key, own) == own, f"{path}: {key} must come from {own} (got "
+             f"{about.get(key)}); give the same --encoders, --t5 and --t5-tokens")
     got = latents.context.shape[-1], latents.pooled.shape[-1]
     wanted = teacher.context_dim, teacher.pooled_dim
     must(got == wanted, f"{path}: text must have widths {wanted} (tokens, pooled), which the "
@@ -95,15 +103,3 @@ def load_data(path: Path, teacher: MMDiTConfig, task: str, batch: int) -> shards
         must(len(x0) - latents.holdout >= batch, f"{path}: latents of {size} must be at least "
              f"{batch}, a batch, and {latents.holdout} held out (got {len(x0)})")
     return latents
-
-
-def load_pairs(path: Path, teacher: MMDiTConfig, task: str, batch: int,
-               made: Mapping[str, str]) -> shards.Latents:
-    """Return the images of --pairs, checked as in load_data. `made` names the encoders ("text") and
-    the VAE ("vae") that must have made them."""
-    pairs = load_data(path, teacher, task, batch)
-    for key, own in made.items():
-        got = pairs.provenance.get(key)
-        must(got == own, f"{path}: {key} must come from {own} (got {got}); give the same "
-             "--encoders, --t5 and --t5-tokens")
-    return pairs

@@ -1,5 +1,7 @@
 """The networks of a run: how they compute, where they are stored, how they are built and saved."""
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +50,10 @@ def make_compute(device: torch.device, flag: str, ops: str, precision: str, comp
     """Return how networks compute on `device`, from the values of --device (`flag`), --kernels
     (`ops`), --precision, --compile and --recompute."""
     compiles = compile == "on" or compile == "auto" and device.type == "cuda"
+    if compiles and device.type == "cpu":
+        compilers = os.environ.get("CXX", "g++"), "g++", "clang++"
+        must(any(map(shutil.which, compilers)), "--compile must be off or auto without a C++ "
+             "compiler, which torch.compile needs on the CPU (got on)")
     return Compute(device, pick_kernels(ops, flag, precision), compute_dtype(precision, device),
                    compiles, recompute)
 
@@ -114,7 +120,7 @@ class LoraConfig(NamedTuple):
 
 
 def network(sizes: MMDiTConfig, tensors: Mapping[str, Tensor], compute: Compute, dtype: torch.dtype,
-            trains: bool, sharded: bool = True, adapter: LoraConfig | None = None,
+            trains: bool = False, sharded: bool = True, adapter: LoraConfig | None = None,
             also: str = "") -> MMDiT:
     """Return an MMDiT with the weights `tensors` in `dtype`, sharded over the mesh.
 
@@ -158,9 +164,13 @@ def check_lora(sizes: MMDiTConfig, depth: int, teacher_lora: LoraConfig | None,
     with torch.device("meta"):
         teacher = MMDiT(sizes, kernels.load("torch"))
         student = MMDiT(shrunk(teacher, depth or sizes.depth)[0], teacher.kernels)
-    for adapter, model in ((teacher_lora, teacher), (student_lora, student)):
+    for flag, adapter, model in (("--teacher-lora", teacher_lora, teacher),
+                                 ("--lora", student_lora, student)):
         if adapter:
-            add_lora(model, adapter)
+            try:
+                add_lora(model, adapter)
+            except InputError as error:
+                raise InputError(f"{flag}: {error}") from None
 
 
 def make_student(base: MMDiT, teacher: MMDiT, compute: Compute, depth: int,
@@ -170,7 +180,7 @@ def make_student(base: MMDiT, teacher: MMDiT, compute: Compute, depth: int,
     share in one process."""
     source = teacher if adapter and not compute.mesh else base
     sizes, tensors = shrunk(source, depth or base.config.depth)
-    student, ema = (network(sizes, tensors, compute, torch.float32, trains, adapter=adapter)
+    student, ema = (network(sizes, tensors, compute, torch.float32, trains=trains, adapter=adapter)
                     for trains in (True, False))
     return student, ema
 
@@ -270,7 +280,6 @@ def distribute(compute: Compute, shard: str, replicas: int,
                plan: Callable[..., dict[str, int]]) -> Compute:
     """Return `compute` with the mesh of this run's processes; rank 0 says what is sharded."""
     rank, world = parallel.ranks()
-    must(world % replicas == 0, f"--replicas must divide the {world} processes (got {replicas})")
     if world == 1:
         return compute
     device = compute.device

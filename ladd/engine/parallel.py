@@ -39,8 +39,20 @@ ATTENTION = [torch.ops.ladd.joint_attention_forward.default,
 # --- processes ---
 
 def ranks() -> tuple[int, int]:
-    """Return (rank of this process, number of processes)."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Return (rank of this process, number of processes), as torchrun sets them. Without
+    WORLD_SIZE there is one process, whatever else is left in the environment."""
+    world = variable("WORLD_SIZE", 1)
+    rank = variable("RANK", 0) if "WORLD_SIZE" in os.environ else 0
+    must(rank < max(world, 1), f"environment: RANK must be below WORLD_SIZE, {world} (got {rank})")
+    return rank, max(world, 1)
+
+
+def variable(name: str, default: int) -> int:
+    """Return the number in an environment variable."""
+    text = os.environ.get(name, str(default))
+    must(text.isascii() and text.isdecimal() and len(text) < 10,
+         f"environment: {name} must be a whole number (got {text!r})")
+    return int(text)
 
 
 def start(device: torch.device, timeout_s: float) -> None:
@@ -61,28 +73,31 @@ def start(device: torch.device, timeout_s: float) -> None:
 
 
 def _exit_after_error(kind, error, trace) -> None:
-    """Print an uncaught error and exit with code 1, without the interpreter's shutdown; see
-    finish."""
+    """Print an uncaught error and exit with code 1."""
     traceback.print_exception(kind, error, trace)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
+    leave(1)
+
+
+def leave(code: int) -> None:
+    """Exit this process with `code`, among several without the interpreter's shutdown: networks
+    hold the process groups, so a group's thread may release the tensors of the last collective
+    while the interpreter shuts down, and then aborts the process."""
+    if "WORLD_SIZE" not in os.environ:
+        sys.exit(code)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
+    os._exit(code)
 
 
 def finish() -> None:
     """Wait for all processes, then exit this one with code 0; do nothing in a run of one process.
 
-    Do not call it after an error: other processes may never arrive, and torchrun ends them. A
-    normal return from main would not do, because networks hold the process groups: a group's thread
-    may release the tensors of the last collective while the interpreter shuts down, and then aborts
-    the process.
+    Do not call it after an error: other processes may never arrive, and torchrun ends them.
     """
     if dist.is_initialized():
         any_rank()
         dist.destroy_process_group()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        leave(0)
 
 
 def any_rank(flags: bool | tuple[bool, ...] = False) -> bool | tuple[bool, ...]:
@@ -194,8 +209,6 @@ def mesh(device: torch.device, replicas: int) -> DeviceMesh | None:
     """Return the mesh of `replicas` copies, each sharded over world / replicas consecutive
     processes; None for one process."""
     world = ranks()[1]
-    must(replicas >= 1 and world % replicas == 0,
-         f"--replicas must divide the {world} processes (got {replicas})")
     if world == 1:
         return None
     return init_device_mesh(device.type, (replicas, world // replicas),

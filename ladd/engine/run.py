@@ -1,7 +1,6 @@
 """The run folder and its log, signals, health checks, device and versions."""
 import json
 import math
-import os
 import platform
 import shlex
 import shutil
@@ -9,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ladd.cli import InputError, must
-from ladd.data.files import publish
-from ladd.engine.parallel import Norms, any_rank, ranks
+from ladd.data.files import locked, read_json, write_json, write_text, writing
+from ladd.engine.parallel import Norms, any_rank, ranks, variable
 
 
 def pick_device(name: str) -> torch.device:
@@ -29,7 +30,7 @@ def pick_device(name: str) -> torch.device:
     must(gpu or name != "cuda", "--device must be cpu or auto without a CUDA device (got cuda)")
     if name == "cpu" or not gpu:
         return torch.device("cpu")
-    local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    local, count = variable("LOCAL_RANK", 0) if ranks()[1] > 1 else 0, torch.cuda.device_count()
     must(local < count, f"torchrun: --nproc-per-node must be at most {count}, the GPUs of this "
          f"machine (got process {local + 1})")
     torch.cuda.set_device(local)
@@ -60,14 +61,28 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" or precision == "auto" and has else torch.float32
 
 
-def open_run(folder: Path, config: str) -> None:
-    """Make the run folder and write its config.json and env.txt."""
-    for name in ("samples", "checkpoints"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    env = {"command": command(), "commit": commit(), **versions()}
-    lines = "".join(f"{k}: {v}\n" for k, v in env.items())
-    for name, text in (("config.json", config), ("env.txt", lines)):
-        publish(folder / name, lambda path, text=text: path.write_text(text))
+@contextmanager
+def open_run(folder: Path, config: str, inputs: dict[str, str]) -> Iterator[None]:
+    """Make the run folder and write its config.json and env.txt; keep other commands out of it
+    until the block ends. `inputs` are fingerprints of the files that the flags name; raise
+    InputError where one is not that of the run's first call."""
+    must((folder / "config.json").exists() or not any(folder.glob("checkpoints/*")),
+         f"{folder} has checkpoints but no config.json, so they may belong to other flags; take "
+         "another --name")
+    with locked(folder):
+        for name in ("samples", "checkpoints"):
+            with writing(folder / name):
+                (folder / name).mkdir(exist_ok=True)
+        path = folder / "inputs.json"
+        stored = read_json(path, dict) if path.exists() else {}
+        for name, own in inputs.items():
+            must(stored.get(name, own) == own, f"{folder}: the content of --{name} is not what it "
+                 "was when the run began; give the same, or take another --name")
+        write_json(path, stored | inputs)
+        env = {"command": command(), "commit": commit(), **versions()}
+        write_text(folder / "config.json", config)
+        write_text(folder / "env.txt", "".join(f"{k}: {v}\n" for k, v in env.items()))
+        yield
 
 
 def command() -> str:
@@ -76,9 +91,10 @@ def command() -> str:
 
 
 def progress(name: str, total: int, start: int = 0, quiet: bool = False) -> tqdm:
-    """Return a progress bar; a quiet one prints nothing."""
+    """Return a progress bar, to be closed by `with` so that an error begins on a line of its own; a
+    quiet one, or one without a stderr, prints nothing."""
     return tqdm(total=total, initial=start, desc=f"{name:8}", dynamic_ncols=True, smoothing=0.1,
-                mininterval=0.5, disable=bool(quiet))
+                mininterval=0.5, disable=bool(quiet) or sys.stderr is None)
 
 
 class Log:
@@ -91,24 +107,28 @@ class Log:
             return
         lines = [line for line in read_log(folder)
                  if line["stage"] != stage or line["step"] <= resume_at]
-        temp = self.path.with_suffix(".tmp")
-        temp.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        os.replace(temp, self.path)
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def write(self, step: int, **values) -> None:
         if not self.writes:
             return
-        with self.path.open("a") as f:
-            f.write(json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
+        with writing(self.path), self.path.open("a") as file:
+            file.write(json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
 
 
 def read_log(folder: Path) -> list[dict]:
-    """Return all lines of the log, except a last one that a kill cut off."""
+    """Return the lines of the log. Those that a kill or a power loss damaged are left out: nothing
+    resumes from a log."""
     path = folder / "log.jsonl"
-    if not path.exists():
-        return []
-    text = path.read_text()
-    return [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]
+    lines = []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and type(line.get("step")) is int and "stage" in line:
+            lines.append(line)
+    return lines
 
 
 def curves(folder: Path, stage: str) -> dict[str, list]:
@@ -120,6 +140,20 @@ def curves(folder: Path, stage: str) -> dict[str, list]:
                 if isinstance(value, (int, float)) and name != "step":
                     out.setdefault(name, []).append((line["step"], value))
     return out
+
+
+def read_seconds(folder: Path) -> dict[str, float]:
+    """Return the seconds of each stage in the calls before this one; a damaged file has none."""
+    try:
+        stored = read_json(folder / "seconds.json", dict)
+    except InputError:
+        return {}
+    return {name: value for name, value in stored.items() if isinstance(value, float)}
+
+
+def write_seconds(folder: Path, seconds: dict[str, float]) -> None:
+    """Write the seconds of each stage."""
+    write_json(folder / "seconds.json", seconds)
 
 
 class Stopper:

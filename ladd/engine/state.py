@@ -5,27 +5,31 @@ A folder step_000123/ is complete or absent and holds
     part-00001-of-00004.safetensors   the rows of sharded tensors that process 1 of 4 has; "rows" in
                                       the header is {name: [full shape, first row in this file]}
     part-00000-of-00004.safetensors   also the replicated tensors
-    meta.json                         {"parts": 4, "meta": value of the caller}
+    meta.json                         {"parts": 4, "meta": value of the caller, "sha256": of both}
 """
 import copy
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from ladd.cli import InputError, must
-from ladd.data.files import read_json, read_tensors, sync, write_json
+from ladd.cli import must
+from ladd.data.files import (finite_json, read_json, read_tensors, sync, write_json, write_tensors,
+                             writing)
+from ladd.engine.parallel import ranks
+
+# by the name of the network; by that of the optimizer, with all parameters that it steps
+Tensors = Mapping[str, Mapping[str, Tensor]]
+Optimizers = Mapping[str, tuple[torch.optim.Optimizer, dict[str, Tensor]]]
 
 
 class Placed(NamedTuple):
@@ -96,15 +100,19 @@ def open_state(folder: str | Path) -> State | None:
     if not found:
         return None
     path = found[-1]
-    about = read_json(path / "meta.json")
-    must(isinstance(about, dict) and set(about) == {"parts", "meta"}
-         and type(about["parts"]) is int,
-         f"{path / 'meta.json'} must have a number of parts and meta (got {about!r:.60})")
+    about = read_json(path / "meta.json", dict)
+    must(about.get("sha256") == meta_digest([about.get("parts"), about.get("meta")]),
+         f"{path / 'meta.json'}: its content does not have the checksum in it (got {about!r:.60})")
     tensors: dict[str, Stored] = {}
-    for rank in range(about["parts"]):
-        part = part_file(path, rank, about["parts"])
-        held, header = read_tensors(part)
-        rows = json.loads(header.get("rows", "{}"))
+    rank, world = ranks()
+    step = int(path.stem.removeprefix("step_"))
+    for i in range(about["parts"]):
+        part = part_file(path, i, about["parts"])
+        # each process verifies its share of the checksums
+        held, header = read_tensors(part, verify=i % world == rank, renamed=False)
+        must(header.get("step") == str(step), f"{part} must be of step {step} (got "
+             f"{header.get('step')})")
+        rows = json.loads(header["rows"])
         for name, tensor in held.items():
             shape, first = rows.get(name, (list(tensor.shape), 0))
             stored = tensors.setdefault(name, Stored(shape, tensor.dtype, []))
@@ -115,7 +123,19 @@ def open_state(folder: str | Path) -> State | None:
             stored.parts.append((first, torch.atleast_1d(tensor)))
     for name, stored in tensors.items():
         check_rows(path, name, stored)
-    return State(path, int(path.stem.removeprefix("step_")), about["meta"], tensors)
+    return State(path, step, about["meta"], tensors)
+
+
+def check_recipe(saved: State, recipe: Mapping[str, Any]) -> None:
+    """Raise InputError unless the meta of a checkpoint has the values of this run in `recipe`."""
+    changed = [name for name in recipe if saved.meta.get(name) != recipe[name]]
+    must(not changed, f"{saved.path.parent}: began with another {' and '.join(changed)}; use the "
+         "same or take another folder")
+
+
+def meta_digest(meta: Any) -> str:
+    """Return the checksum of the meta of a checkpoint."""
+    return hashlib.sha256(json.dumps(finite_json(meta), sort_keys=True).encode()).hexdigest()
 
 
 def check_rows(path: Path, name: str, stored: Stored) -> None:
@@ -189,6 +209,23 @@ def optimizer_targets(optimizer: torch.optim.Optimizer, named: dict[str, Tensor]
     return optimizer_tensors(optimizer, named, prefix)
 
 
+def collect(weights: Tensors, optimizers: Optimizers) -> dict[str, Tensor]:
+    """Return all tensors of a checkpoint by name: weights, step counts and moments. Names begin
+    with those of the networks and of the optimizers."""
+    out = {f"{network}.{name}": tensor for network, tensors in weights.items()
+           for name, tensor in tensors.items()}
+    for name, (optimizer, named) in optimizers.items():
+        out |= optimizer_tensors(optimizer, named, f"{name}.")
+    return out
+
+
+def restore(saved: State, weights: Tensors, optimizers: Optimizers) -> None:
+    """Copy the checkpoint `saved` into what `collect` returns for these weights and optimizers."""
+    for name, (optimizer, named) in optimizers.items():
+        optimizer_targets(optimizer, named, f"{name}.", saved)
+    fill(saved, collect(weights, optimizers))
+
+
 def groups_of(optimizer: torch.optim.Optimizer, named: dict[str, Tensor],
               prefix: str) -> dict[int, dict]:
     """Return the group of each parameter, by id; raise ValueError unless `named` has them all."""
@@ -205,14 +242,16 @@ class Saver:
     """Write checkpoints into `folder` in the background; a kill at any moment leaves the earlier
     ones.
 
-        saver.begin(step, tensors, meta)            # tensors may change once it returns
-        if not any_rank(not saver.written):         # after each step
-            saver.publish()
-        saver.finish()                              # at the end, and on a signal
+        with saver:
+            saver.begin(step, tensors, meta)            # tensors may change once it returns
+            if not any_rank(not saver.written):         # after each step
+                saver.publish()
 
+    The end of the block publishes what is pending, also after an error that all processes raise.
     Every process makes a Saver and the same calls. `meet` is a barrier over all processes. The copy
-    of the tensors on the host, pinned if they are on a GPU, is kept and reused. An error of the
-    background write is raised as InputError by the next call.
+    of the tensors on the host is kept and reused; it is not pinned, since a checkpoint every few
+    hundred steps may take a second longer. An error of the background write is raised as InputError
+    by the next call.
     """
 
     def __init__(self, folder: str | Path, rank: int = 0, world: int = 1,
@@ -227,6 +266,14 @@ class Saver:
         if rank == 0:       # others write nothing before the barrier in begin
             for left in self.folder.glob(".tmp_*"):
                 shutil.rmtree(left)
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        # another error may have occurred in one process only: the others would not arrive
+        if kind in (None, FloatingPointError) or self.world == 1:
+            self.finish()
 
     @property
     def written(self) -> bool:
@@ -244,13 +291,15 @@ class Saver:
         self.finish()
         own = {name: part for name, t in tensors.items()
                if (part := placed(name, t, self.rank)).writes}
-        self.buffers = snapshot({name: part.local for name, part in own.items()}, self.buffers)
+        self.buffers = host_copies({name: part.local for name, part in own.items()},
+                                   self.buffers)
         rows = {name: [p.shape, p.first] for name, p in own.items()
                 if isinstance(tensors[name], DTensor)}
         self.meet()     # process 0 has removed leftovers and published what was pending
         self.pending = step, copy.deepcopy(meta)
         part = part_file(self.work, self.rank, self.world)
-        self.job = self.pool.submit(write_part, part, self.buffers, rows)
+        header = {"rows": json.dumps(rows), "step": str(step)}
+        self.job = self.pool.submit(write_tensors, part, self.buffers, header)
 
     def publish(self) -> None:
         """Make a pending checkpoint the newest one; all processes must have written their parts."""
@@ -258,7 +307,7 @@ class Saver:
             return
         self.job.result()
         if self.rank == 0:
-            commit(self.work, {"parts": self.world, "meta": self.pending[1]}, self.keep)
+            commit(self.work, self.world, self.pending[1], self.keep)
         self.pending = None
 
     def finish(self) -> None:
@@ -273,101 +322,41 @@ class Saver:
         return self.folder / f".tmp_step_{self.pending[0]:06d}"
 
 
-def snapshot(tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies on the host, in the buffers of the same name that fit. They are complete on
-    return."""
-    fitting = {}
-    for name, tensor in tensors.items():
-        old = buffers.get(name)
-        if old is not None and old.shape == tensor.shape and old.dtype == tensor.dtype:
-            fitting[name] = old
-    new = host_memory({name: tensor for name, tensor in tensors.items() if name not in fitting})
-    memory = fitting | new
-    out = {name: memory[name].copy_(tensor, non_blocking=True) for name, tensor in tensors.items()}
-    if any(tensor.is_cuda for tensor in tensors.values()):
-        torch.cuda.synchronize()
-    return out
-
-
-def host_memory(like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a tensor on the host for each of `like`, pinned if one of those is on a GPU."""
-    pin = any(tensor.is_cuda for tensor in like.values())
+def host_copies(tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies on the host, in the buffers of the same names where there are some."""
     out = {}
-    for size, names in packed({name: tensor.nbytes for name, tensor in like.items()}):
-        block = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pin)
-        first = 0
-        for name in names:
-            tensor = like[name]
-            part = block[first:first + tensor.nbytes]
-            out[name] = part.view(tensor.dtype).view(tensor.shape)
-            first += aligned(tensor.nbytes)
+    for name, tensor in tensors.items():
+        memory = buffers.get(name)
+        if memory is None:
+            memory = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        out[name] = memory.copy_(tensor)
     return out
-
-
-def packed(sizes: dict[str, int]) -> list[tuple[int, list[str]]]:
-    """Return [(bytes, names)]: blocks for tensors of these sizes; each size is a power of two.
-
-    torch rounds pinned memory up to powers of two. A block per tensor would add 65 % to the
-    checkpoint of sd3.5-large, one block for all up to 100 %. Here the largest power of two below
-    the remaining bytes is filled with the largest tensors that fit, which wastes almost nothing.
-    """
-    left = sorted(sizes, key=sizes.__getitem__, reverse=True)
-    blocks = []
-    while left:
-        total = sum(aligned(sizes[name]) for name in left)
-        largest = aligned(sizes[left[0]])
-        size = room = max(1 << total.bit_length() - 1, 1 << (largest - 1).bit_length())
-        names, rest = [], []
-        for name in left:
-            if aligned(sizes[name]) <= room:
-                names.append(name)
-                room -= aligned(sizes[name])
-            else:
-                rest.append(name)
-        blocks.append((size, names))
-        left = rest
-    return blocks
-
-
-def aligned(size: int) -> int:
-    """Return the bytes that a tensor of `size` takes in a block: a multiple of 64, at least 64."""
-    return max(-(-size // 64) * 64, 64)
 
 
 def part_file(path: Path, rank: int, world: int) -> Path:
     return path / f"part-{rank:05d}-of-{world:05d}.safetensors"
 
 
-def write_part(path: Path, tensors: dict[str, Tensor], rows: dict[str, list]) -> None:
-    """Write the part of one process. files.write_tensors would copy the tensors once more."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path, {"rows": json.dumps(rows)})
-        path.chmod(0o644)
-        sync(path)
-        sync(path.parent)
-
-
-def commit(work: Path, about: dict[str, Any], keep: int) -> None:
-    """Make the folder `work` with all its parts the newest checkpoint; remove all but the last
+def commit(work: Path, world: int, meta: Any, keep: int) -> None:
+    """Make the folder `work` with its `world` parts the newest checkpoint; remove all but the last
     `keep`."""
     path = work.with_name(work.name.removeprefix(".tmp_"))
     before = path.with_suffix(".old")
-    parts = [part_file(work, rank, about["parts"]) for rank in range(about["parts"])]
-    for part in parts:
+    for rank in range(world):
+        part = part_file(work, rank, world)
         must(part.exists(), f"{part} does not exist; a checkpoint needs the part of each process")
-    with writing(work / "meta.json"):
-        write_json(work / "meta.json", about)
-        sync(work)
-    # a folder cannot be renamed onto another: the old one gets another name, still readable
-    if path.exists():
+    about = {"parts": world, "meta": meta}
+    write_json(work / "meta.json", about | {"sha256": meta_digest([world, meta])})
+    with writing(path):
+        # a folder cannot be renamed onto another: the old one gets another name, still readable
+        if path.exists():
+            discard(before)
+            os.replace(path, before)
+        os.replace(work, path)
+        sync(path.parent)
         discard(before)
-        os.replace(path, before)
-    os.replace(work, path)
-    sync(path.parent)
-    discard(before)
-    for state in states(path.parent)[:-keep]:
-        discard(state)
+        for state in states(path.parent)[:-keep]:
+            discard(state)
 
 
 def discard(path: Path) -> None:
@@ -375,13 +364,3 @@ def discard(path: Path) -> None:
     as a checkpoint."""
     if path.exists():
         shutil.rmtree(path.rename(path.with_name(f".tmp_gone_{path.name}")))
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn errors of writing `path` into an InputError of one line."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be written ({error}); earlier checkpoints are "
-                         "intact") from None

@@ -45,26 +45,14 @@ class Networks(NamedTuple):
     opt_g: torch.optim.Optimizer
     opt_d: torch.optim.Optimizer
 
-    def tensors(self, saved: state.State | None = None) -> dict[str, Tensor]:
-        """Return what a run resumes from, by name: the weights that train, EMA, discriminator and
-        optimizers. With `saved` the optimizers first get the moments that it has. Frozen weights
-        are in the teacher's file."""
-        networks = {"student": checkpoint_tensors(self.student, self.student),
-                    "ema": checkpoint_tensors(self.ema, self.student),
-                    "heads": self.heads.state_dict()}
-        out = {f"{name}.{k}": v for name, tensors in networks.items() for k, v in tensors.items()}
-        return (out | moments(self.opt_g, self.student, "opt_g.", saved)
-                | moments(self.opt_d, self.heads, "opt_d.", saved))
-
-
-def moments(optimizer: torch.optim.Optimizer, network: nn.Module, prefix: str,
-            saved: state.State | None) -> dict[str, Tensor]:
-    """Return the optimizer's step counts and moments, by name; with `saved` empty tensors of the
-    shapes stored there, to be filled."""
-    named = trainable(network)
-    if saved is None:
-        return state.optimizer_tensors(optimizer, named, prefix)
-    return state.optimizer_targets(optimizer, named, prefix, saved)
+    def to_checkpoint(self) -> tuple[state.Tensors, state.Optimizers]:
+        """Return the weights and the optimizers that a run resumes from. Frozen weights are in the
+        teacher's file."""
+        return ({"student": checkpoint_tensors(self.student, self.student),
+                 "ema": checkpoint_tensors(self.ema, self.student),
+                 "heads": self.heads.state_dict()},
+                {"opt_g": (self.opt_g, trainable(self.student)),
+                 "opt_d": (self.opt_d, trainable(self.heads))})
 
 
 def make_optimizer(model: nn.Module, lr: float, beta2: float) -> torch.optim.AdamW:
@@ -80,8 +68,8 @@ def make_networks(base: MMDiT, compute: Compute, optim: Optim, heads: Discrimina
     discriminator and both optimizers."""
     must(not (teacher_fp8 and compute.shard_teacher),
          "--teacher-fp8 requires a replicated teacher: --shard none or student")
-    teacher = network(base.config, base.state_dict(), compute, compute.dtype, False,
-                      compute.shard_teacher)
+    teacher = network(base.config, base.state_dict(), compute, compute.dtype,
+                      sharded=compute.shard_teacher)
     student, ema = make_student(base, teacher, compute, depth, adapter)
     if teacher_fp8:
         in_fp8(teacher)
@@ -109,7 +97,7 @@ def calibrate(dc: LaddConfig, batching: Batching, teacher: MMDiT, heads: Discrim
 
 # --- the step ---
 
-def learning_rate(optim: Optim, step: int, steps_taken: int) -> float:
+def rate_factor(optim: Optim, step: int, steps_taken: int) -> float:
     """Return the factor of a network's learning rate: linear warm-up over the steps that it has
     taken, then constant, then linear to 0 over the last DECAY of the student's steps. `step` counts
     the student's steps and is negative while only the discriminator trains."""
@@ -202,7 +190,10 @@ def ladd_step(dc: LaddConfig, p: Networks, parts: list[MicroBatch], ema_decay: f
 def student_update(student: MMDiT, ema: MMDiT, optimizer: torch.optim.Optimizer,
                    decay: float) -> Norms:
     """Clip the student's gradients, step its optimizer and update the EMA; return the norms before
-    clipping."""
+    clipping.
+
+        ema = decay ema + (1 - decay) student
+    """
     norms = parallel.clip(student, CLIP)
     optimizer.step()
     optimizer.zero_grad()       # sets them to None: they need no memory during the next forward

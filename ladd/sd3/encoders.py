@@ -3,6 +3,7 @@
 transformers and diffusers are optional packages, imported here. Letters: p prompts, l tokens, d
 width of context, e width of pooled, b images, H W size in pixels, h w size of the latents, H/8 W/8.
 """
+import functools
 import hashlib
 import sys
 from collections.abc import Callable, Sequence
@@ -16,41 +17,53 @@ from torch import Tensor
 
 from ladd.cli import InputError, must
 from ladd.core.mmdit import Text, cat
-from ladd.data.files import publish, read_json, read_tensors, write_tensors
+from ladd.data.files import content_hash, read_json, read_tensors, write_tensors
 from ladd.data.prompts import Codec
-from ladd.sd3.checkpoint import ends
 
 
 def sd3_codec(folder: str | Path, device: torch.device, t5: str, t5_tokens: int,
               cache: Path | None = None, tiled: bool = False) -> Codec:
     """Return the encoders and VAE of a pipeline folder, each of which is loaded when first needed.
-
-    `embed` remembers text in memory and, with a `cache`, also in that file. Raises InputError for a
-    folder without these parts, and for a cache that other encoders wrote.
-    """
+    With `cache`, a file of text, `embed` needs no encoders for prompts that it holds."""
     folder = Path(folder)
-    identity = encoder_identity(folder, t5, t5_tokens)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    loaded = {}
     known = {}
 
+    @functools.cache
+    def identity() -> str:
+        return encoder_identity(folder, t5, t5_tokens)
+
+    @functools.cache
+    def encoders() -> Encoders:
+        return load_encoders(folder, device, dtype, t5, t5_tokens)
+
+    @functools.cache
+    def vae():
+        return load_vae(folder, device)
+
     def encode(prompts: list[str]) -> Text:
-        if "encoders" not in loaded:
-            loaded["encoders"] = load_encoders(folder, device, dtype, t5, t5_tokens)
-        for line in truncations(loaded["encoders"], prompts):
+        for line in truncations(encoders(), prompts):
             print(line)
-        return encode_prompts(loaded["encoders"], prompts).to("cpu", torch.bfloat16)
+        return encode_prompts(encoders(), prompts).to("cpu", torch.bfloat16)
 
     def embed(prompts: list[str]) -> Text:
-        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]:
-            text = cached_text(cache, identity, new, encode) if cache else encode(new)
-            known.update(zip(new, zip(text.context, text.pooled)))
-        return Text(*(torch.stack(rows) for rows in zip(*(known[prompt] for prompt in prompts))))
-
-    def vae():
-        if "vae" not in loaded:
-            loaded["vae"] = load_vae(folder, device)
-        return loaded["vae"]
+        """Return `encode(prompts)`, remembered in memory and in the file `cache`."""
+        keys = {prompt: hashlib.sha256(prompt.encode()).hexdigest() for prompt in prompts}
+        new = [prompt for prompt, key in keys.items() if f"context.{key}" not in known]
+        if new and cache and cache.exists():
+            tensors, about = read_tensors(cache)
+            must(about.get("encoders") == identity(), f"{cache} must hold text of the encoders "
+                 f"{identity()} (got {about.get('encoders')})")
+            known.update(tensors)
+            new = [prompt for prompt in new if f"context.{keys[prompt]}" not in known]
+        if new:
+            text = encode(new)
+            for prompt, context, pooled in zip(new, text.context, text.pooled):
+                known.update({f"context.{keys[prompt]}": context, f"pooled.{keys[prompt]}": pooled})
+            if cache:
+                write_tensors(cache, known, {"encoders": identity()})
+        return Text(*(torch.stack([known[f"{name}.{keys[prompt]}"] for prompt in prompts])
+                      for name in ("context", "pooled")))
 
     def decode(x0: Tensor) -> Tensor:
         return decode_latents(vae(), x0.to(device), tiled).cpu()
@@ -59,19 +72,19 @@ def sd3_codec(folder: str | Path, device: torch.device, t5: str, t5_tokens: int,
         return encode_images(vae(), images).cpu()
 
     def release() -> None:
-        if loaded.pop("encoders", None) and device.type == "cuda":
+        encoders.cache_clear()
+        if device.type == "cuda":
             torch.cuda.empty_cache()
 
     return Codec(encode, embed, decode, latents, release, text_widths(folder),
-                 {"encoders": identity})
+                 lambda: {"encoders": identity()})
 
 
 def libraries():
-    """Return the modules (transformers, diffusers). Raises InputError that names a missing package.
-
-    Both look for a package called kernels. Ours is hidden from them: where the real one is also
-    installed, they would import ours instead and fail.
-    """
+    """Return the modules (transformers, diffusers). Raises InputError that names a missing
+    package."""
+    # Both look for a package called kernels. Ours is hidden from them: where the real one is also
+    # installed, they would import ours instead and fail.
     ours = sys.modules.get("kernels")
     sys.modules["kernels"] = None
     try:
@@ -90,6 +103,31 @@ def libraries():
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()   # no tables of weights: load_part checks them
     return transformers, diffusers
+
+
+def load_part(kind: type, folder: Path, **options):
+    """Return kind.from_pretrained(folder): a tokenizer, or with `options` a frozen network. Raises
+    InputError where anything is missing: the libraries would fill missing weights with random
+    numbers and only print a warning."""
+    name = kind.__name__
+    files = {path.name: path for path in folder.glob("*.json")}
+    complete = bool(files) if options else bool({"tokenizer.json", "vocab.json"} & files.keys())
+    must(complete, f"{folder} must be the folder of a {name} in an SD3 pipeline (got none)")
+    for path in files.values():
+        read_json(path)        # the tokenizers' own error for a broken file has no type
+    if options:
+        options |= {"use_safetensors": True, "output_loading_info": True}
+    try:
+        loaded = kind.from_pretrained(folder, local_files_only=True, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{folder} must hold a complete {name} (got: {reason})") from None
+    if not options:
+        return loaded
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    must(not missing, f"{folder} must hold all weights of {name} (got no {', '.join(missing[:1])})")
+    return model.requires_grad_(False).eval()
 
 
 # --- text ---
@@ -114,14 +152,12 @@ class Encoders(NamedTuple):
     t5: Encoder | None      # may run on another device
     t5_tokens: int
     width: int              # of a T5 token, and so of context
-    device: torch.device    # of the CLIPs and of the text
 
 
 def load_encoders(folder: str | Path, device: torch.device, dtype: torch.dtype, t5: str = "device",
                   t5_tokens: int = 256) -> Encoders:
     """Load CLIP-L, CLIP-G and T5 from a pipeline folder. t5 "cpu" keeps T5 on the host, "none"
-    leaves it out. Raises InputError for other values, and for a folder or weights that are not
-    SD3's."""
+    leaves it out."""
     must(t5 in ("device", "cpu", "none"), f"t5 must be device, cpu or none (got {t5!r})")
     must(1 <= t5_tokens <= 512, f"t5_tokens must be from 1 to 512 (got {t5_tokens})")
     transformers, _ = libraries()
@@ -135,56 +171,26 @@ def load_encoders(folder: str | Path, device: torch.device, dtype: torch.dtype, 
 
     clip = transformers.CLIPTokenizer, transformers.CLIPTextModelWithProjection, device
     clips = [load("CLIP-L", "", *clip), load("CLIP-G", "_2", *clip)]
-    width = text_width(folder)
+    width, _ = text_widths(folder)
     sizes = [encoder.model.config.hidden_size for encoder in clips]
     must(sum(sizes) <= width, f"{folder}: the widths of the two CLIPs must add up to at most T5's "
          f"{width} (got {sizes})")
     t5_encoder = None
     if t5 != "none":
-        t5_device = torch.device("cpu") if t5 == "cpu" else device
         t5_encoder = load("T5", "_3", transformers.T5TokenizerFast, transformers.T5EncoderModel,
-                          t5_device)
-    return Encoders(clips, t5_encoder, t5_tokens, width, device)
-
-
-def load_part(kind: type, folder: Path, **options):
-    """Return kind.from_pretrained(folder): a tokenizer, or with `options` a frozen network.
-
-    Raises InputError where anything is missing: the libraries would fill missing weights with
-    random numbers and only print a warning.
-    """
-    name = kind.__name__
-    files = {path.name: path for path in folder.glob("*.json")}
-    complete = bool(files) if options else bool({"tokenizer.json", "vocab.json"} & files.keys())
-    must(complete, f"{folder} must be the folder of a {name} in an SD3 pipeline (got none)")
-    for path in files.values():
-        read_json(path)        # the tokenizers' own error for a broken file has no type
-    if not options:
-        return kind.from_pretrained(folder, local_files_only=True)
-    try:
-        model, info = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True,
-                                           output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{folder} must hold a complete {name} (got: {reason})") from None
-    if missing := sorted(info["missing_keys"]):
-        raise InputError(f"{folder} must hold all weights of {name} (got no {missing[0]})")
-    return model.requires_grad_(False).eval()
+                          torch.device("cpu") if t5 == "cpu" else device)
+    return Encoders(clips, t5_encoder, t5_tokens, width)
 
 
 def text_widths(folder: Path) -> tuple[int, int]:
-    """Return (width of context, width of pooled) of the encoders, from their configurations."""
-    configs = [read_json(folder / part / "config.json")
-               for part in ("text_encoder", "text_encoder_2")]
-    return text_width(folder), sum(config["projection_dim"] for config in configs)
-
-
-def text_width(folder: Path) -> int:
-    """Return the width of a T5 token. Without T5 the transformer's configuration has it too."""
+    """Return (width of context, width of pooled) of the encoders, from their configurations. The
+    first is that of a T5 token, which without T5 the transformer's configuration has too."""
+    pooled = sum(read_json(folder / part / "config.json", dict)["projection_dim"]
+                 for part in ("text_encoder", "text_encoder_2"))
     for part, key in (("text_encoder_3", "d_model"), ("transformer", "joint_attention_dim")):
         path = folder / part / "config.json"
-        if path.exists() and key in (config := read_json(path)):
-            return config[key]
+        if path.exists() and key in (config := read_json(path, dict)):
+            return config[key], pooled
     raise InputError(f"{folder}: the width of a T5 token is missing; it must be d_model in "
                      "text_encoder_3/config.json or joint_attention_dim in transformer/config.json")
 
@@ -192,27 +198,25 @@ def text_width(folder: Path) -> int:
 @torch.no_grad()
 def encode_prompts(encoders: Encoders, prompts: Sequence[str], batch: int = 16) -> Text:
     """Return the Text that SD3 attends to: context [p, l, d] and pooled [p, e] (Esser et al. 2024,
-    Sec. 4 and Fig. 2).
+    Sec. 4 and Fig. 2). Longer prompts are cut.
 
-    context holds the last but one hidden states of the CLIPs, without the final norm, concatenated
-    along the width and padded with zeros to T5's; then the tokens of T5, without a mask, or zeros
-    without T5, as in diffusers. pooled concatenates that of both CLIPs. Longer prompts are cut.
-    Raises InputError without a prompt.
+    context: the last but one hidden states of the CLIPs, without the final norm, side by side and
+    padded with zeros to T5's width; then T5's tokens, without a mask, or zeros, as in diffusers.
     """
     must(len(prompts) > 0, "prompts: at least one is needed (got none)")
-    return cat([encode_batch(encoders, prompts[i:i + batch])
-                for i in range(0, len(prompts), batch)])
-
-
-def encode_batch(encoders: Encoders, prompts: Sequence[str]) -> Text:
-    clips = [clip(prompts, output_hidden_states=True) for clip in encoders.clips]
-    context = torch.cat([out.hidden_states[-2] for out in clips], -1)
-    context = F.pad(context, (0, encoders.width - context.shape[-1]))       # [p, 77, d]
-    if encoders.t5:
-        t5 = encoders.t5(prompts)[0].to(encoders.device)
-    else:
-        t5 = context.new_zeros(len(context), encoders.t5_tokens, encoders.width)
-    return Text(torch.cat([context, t5], 1), torch.cat([out.text_embeds for out in clips], -1))
+    texts = []
+    for i in range(0, len(prompts), batch):
+        part = prompts[i:i + batch]
+        clips = [clip(part, output_hidden_states=True) for clip in encoders.clips]
+        context = torch.cat([out.hidden_states[-2] for out in clips], -1)
+        context = F.pad(context, (0, encoders.width - context.shape[-1]))       # [p, 77, d]
+        if encoders.t5:
+            t5 = encoders.t5(part)[0].to(context.device)
+        else:
+            t5 = context.new_zeros(len(context), encoders.t5_tokens, encoders.width)
+        pooled = torch.cat([out.text_embeds for out in clips], -1)
+        texts.append(Text(torch.cat([context, t5], 1), pooled))
+    return cat(texts)
 
 
 def truncations(encoders: Encoders, prompts: Sequence[str]) -> list[str]:
@@ -229,8 +233,7 @@ def truncations(encoders: Encoders, prompts: Sequence[str]) -> list[str]:
 
 
 def encoder_identity(folder: str | Path, t5: str = "device", t5_tokens: int = 256) -> str:
-    """Return what identifies the text of these encoders. Their device and dtype are not part of
-    it."""
+    """Return what identifies the text of these encoders; their device and dtype do not matter."""
     endings = ("", "_2") if t5 == "none" else ("", "_2", "_3")
     digest = fingerprint(folder, [part + ending for part in ("text_encoder", "tokenizer")
                                   for ending in endings])
@@ -238,52 +241,23 @@ def encoder_identity(folder: str | Path, t5: str = "device", t5_tokens: int = 25
 
 
 def fingerprint(folder: str | Path, parts: Sequence[str]) -> str:
-    """Return 16 hex digits that identify these subfolders of a pipeline: a hash of the names, sizes
-    and ends of their files."""
-    digest = hashlib.sha256()
+    """Return the content_hash of these subfolders of a pipeline."""
+    files = []
     for part in parts:
         paths = [path for path in sorted((Path(folder) / part).glob("*"))
                  if path.suffix in (".json", ".txt", ".model", ".safetensors")
                  and ".fp16." not in path.name]
         must(len(paths) > 0, f"{folder} must be a StableDiffusion3 pipeline folder (got no {part})")
-        for path in paths:
-            digest.update(f"{part}/{path.name} {path.stat().st_size}\n".encode() + ends(path))
-    return digest.hexdigest()[:16]
-
-
-def cached_text(path: str | Path, identity: str, prompts: Sequence[str],
-                encode: Callable[[list[str]], Text]) -> Text:
-    """Return the text of the prompts, bf16 on the CPU, from the file `path`; what it lacks comes
-    from `encode` and is added to it. Raises InputError where encoders other than `identity` (see
-    encoder_identity) wrote the file."""
-    path = Path(path)
-
-    def key(name: str, prompt: str) -> str:
-        return f"{name}.{hashlib.sha256(prompt.encode()).hexdigest()}"
-
-    tensors, about = read_tensors(path) if path.exists() else ({}, {"encoders": identity})
-    must(about.get("encoders") == identity,
-         f"{path} must hold text of the encoders {identity} (got {about.get('encoders')})")
-    distinct = dict.fromkeys(prompts)
-    if new := [prompt for prompt in distinct if key("context", prompt) not in tensors]:
-        text = encode(new).to("cpu", torch.bfloat16)
-        for prompt, context, pooled in zip(new, text.context, text.pooled):
-            tensors[key("context", prompt)] = context
-            tensors[key("pooled", prompt)] = pooled
-        publish(path, lambda path: write_tensors(path, tensors, {"encoders": identity}))
-    return Text(*(torch.stack([tensors[key(name, prompt)] for prompt in prompts])
-                  for name in ("context", "pooled")))
+        files += [(f"{part}/{path.name}", path) for path in paths]
+    return content_hash(files)
 
 
 # --- images ---
 
 def load_vae(folder: str | Path, device: torch.device):
-    """Load the VAE of a pipeline folder in fp32, as diffusers' training scripts do. Raises
-    InputError where there is none."""
-    _, diffusers = libraries()
-    vae = load_part(diffusers.AutoencoderKL, Path(folder) / "vae", torch_dtype=torch.float32,
-                    low_cpu_mem_usage=False)
-    return vae.to(device)
+    """Load the VAE of a pipeline folder in fp32, as diffusers' training scripts do."""
+    return load_part(libraries()[1].AutoencoderKL, Path(folder) / "vae",
+                     torch_dtype=torch.float32, low_cpu_mem_usage=False).to(device)
 
 
 @torch.no_grad()
@@ -302,8 +276,8 @@ def encode_images(vae, images: Tensor) -> Tensor:
 def decode_latents(vae, x0: Tensor, tiled: bool = False) -> Tensor:
     """Return images [b, 3, H, W], fp32 in [-1, 1], of z = x0 / scale + shift.
 
-    `tiled` decodes overlapping tiles of the VAE's sample_size, which bounds the memory. Each tile
-    is normalized on its own, so that the values differ slightly from those of the full image.
+    `tiled` decodes overlapping tiles of the VAE's sample_size, which bounds the memory; since each
+    tile is normalized on its own, the values differ slightly.
     """
     vae.use_tiling = tiled
     z = x0.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0)

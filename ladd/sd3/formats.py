@@ -10,15 +10,12 @@ One map serves reading and writing: the names in the file that hold the rows of 
 Sources: Stability-AI/sd3.5 and diffusers 0.42. tests/test_formats.py shows that both networks
 compute the same.
 """
-import json
 import math
 import re
-import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 import torch
 from torch import Tensor
 
@@ -26,7 +23,7 @@ from ladd.cli import InputError, must
 from ladd.core import flow
 from ladd.core.mmdit import BASE_GRID, HEAD_DIM, MMDiTConfig
 from ladd.core.sampler import SAMPLERS
-from ladd.data.files import read_json, read_tensors, sync, write_json
+from ladd.data.files import DTYPE_NAMES, read_json, read_tensors, write_json, write_tensors
 
 PREFIX = "model.diffusion_model."
 # other networks that a single file may hold; they are ignored
@@ -37,7 +34,7 @@ CLASS = "SD3Transformer2DModel"
 PIPELINE = "StableDiffusion3Pipeline"
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-HEADER = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+FLOATS = [dtype for dtype in DTYPE_NAMES if dtype.is_floating_point]
 # our modules and those of diffusers, whose rows we stack in this order
 OUTER = {
     "x_embedder.proj": "pos_embed.proj",
@@ -80,11 +77,13 @@ SIZES = {(24, 1536, False, 0): "-medium", (24, 1536, True, 13): ".5-medium",
          (38, 2432, True, 0): ".5-large"}
 
 
-# --- names ---
+# --- layouts ---
 
-def diffusers_names(name: str) -> tuple[str, ...]:
-    """Return the names in diffusers of the tensors whose rows are stacked in our tensor `name`:
-    three for a qkv, otherwise one."""
+def parts_of(name: str, layout: str) -> tuple[str, ...]:
+    """Return the names in a file of the tensors whose rows are stacked in our tensor `name`: three
+    for a qkv of diffusers, otherwise one."""
+    if layout != "diffusers":
+        return (PREFIX + name if layout == "single" else name,)
     if name == "pos_embed":
         return ("pos_embed.pos_embed",)
     module, kind = name.rsplit(".", 1)
@@ -92,14 +91,6 @@ def diffusers_names(name: str) -> tuple[str, ...]:
         parts = INNER[block[2]].split()
         return tuple(f"transformer_blocks.{block[1]}.{part}.{kind}" for part in parts)
     return (f"{OUTER[module]}.{kind}",)
-
-
-def naming(names: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
-    """Return the function from our name to the names in a file whose tensors are called `names`."""
-    if any(name.startswith("transformer_blocks.") for name in names):
-        return diffusers_names
-    prefix = PREFIX if any(name.startswith(PREFIX) for name in names) else ""
-    return lambda name: (prefix + name,)
 
 
 def swap_halves(name: str, tensor: Tensor, depth: int) -> Tensor:
@@ -111,32 +102,38 @@ def swap_halves(name: str, tensor: Tensor, depth: int) -> Tensor:
     return tensor
 
 
+def to_layout(state: dict[str, Tensor], layout: str, depth: int) -> dict[str, Tensor]:
+    """Return the state dict of a network of `depth` blocks in a layout. All tensors are views but
+    those whose halves are swapped."""
+    out = {}
+    for name, tensor in state.items():
+        parts = parts_of(name, layout)
+        if layout == "diffusers":
+            tensor = swap_halves(name, tensor, depth)
+        out |= zip(parts, tensor.chunk(len(parts)))
+    return out
+
+
+def layout_of(names: Iterable[str]) -> str:
+    """Return the layout of a file whose tensors have these names; "bare" is ours without PREFIX."""
+    if any(name.startswith("transformer_blocks.") for name in names):
+        return "diffusers"
+    return "single" if any(name.startswith(PREFIX) for name in names) else "bare"
+
+
 # --- reading ---
 
-def weights_of(folder: Path) -> Path:
-    """Return the weights in a transformer or pipeline folder, or the index of their shards."""
-    if (folder / "transformer").is_dir():
-        folder = folder / "transformer"
-    config = folder / "config.json"
-    about = read_json(config) if config.exists() else {}
-    kind = about.get("_class_name", CLASS) if isinstance(about, dict) else about
-    must(kind == CLASS, f"{config}: _class_name must be {CLASS} (got {kind})")
-    for name in (INDEX, WEIGHTS):
-        if (folder / name).exists():
-            return folder / name
-    names = ", ".join(sorted(path.name for path in folder.iterdir())[:4]) or "an empty folder"
-    raise InputError(f"{folder} must be a finished run or a folder with {WEIGHTS} (got {names})")
+Stored = dict[str, tuple[Tensor, Path]]    # {name: (mapped tensor, its file)}
 
 
-def open_weights(path: Path) -> tuple[dict[str, tuple[Tensor, Path]], dict[str, str]]:
-    """Return ({name: (mapped tensor, its file)}, metadata) of a safetensors file or an index."""
+def open_weights(path: Path) -> tuple[Stored, dict[str, str]]:
+    """Return the tensors and the metadata of a safetensors file or an index."""
     must(path.suffix not in (".ckpt", ".pt", ".pth", ".bin", ".pkl"),
          f"{path} must be a safetensors file (got a pickle, which can run code)")
     files = [path]
     weight_map = {}
     if path.suffix == ".json":
-        index = read_json(path)
-        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        weight_map = read_json(path, dict).get("weight_map")
         # a bare file name: an index must not reach outside its folder
         must(isinstance(weight_map, dict) and len(weight_map) > 0
              and all(isinstance(name, str) and name == Path(name).name
@@ -156,25 +153,29 @@ def open_weights(path: Path) -> tuple[dict[str, tuple[Tensor, Path]], dict[str, 
     return found, metadata
 
 
-def infer_config(shapes: dict[str, list[int]], path: Path) -> MMDiTConfig:
-    """Return the configuration of a network whose tensors, named as in the file, have these shapes.
-    Raises InputError where no MMDiT has them."""
-    names_of = naming(shapes)
+def infer_config(stored: Stored, path: Path) -> MMDiTConfig:
+    """Return the configuration of the network with these tensors; raise InputError if no MMDiT has
+    them."""
+    layout = layout_of(stored)
 
     def shape(name: str, rank: int) -> list[int]:
-        name, = names_of(name)
-        if len(shapes.get(name, [])) == rank and 0 not in shapes[name]:
-            return shapes[name]
-        for pattern, kind in FOREIGN:
-            if name not in shapes and any(re.search(pattern, other) for other in shapes):
-                raise InputError(f"{path} must hold a complete MMDiT of SD3 or SD3.5 (got {kind}: "
-                                 f"{len(shapes)} tensors such as {min(shapes)})")
-        got = shapes.get(name, f"none among {len(shapes)} tensors")
+        """Return the shape of our tensor `name`."""
+        name, = parts_of(name, layout)
+        if name in stored:
+            got = list(stored[name][0].shape)
+            if len(got) == rank and 0 not in got:
+                return got
+        else:
+            got = f"none among {len(stored)} tensors"
+            for pattern, kind in FOREIGN:
+                must(not any(re.search(pattern, other) for other in stored),
+                     f"{path} must hold a complete MMDiT of SD3 or SD3.5 (got {kind}: "
+                     f"{len(stored)} tensors such as {min(stored)})")
         raise InputError(f"{path}: {name} of an MMDiT must be a tensor of rank {rank} (got {got})")
 
     width, channels, patch, _ = shape("x_embedder.proj.weight", 4)
     pattern = rf"(?:{re.escape(PREFIX)})?(?:joint|transformer)_blocks\.(\d+)\.(.+)"
-    matches = [re.fullmatch(pattern, name) for name in shapes]
+    matches = [re.fullmatch(pattern, name) for name in stored]
     blocks = [(int(match[1]), match[2]) for match in matches if match]
     must(len(blocks) > 0 and width % HEAD_DIM == 0,
          f"{path}: an MMDiT must have a width that is a multiple of {HEAD_DIM} and tensors named "
@@ -189,62 +190,42 @@ def infer_config(shapes: dict[str, list[int]], path: Path) -> MMDiTConfig:
         dual_blocks=tuple(sorted(dual)), pos_grid=math.isqrt(shape("pos_embed", 3)[1]))
 
 
-def assemble(wanted: dict[str, Tensor], stored: dict[str, tuple[Tensor, Path]], depth: int,
+def assemble(wanted: dict[str, Tensor], stored: Stored, depth: int,
              path: Path) -> dict[str, Tensor]:
-    """Return the tensors named and shaped as `wanted` (on the meta device) of a network of `depth`
-    blocks, from the result of open_weights. Only tensors that must be joined are copied into
-    memory; other networks in the file (OTHERS) are ignored.
-
-    Raises InputError that names missing, unknown and misshapen tensors as the file names them.
-    """
-    names_of = naming(stored)
-    sizes = {}
-    for name, tensor in wanted.items():
-        parts = names_of(name)
-        sizes |= {part: [len(tensor) // len(parts), *tensor.shape[1:]] for part in parts}
+    """Return tensors with the names and shapes of `wanted`, a network of `depth` blocks, copied
+    only where they must be joined. Raises InputError that names missing, unknown and misshapen
+    tensors as the file names them; other networks in the file are ignored."""
+    layout = layout_of(stored)
+    sizes = {name: list(t.shape) for name, t in to_layout(wanted, layout, depth).items()}
     own = {name: tensor for name, (tensor, _) in stored.items() if not name.startswith(OTHERS)}
     found = {name: list(tensor.shape) for name, tensor in own.items()}
-    dtypes = ", ".join(HEADER.values())
+    dtypes = ", ".join(DTYPE_NAMES[dtype] for dtype in FLOATS)
     faults = {
         "missing": [name for name in sizes if name not in found],
         "unknown": [name for name in found if name not in sizes],
         "misshapen": [f"{name} {found[name]}, not {size}" for name, size in sizes.items()
                       if found.get(name, size) != size],
         "of another dtype": [f"{name} {tensor.dtype}, not {dtypes}" for name, tensor in own.items()
-                             if tensor.dtype not in HEADER]}
+                             if tensor.dtype not in FLOATS]}
     listed = [f"{len(names)} {fault}: {', '.join(names[:3])}" for fault, names in faults.items()
               if names]
     must(not listed,
          f"{path} must hold the {len(sizes)} tensors of this MMDiT (got {'; '.join(listed)})")
 
-    def read(name: str) -> Tensor:
-        # a memory mapping of its own: its pages are released together with the tensor
-        with safe_open(stored[name][1], framework="pt") as file:
-            return file.get_tensor(name)
-
-    def assembled(name: str) -> Tensor:
-        parts = names_of(name)
+    out = {}
+    for name in wanted:
+        parts = parts_of(name, layout)
+        out[name] = own[parts[0]]
         if len(parts) > 1:
-            return torch.cat([read(part) for part in parts])
-        tensor = own[parts[0]]
-        return swap_halves(name, tensor, depth) if names_of is diffusers_names else tensor
-
-    return {name: assembled(name) for name in wanted}
+            # each by a memory mapping of its own, whose pages are released together with it
+            tensors = [read_tensors(stored[part][1], [part])[0][part] for part in parts]
+            out[name] = torch.cat(tensors)
+        elif layout == "diffusers":
+            out[name] = swap_halves(name, out[name], depth)
+    return out
 
 
 # --- writing ---
-
-def to_layout(state: dict[str, Tensor], layout: str, depth: int) -> dict[str, Tensor]:
-    """Return a state dict with the names of a published layout, "single" or "diffusers". All
-    tensors are views but those whose halves are swapped."""
-    if layout == "single":
-        return {PREFIX + name: tensor for name, tensor in state.items()}
-    out = {}
-    for name, tensor in state.items():
-        names = diffusers_names(name)
-        out |= zip(names, swap_halves(name, tensor, depth).chunk(len(names)))
-    return out
-
 
 def header(c: MMDiTConfig, layout: str, title: str, metadata: dict[str, str]) -> dict[str, str]:
     """Return the header of a file: what Stability's ModelSpec 1.0 requires, and `metadata`, which
@@ -257,37 +238,11 @@ def header(c: MMDiTConfig, layout: str, title: str, metadata: dict[str, str]) ->
             "format": "pt"}
 
 
-def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str],
-                  dtype: torch.dtype | None = None) -> None:
-    """Write a safetensors file in `dtype` (None: as they are), one tensor at a time, so that the
-    network is not copied in memory. Raises InputError for a value beyond the range of fp16."""
-    dtypes = {name: dtype or tensor.dtype for name, tensor in tensors.items()}
-    entries = {"__metadata__": metadata}
-    end = 0
-    for name, tensor in tensors.items():
-        start = end
-        end += tensor.numel() * dtypes[name].itemsize
-        entries[name] = {"dtype": HEADER[dtypes[name]], "shape": list(tensor.shape),
-                         "data_offsets": [start, end]}
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)   # the data must start at a multiple of 8 bytes
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in tensors.items():
-            cast = tensor.detach().to("cpu", dtypes[name]).contiguous()
-            if dtype == torch.float16 and not cast.isfinite().all():
-                raise InputError(f"{name}: values must be at most 65504 in fp16 "
-                                 f"(got {tensor.abs().max():g})")
-            file.write(cast.flatten().view(torch.uint8).numpy())
-    sync(path)
-
-
 def write_transformer(folder: Path, state: dict[str, Tensor], c: MMDiTConfig,
                       metadata: dict[str, str], dtype: torch.dtype | None,
                       max_shard_bytes: int = 10 ** 10) -> None:
     """Write the folder that SD3Transformer2DModel.from_pretrained loads: config.json and the
     weights, in several files with an index where one would be larger than `max_shard_bytes`."""
-    folder.mkdir()
     write_json(folder / "config.json", transformer_config(c))
     shards = [{}]
     size = total = 0
@@ -299,16 +254,15 @@ def write_transformer(folder: Path, state: dict[str, Tensor], c: MMDiTConfig,
         shards[-1][name] = tensor
         size += more
         total += more
-    if len(shards) == 1:
-        write_weights(folder / WEIGHTS, shards[0], metadata, dtype)
-    else:
-        weight_map = {}
-        for i, shard in enumerate(shards, 1):
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        file = WEIGHTS
+        if len(shards) > 1:
             file = WEIGHTS.replace(".", f"-{i:05d}-of-{len(shards):05d}.")
-            write_weights(folder / file, shard, metadata, dtype)
-            weight_map |= dict.fromkeys(shard, file)
+        write_tensors(folder / file, shard, metadata, dtype)
+        weight_map |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    sync(folder)
 
 
 def transformer_config(c: MMDiTConfig) -> dict[str, Any]:
@@ -358,39 +312,19 @@ MEANING = {"euler": "which follows the velocity from level to level",
            "renoise": "which predicts the clean image and adds new noise up to the next level"}
 
 
-def write_pipeline(path: Path, base: Path, card: str, write: Callable[[Path], None]) -> None:
-    """Write a copy of the pipeline folder `base` with the transformer folder that `write` makes and
-    the model card. Hidden files and weights at the top of `base`, which duplicate its parts in a
-    single file, are left out."""
-    at_top = shutil.ignore_patterns("transformer", "README.md", ".*", "*.safetensors")
-
-    def ignored(folder: str, names: list[str]) -> set[str]:
-        return at_top(folder, names) if Path(folder) == base else set()
-
-    shutil.copytree(base, path, ignore=ignored)
-    (path / "README.md").write_text(card)
-    for file in path.rglob("*"):
-        sync(file)
-    write(path / "transformer")
-    sync(path)
-
-
 def model_card(name: str, base: Path, c: MMDiTConfig, metadata: dict[str, str],
                dtype: torch.dtype) -> str:
     """Return the README of a pipeline folder `name`: how to sample the student that `metadata`
     describes. Raises InputError where `base` is no SD3 pipeline for this network, or where its
     scheduler cannot sample at the noise levels of the student."""
-    def read(file: str, kind: str) -> dict[str, Any]:
-        found = read_json(base / file)
-        must(isinstance(found, dict),
-             f"{base / file} must be a JSON object (got {type(found).__name__})")
-        must(found.get("_class_name") == kind,
-             f"{base / file}: _class_name must be {kind} (got {found.get('_class_name')})")
-        return found
-
-    read("model_index.json", PIPELINE)
-    scheduler = read("scheduler/scheduler_config.json", SCHEDULER)
-    transformer = read("transformer/config.json", CLASS)
+    found = {}
+    for file, kind in (("model_index.json", PIPELINE),
+                       ("scheduler/scheduler_config.json", SCHEDULER),
+                       ("transformer/config.json", CLASS)):
+        found[kind] = read_json(base / file, dict)
+        got = found[kind].get("_class_name")
+        must(got == kind, f"{base / file}: _class_name must be {kind} (got {got})")
+    scheduler, transformer = found[SCHEDULER], found[CLASS]
     student = transformer_config(c)
     for key in ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim"):
         must(transformer.get(key) == student[key],
@@ -418,11 +352,8 @@ def model_card(name: str, base: Path, c: MMDiTConfig, metadata: dict[str, str],
     if "sizes" in metadata:
         h, w = metadata["sizes"].split(",")[0].split("x")
         size = f"height={h}, width={w}, "
-
-    def rounded(values: Tensor) -> list[float]:
-        return [round(value, 7) for value in values.tolist()]
-
+    sigmas, final = ([round(value, 7) for value in t.tolist()] for t in (sigmas, final))
     return CARD.format(name=name, base=base.resolve().name, classes=f"{SCHEDULER}, {PIPELINE}",
-                       scheduler=SCHEDULER, dtype=dtype, size=size, sigmas=rounded(sigmas),
-                       shift=shift, levels=rounded(final), steps=len(levels), sampler=sampler,
-                       meaning=MEANING[sampler], stochastic=sampler == "renoise")
+                       scheduler=SCHEDULER, dtype=dtype, size=size, sigmas=sigmas, shift=shift,
+                       levels=final, steps=len(levels), sampler=sampler, meaning=MEANING[sampler],
+                       stochastic=sampler == "renoise")

@@ -32,7 +32,7 @@ def toy_codec(toy: ToyConfig) -> Codec:
 
     return Codec(encode=text_of, embed=text_of, decode=lambda x: decode(x.cpu()),
                  latents=lambda images: encode(images.cpu()), release=lambda: None,
-                 widths=(toy.text_dim, toy.text_dim), provenance={})
+                 widths=(toy.text_dim, toy.text_dim), provenance=dict)
 
 
 def toy_plan(toy: ToyConfig, size: int, n: int, seed: int) -> Plan:
