@@ -418,18 +418,18 @@ def test_bounds(name):
             validated(replace(Config(), **{name: value}))
 
 
-@pytest.mark.parametrize("line, named", [("--stepz 5", "--stepz"), ("--micro-batch 3",
-                                                                    "--micro-batch")])
-def test_the_script_prints_one_line_and_ends_with_code_2(line, named, tmp_path):
+def test_the_script_prints_one_line_and_ends_with_code_2(tmp_path):
+    """A process of its own; what else is refused, main is called with in this one."""
     # the clock's would fail this for what others run
     def processor_seconds() -> float:
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         return used.ru_utime + used.ru_stime
 
-    before, command = processor_seconds(), [sys.executable, str(ROOT / "train.py"), *line.split()]
+    before = processor_seconds()
+    command = [sys.executable, str(ROOT / "train.py"), "--micro-batch", "3"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout and not list(tmp_path.iterdir())
-    assert re.fullmatch(rf"train\.py: .*{named}.*\n", done.stderr)
+    assert re.fullmatch(r"train\.py: .*--micro-batch.*\n", done.stderr)
     assert processor_seconds() - before < 5
 
 

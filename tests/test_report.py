@@ -77,9 +77,10 @@ def test_a_write_that_stops_halfway_keeps_the_old_file(tmp_path):
             raise OSError("disk full")
 
     sheets.save_png(torch.zeros(3, 4, 4), tmp_path / "a.png", {})
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InputError, match="a.png: cannot be written .disk full.$"):
         sheets.save_png(Full(), tmp_path / "a.png", {})
     assert Image.open(tmp_path / "a.png").size == (4, 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_excess_is_relative_to_the_untrained_student_at_one_step():
