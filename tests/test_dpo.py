@@ -189,7 +189,7 @@ def test_bad_preference_files_are_one_line(tmp_path, home, lines, said):
 
 
 @pytest.mark.parametrize("flags, said", [
-    ("--run nowhere", "nowhere/config.json: not the configuration of a run ("),
+    ("--run nowhere", "nowhere/config.json: not a complete JSON file ("),
     ("--run runs/base --preferences x.jsonl",
      "--preferences must be left out for a run on the toy dataset, runs/base (got x.jsonl)"),
     ("--run runs/base --rank 0", "--rank must be 1 to 1000000000 (got 0)"),

@@ -317,7 +317,7 @@ def test_the_student_of_a_lora_run_is_a_lora(home):
 # what is refused
 
 @pytest.mark.parametrize("flags, parts", [
-    ("--run nowhere", ("nowhere/config.json: not the configuration of a run", "No such file")),
+    ("--run nowhere", ("nowhere/config.json: not a complete JSON file", "No such file")),
     ("--run runs/bare", ("teacher.safetensors", "no")),
     ("--run runs/base --data nowhere", ("nowhere", "no")),
     ("--run runs/base --data part", ("part: 1 of 4 shards are missing",)),
