@@ -261,6 +261,7 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
         """Save a grid of samples and the metrics after `it` iterations; keep the best student."""
         if eval_model is not p.ema:
             refresh(eval_model, p.ema, untrained)
+        health.check()
         grid = run / "samples" / f"{it:06d}.png"
         compare.save_grid(recipe, codec, eval_model, shown, config.sample_batch, grid)
         evals.show(it, grid)
@@ -290,8 +291,11 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
             # the student's steps and is negative while only the discriminator trains
             step = it - first
             if config.eval_every and (step >= 0 and step % config.eval_every == 0 or it == total):
-                with pace.paused():
-                    evaluate_student(it)
+                try:
+                    with pace.paused():
+                        evaluate_student(it)
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"{error} (student after iteration {it})") from None
             if it == total:
                 break
             if config.profile and it == max(start, total - 3):

@@ -104,7 +104,8 @@ def test_check_same_names_the_first_flag_that_differs():
     ("depth", "6", "a whole number"), ("depth", True, "a whole number"), ("lr", None, "a number"),
     ("levels", 1, "numbers separated by commas"),
     ("levels", [1, "x"], "numbers separated by commas"),
-    ("teacher", 5, "text"), ("qk_norm", 1, "on or off"), ("sizes", {}, "words separated by commas")])
+    ("teacher", 5, "text"), ("qk_norm", 1, "on or off"),
+    ("sizes", {}, "words separated by commas")])
 def test_a_stored_configuration_has_the_types_of_its_fields(name, value, kind):
     stored = json.loads(to_json(Config()))
     assert from_json(stored, Path("c.json")) == Config()

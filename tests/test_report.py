@@ -120,12 +120,10 @@ def test_pixels_are_rounded_and_clamped():
     assert np.asarray(sheets.to_pil(flat(GREEN, 2, 3))).tolist() == [[[0, 255, 0]] * 3] * 2
 
 
-@pytest.mark.parametrize("image, message", [
-    (torch.zeros(1, 3, 4, 4), r"\(1, 3, 4, 4\)"), (torch.zeros(4, 4, 3), r"\(4, 4, 3\)"),
-    (torch.full((3, 2, 2), float("nan")), "with NaN or inf")])
-def test_to_pil_refuses(image, message):
-    with pytest.raises(InputError, match=message):
-        sheets.to_pil(image)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_to_pil_refuses(value):
+    with pytest.raises(FloatingPointError, match="an image has NaN or inf"):
+        sheets.to_pil(torch.full((3, 2, 2), value))
 
 
 def test_png_carries_pixels_and_text(tmp_path):
