@@ -483,7 +483,7 @@ def describe_sampling(args: Namespace, recipe: Recipe, columns: Iterable[Column]
 def png_text(args: Namespace, prompts: list[str], seeds: list[int],
              sampling: dict) -> dict[str, str]:
     """Return the text chunks of a PNG: "parameters" in the form that other programs read, which has
-    room for one column and one seed, and "ladd", all of it as JSON. None with --no-metadata."""
+    room for one column and one seed, and "ladd", all of it as JSON. Empty with --no-metadata."""
     if not sampling:
         return {}
     c = sampling["columns"][0]

@@ -202,7 +202,7 @@ def train(args: Namespace, means: tuple[float, ...], model: MMDiT, reference: MM
     saver = state.Saver(out / "checkpoints")
     start = 0
     if saved := state.open_state(saver.folder):
-        state.check_recipe(saved, recipe)
+        state.check_meta(saved, recipe)
         start = saved.step
         state.restore(saved, *parts)
 
@@ -211,7 +211,7 @@ def train(args: Namespace, means: tuple[float, ...], model: MMDiT, reference: MM
         batch = latents.batch(step, args.batch, args.seed)
         g = flow.generator(args.seed, 7, step)
         chosen, rejected = batch.x0.chunk(2, 1)
-        sigma = flow.logit_normal_mixture(len(chosen), means, 1.0, g)
+        sigma = flow.logit_normal(len(chosen), means, g)
         eps = torch.randn(chosen.shape, generator=g)
         return chosen, rejected, eps, sigma, *batch.text[:2]
 
