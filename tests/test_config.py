@@ -364,7 +364,8 @@ BAD = {"--stepz 5": ("'--stepz'", "--steps"), "--heads-learning-rate 1": ("--hea
        "--prompts p.txt": ("--prompts requires --encoders FOLDER", "got none"),
        "--t5 none": ("--t5 requires --encoders FOLDER", "got none"),
        "--preset sd3-medium": ("missing: --encoders --teacher --prompts;", "--dry-run"),
-       "--preset sd3.5-large --encoders e --teacher t --data d": ("missing: --eval-prompts;", "--dry-run"),
+       "--preset sd3.5-large --encoders e --teacher t --data d":
+           ("missing: --eval-prompts;", "--dry-run"),
        "--preset sd3-medium --dry-run --teacher-steps 5": ("--teacher-steps must be left out",
                                                            "whose teacher is loaded",
                                                            "edit and inpaint", "got 5"),
