@@ -229,7 +229,7 @@ def save_network(model: MMDiT, start: Mapping[str, Tensor], path: Path, metadata
         checkpoint.save_mmdit(model, path, metadata, tensors)
         if adapters:
             lora_files.save(path.with_name(f"{path.stem}_lora.safetensors"), adapters, model.config,
-                            "comfyui", {**metadata, "base": base})
+                            {**metadata, "base": base})
     parallel.any_rank()
 
 
