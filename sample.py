@@ -42,7 +42,7 @@ from PIL import Image
 from torch import Tensor
 
 import kernels
-from ladd.cli import InputError, Parser, must, one_line, parse_size, parse_value, run_script
+from ladd.cli import InputError, Parser, must, parse_size, parse_value, run_script
 from ladd.config import PRESETS, Config
 from ladd.core import flow
 from ladd.core.mmdit import MMDiT, image_channels
@@ -644,9 +644,8 @@ def main(argv: list[str]) -> None:
     wall = time.perf_counter() - begin
     count = len(columns) * len(prompts)
     where = paths[0] if len(paths) == 1 else paths[0].parent
-    print(one_line(f"{where}: {count} images, {count / wall:.2f} images/s, "
-                   f"{1000 * seconds / steps:.1f} ms a step of {min(args.batch, len(prompts))}, "
-                   f"{memory_gb(device):.2f} GB at peak"))
+    print(f"{where}: {count} images, {count / wall:.2f} images/s, {1000 * seconds / steps:.1f} ms "
+          f"a step of {min(args.batch, len(prompts))}, {memory_gb(device):.2f} GB at peak")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ladd.cli import Parser, must, one_line, parse_size, run_script
+from ladd.cli import Parser, must, parse_size, run_script
 from ladd.core.mmdit import MMDiT
 from ladd.core.sampler import Recipe, read_recipe, step_counts
 from ladd.data.files import publish, read_json, write_json, write_tensors, write_text
@@ -252,7 +252,7 @@ def main(argv: list[str]) -> None:
     hints = export_mmdit(model, args.out, args.layout, metadata, formats.DTYPES.get(args.dtype),
                          base=args.base, with_workflow=args.workflow)
     size = sum(t.numel() for t in model.parameters())
-    print(one_line(f"{args.out}: {size:,} parameters, {args.layout}"), *hints, sep="\n")
+    print(f"{args.out}: {size:,} parameters, {args.layout}", *hints, sep="\n")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import pytest
 import sd3
 import torch
 import torch.nn.functional as F
-from conftest import VARIANTS, assert_close, tiny
+from conftest import VARIANTS, assert_close, script, tiny
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -413,9 +413,7 @@ def test_the_command_writes_each_layout_and_raises_one_line(tmp_path, capsys):
     assert same(load_mmdit(out / "d").state_dict(),
                 {k: t.bfloat16() for k, t in model.state_dict().items()})
     assert STUDENT.items() <= load_metadata(out / "d").items()
-    command = [sys.executable, "-m", "ladd.export"]
-    done = subprocess.run([*command, str(tmp_path), "--out", "x"], cwd=ROOT, capture_output=True,
-                          text=True)
+    done = script("ladd.export", tmp_path, str(tmp_path), "--out", "x")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and str(tmp_path) in done.stderr
     for argv, message in ((["--layout", "pipeline"],
                            r"--base must be a folder with --layout pipeline.*\(got None"),
@@ -452,30 +450,26 @@ def test_a_lora_is_exported_with_the_network(tmp_path):
 
 
 def test_control_characters_never_reach_the_terminal(tmp_path, monkeypatch, capsys):
-    red = "\x1b[31m"
+    red, name = "\x1b[31m", "context_embedder"
     model = tiny("plain", torch.float32)
-    checkpoint.save_mmdit(model, tmp_path / f"{red}m.safetensors", STUDENT)
-    name = "context_embedder"
     lora = {f"{name}.lora_A.weight": torch.zeros(1, 24),
             f"{name}.lora_B.weight": torch.zeros(128, 1)}
-    save_file({**lora, f"text_encoder.{red}": torch.zeros(1)}, tmp_path / f"{red}text.safetensors")
-    save_file({**lora, f"{red}.alpha": torch.zeros(1)}, tmp_path / "unknown.safetensors")
-    save_file({**lora, f"{red}\n.hada_w1": torch.zeros(1)}, tmp_path / "kind.safetensors")
-    save_file({**model.state_dict(), f"{red}\r": torch.zeros(1)}, tmp_path / "net.safetensors")
-    save_file({**model.state_dict(), f"{red}\r": torch.zeros(0)}, tmp_path / "empty.safetensors")
-    for i, (source, flags, code) in enumerate((
-            (f"{red}m", ["--lora", f"{tmp_path}/{red}text.safetensors"], 0),
-            (f"{red}m", ["--lora", f"{tmp_path}/unknown.safetensors"], 2),
-            (f"{red}m", ["--lora", f"{tmp_path}/kind.safetensors"], 2),
-            (f"{red}m", ["--lora", f"{tmp_path}/{red}none.safetensors"], 2),
-            (f"{red}none", [], 2), ("net", [], 2), ("empty", [], 2))):
-        left = []
+    for file, tensors in {
+            "m": model.state_dict(), "text": {**lora, f"text_encoder.{red}": torch.zeros(1)},
+            "unknown": {**lora, f"{red}.alpha": torch.zeros(1)},
+            "kind": {**lora, f"{red}\n.hada_w1": torch.zeros(1)},
+            "net": {**model.state_dict(), f"{red}\r": torch.zeros(1)},
+            "empty": {**model.state_dict(), f"{red}\r": torch.zeros(0)}}.items():
+        save_file(tensors, tmp_path / f"{file}.safetensors")
+    for source, lora, code in (("m", "text", 0), ("m", "unknown", 2), ("m", "kind", 2),
+                               ("net", None, 2), ("empty", None, 2)):
+        left, flags = [], ["--lora", f"{tmp_path}/{lora}.safetensors"] if lora else []
         monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / f"{source}.safetensors"), "--out",
-                                          str(tmp_path / f"{red}{i}"), *flags])
+                                          str(tmp_path / "out"), *flags])
         run_script("ladd.export", export.main, left.append)
         said = capsys.readouterr()
-        assert left == [2] * (code == 2) and (said.err.count("\n") == 1) == (code == 2)
-        assert "\x1b" not in said.out + said.err and r"\x1b[31m" in said.out + said.err
+        assert left == [2] * (code == 2) and said.err.count("\n") == len(left)
+        assert "\x1b" not in said.out + said.err and (r"\x1b[31m" in said.err) == (code == 2)
 
 
 # other programs

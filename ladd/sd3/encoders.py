@@ -26,6 +26,7 @@ def sd3_codec(folder: str | Path, device: torch.device, t5: str, t5_tokens: int,
     """Return the encoders and VAE of a pipeline folder, each of which is loaded when first needed.
     With `cache`, a file of text, `embed` needs no encoders for prompts that it holds."""
     folder = Path(folder)
+    pipeline_files(folder, ["text_encoder", "tokenizer"])
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     known = {}
 
@@ -242,6 +243,11 @@ def encoder_identity(folder: str | Path, t5: str = "device", t5_tokens: int = 25
 
 def fingerprint(folder: str | Path, parts: Sequence[str]) -> str:
     """Return the content_hash of these subfolders of a pipeline."""
+    return content_hash(pipeline_files(folder, parts))
+
+
+def pipeline_files(folder: str | Path, parts: Sequence[str]) -> list[tuple[str, Path]]:
+    """Return (name, path) of the files in these subfolders, each of which must have some."""
     files = []
     for part in parts:
         paths = [path for path in sorted((Path(folder) / part).glob("*"))
@@ -249,7 +255,7 @@ def fingerprint(folder: str | Path, parts: Sequence[str]) -> str:
                  and ".fp16." not in path.name]
         must(len(paths) > 0, f"{folder} must be a StableDiffusion3 pipeline folder (got no {part})")
         files += [(f"{part}/{path.name}", path) for path in paths]
-    return content_hash(files)
+    return files
 
 
 # --- images ---

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ladd.cli import InputError, must, one_line
+from ladd.cli import InputError, must
 from ladd.core.lora import Factors
 from ladd.core.mmdit import MMDiT, MMDiTConfig
 from ladd.data.files import (DTYPE_NAMES, is_finite, parse_json, read_json, read_tensors,
@@ -139,7 +139,7 @@ def load(path: str | Path) -> dict[str, Factors]:
         number = alpha.item() if "alpha" in matrices else alpha_of(module, len(a))
         parts[part] = Factors(a, b, float(number))
     if left_out:
-        print(one_line(f"note: {path}: {left_out} tensors of text encoders are left out"))
+        print(f"note: {path}: {left_out} tensors of text encoders are left out")
     return {layer: stacked(parts, f"{path}: {layer}") for layer, parts in layers.items()}
 
 
