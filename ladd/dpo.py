@@ -9,7 +9,7 @@ student.
     python -m ladd.dpo --run runs/sd3.5-medium --preferences pairs.jsonl --rank 256 --steps 3000
 
 A line of pairs.jsonl: {"prompt": "...", "chosen": "a.png", "rejected": "b.png"}, with paths
-relative to the file. Writes lora.safetensors (ComfyUI's names) and, for the toy dataset,
+relative to the file. Writes lora.safetensors (diffusers' names) and, for the toy dataset,
 report.json and samples.png: teacher and student with and without the delta. The same command again
 resumes from OUT/checkpoints.
 Source: Wallace et al. 2024 (Diffusion-DPO), Eq. 14; Sauer et al. 2024, Sec. 4.
@@ -293,7 +293,7 @@ def main(argv: list[str]) -> None:
     if stopper:
         return print(f"{stopper.signal}: saved in {out / 'checkpoints'}; the same command resumes")
     path = out / "lora.safetensors"
-    lora_files.save(path, factors(model), model.config, "comfyui",
+    lora_files.save(path, factors(model), model.config,
                     {"run": run.name, "beta": str(args.beta), "steps": str(args.steps)})
     pairs = sum(len(x0) for x0, _ in latents.buckets.values())
     print(f"{path}: rank {args.rank} on {len(lora.of_kind(model, lora.Lora))} layers, from {pairs} "

@@ -230,7 +230,7 @@ def save_network(model: MMDiT, initial: Mapping[str, Tensor], path: Path,
         checkpoint.save_mmdit(model, path, metadata, tensors)
         if adapters:
             lora_files.save(path.with_name(f"{path.stem}_lora.safetensors"), adapters, model.config,
-                            "comfyui", {**metadata, "base": origin})
+                            {**metadata, "base": origin})
     parallel.barrier()
 
 
