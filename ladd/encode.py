@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ladd.cli import InputError, Parser, must, run_script
+from ladd.cli import InputError, Parser, must, one_line, run_script
 from ladd.core import flow
 from ladd.data import files, masks, shards
 from ladd.data.images import (Captioned, ahead, buckets, find_images, find_listed, find_pairs,
@@ -94,8 +94,8 @@ def encode_samples(vae, samples: list[list[Tensor]], task: str) -> list[Tensor]:
     return [t.half().cpu() for t in latents]
 
 
-def write_shards(args, pieces: list, number: dict[str, int], device: torch.device,
-                 pool: ThreadPoolExecutor, skipped: dict[str, str]) -> float:
+def write_shards(args, pieces: list, number: dict[str, int], vae, pool: ThreadPoolExecutor,
+                 skipped: dict[str, str]) -> float:
     """Write the missing shards, with images read ahead. Return the fraction of the time spent
     waiting for images.
 
@@ -108,7 +108,6 @@ def write_shards(args, pieces: list, number: dict[str, int], device: torch.devic
     todo = shards.missing_shards(out, [(h // 8, w // 8) for (h, w), _ in pieces])
     if not todo:
         return 0.0
-    vae = load_vae(args.encoders, device)
     began = time.perf_counter()
     waited = 0.0
 
@@ -121,33 +120,32 @@ def write_shards(args, pieces: list, number: dict[str, int], device: torch.devic
     stream = ahead(pool, read_sample, requests(), 4 * args.batch)
     total = sum(len(images) for _, images in pieces)
     left = sum(len(pieces[index][1]) for index in todo)
-    bar = progress("images", total, total - left)
-    for index in todo:
-        images = pieces[index][1]
-        parts = []
-        ids = []
-        skipped_before = len(skipped)
-        for start in range(0, len(images), args.batch):
-            batch = images[start:start + args.batch]
-            samples = []
-            asked = time.perf_counter()
-            # the batch comes first: zip must not take a result from the stream after its end
-            for image, result in zip(batch, stream):
-                try:
-                    samples.append(result.result())
-                    ids.append(number[image.caption])
-                except InputError as error:
-                    skipped[image.name] = str(error)
-            waited += time.perf_counter() - asked
-            if samples:
-                parts.append(encode_samples(vae, samples, args.task))
-            bar.update(len(batch))
-        if len(skipped) > skipped_before:
-            files.write_json(out / "skipped.json", skipped)
-        if parts:
-            x0, *image = (torch.cat(part) for part in zip(*parts))
-            shards.write_shard(out, index, x0, torch.tensor(ids), *image)
-    bar.close()
+    with progress("images", total, total - left) as bar:
+        for index in todo:
+            images = pieces[index][1]
+            parts = []
+            ids = []
+            skipped_before = len(skipped)
+            for start in range(0, len(images), args.batch):
+                batch = images[start:start + args.batch]
+                samples = []
+                asked = time.perf_counter()
+                # the batch comes first: zip must not take a result from the stream after its end
+                for image, result in zip(batch, stream):
+                    try:
+                        samples.append(result.result())
+                        ids.append(number[image.caption])
+                    except InputError as error:
+                        skipped[image.name] = str(error)
+                waited += time.perf_counter() - asked
+                if samples:
+                    parts.append(encode_samples(vae, samples, args.task))
+                bar.update(len(batch))
+            if len(skipped) > skipped_before:
+                files.write_json(out / "skipped.json", skipped)
+            if parts:
+                x0, *image = (torch.cat(part) for part in zip(*parts))
+                shards.write_shard(out, index, x0, torch.tensor(ids), *image)
     return waited / (time.perf_counter() - began)
 
 
@@ -164,11 +162,12 @@ def parse(argv: list[str]):
     add("--out", required=True, help="folder of latents and text to create or complete")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--images",
-                        help="folder of images, each with a .txt or .json caption next to it")
+                        help="folder of images, each with a .txt, .caption or .json caption next "
+                        "to it, or listed in a metadata.jsonl or metadata.csv")
     source.add_argument("--jsonl", help='file of {"image": path, "caption": text} lines; for '
                         '--task edit of {"source": path, "target": path, "instruction": text}')
-    source.add_argument("--prompt-file",
-                        help='.txt or .jsonl ({"prompt": text}) file: encode only text')
+    source.add_argument("--prompt-file", help='.txt file, or .jsonl, .json or .csv with a prompt, '
+                        'text or caption each: encode only text')
     add("--t5", default="device", choices=("device", "cpu", "none"),
         help="where T5 runs; none: its tokens are zeros")
     add("--t5-tokens", type=int, default=256, help="tokens of T5, 1 to 512")
@@ -203,13 +202,19 @@ def parse(argv: list[str]):
 def main(argv: list[str]) -> None:
     args = parse(argv)
     device = pick_device(args.device)
+    with files.locked(Path(args.out)):
+        encode(args, device)
+
+
+def encode(args, device: torch.device) -> None:
+    """Encode what the options name, in a folder that no other command uses."""
     provenance = {"source": "ladd.encode",
                   "text": encoder_identity(args.encoders, args.t5, args.t5_tokens)}
     if args.prompt_file is not None:
         found, notes = read_prompts(args.prompt_file)
         prompts = list(dict.fromkeys(found))
-        print(*notes, f"{args.prompt_file}: {len(found)} prompts, {len(prompts)} distinct",
-              sep="\n")
+        for note in (*notes, f"{args.prompt_file}: {len(found)} prompts, {len(prompts)} distinct"):
+            print(one_line(note))
         return write_texts(args, prompts, provenance, device)
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         encode_all(args, provenance, device, pool)
@@ -235,25 +240,29 @@ def encode_all(args, provenance: dict, device: torch.device, pool: ThreadPoolExe
                          f"(got none; {path}: {reason})")
 
     prompts = list(dict.fromkeys(image.caption for image in images))
-    table = json.dumps([[*of_files(os.path.relpath, image, root), image.caption, image.hw]
-                        for image in images])
+    table = json.dumps([[*of_files(os.path.relpath, image, root), image.caption, image.hw,
+                         image.version] for image in images])
     provenance["task"] = args.task
     if args.task == "inpaint":
         provenance["seed"] = args.seed
     provenance |= {"vae": fingerprint(args.encoders, ["vae"]), "images": len(images),
-                   "list": hashlib.sha256(table.encode()).hexdigest()[:16], "area": args.area,
+                   "list": f"{hashlib.sha256(table.encode()).hexdigest()[:16]} of names, captions, "
+                   "sizes and times", "area": args.area,
                    "multiple": args.multiple, "shard": args.shard, "least": args.least}
+    pieces = plan(images, args.area, args.multiple, args.least, args.shard)
+    # before the text is encoded, which may take hours
+    complete = len(shards.shards(out)) >= len(pieces)
+    vae = None if complete else load_vae(args.encoders, device)
     write_texts(args, prompts, provenance, device)
 
     if (out / "skipped.json").exists():     # from shards that are already written
         skipped = files.read_json(out / "skipped.json", dict) | skipped
-    pieces = plan(images, args.area, args.multiple, args.least, args.shard)
     number = {prompt: i for i, prompt in enumerate(prompts)}
-    waiting = write_shards(args, pieces, number, device, pool, skipped)
+    waiting = write_shards(args, pieces, number, vae, pool, skipped)
     files.write_json(out / "skipped.json", skipped)
 
     for path, reason in list(skipped.items())[:20]:
-        print(f"skipped {path}: {reason}")
+        print(one_line(f"skipped {path}: {reason}"))
     counts = Counter()
     enlarged = 0
     for (h, w), part in pieces:
@@ -264,6 +273,12 @@ def encode_all(args, provenance: dict, device: torch.device, pool: ThreadPoolExe
     print("  ".join(f"{h}x{w}: {n}" for (h, w), n in sorted(counts.items())))
     print(f"{counts.total()} {what}s, {enlarged} of them enlarged, {len(skipped)} skipped "
           f"(skipped.json); waited {waiting:.1%} of the time for {what}s")
+    left_out = Counter(str(reason)[:10] for reason in skipped.values())
+    captions, images_alone = left_out["no image f"], left_out["no caption"]
+    print(f"skipped: {images_alone} images without a caption, {captions} captions without an "
+          f"image, {len(skipped) - images_alone - captions} that cannot be used")
+    if empty := sum(not image.caption.strip() for image in images):
+        print(f"warning: {empty} captions are empty; their {what}s train the empty prompt")
 
 
 if __name__ == "__main__":

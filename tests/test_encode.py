@@ -438,7 +438,7 @@ def test_of_an_animation_the_first_frame_counts(tmp_path):
                            ["2 empty lines skipped", "1 comments skipped"]),
                           ("a.txt", "größe".encode(), ["größe"], []),
                           ("a.jsonl", b'{"prompt": "a", "seed": 3}\n\n{"prompt": ""}\n', ["a", ""],
-                           ["1 empty lines skipped"])])
+                           ["1 empty lines skipped", "1 empty prompts kept"])])
 def test_prompts_are_read_and_what_is_none_is_counted(tmp_path, name, content, prompts, notes):
     (tmp_path / name).write_bytes(content)
     found = read_prompts(tmp_path / name)
@@ -453,7 +453,7 @@ def test_prompts_are_read_and_what_is_none_is_counted(tmp_path, name, content, p
     ("a.jsonl", b'{"prompt": "a"}\n\n["b"]\n',
      "line 3 must be {\"prompt\": \"...\"} \\(got '\\[\"b\"\\]'\\)"),
     ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "b"', "line 2 must be"),
-    ("a.jsonl", b'{"text": "a"}', "line 1 must be"),
+    ("a.jsonl", b'{"title": "a"}', "line 1 must be"),
     ("a.jsonl", b'{"prompt": 3}', "line 1 must be"),
     ("a.jsonl", b'{"prompt": "\\ud800"}', "line 1 must be")])
 def test_bad_lists_of_prompts_are_refused(tmp_path, name, content, message):
@@ -491,7 +491,7 @@ def pictures(tmp_path_factory) -> Path:
     for name in ("cut", "no-image", "empty", "dot"):
         (root / "deep" / f"{name}.txt").write_text("a caption")
     (root / "deep" / "bad-text.txt").write_bytes(b"\xff")
-    (root / "deep" / "bad-json.json").write_text('{"text": "a"}')
+    (root / "deep" / "bad-json.json").write_text('{"title": "a"}')
     return root
 
 
@@ -512,7 +512,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 def digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in folder.rglob("*") if path.is_file()}
+            for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 def test_the_folder_holds_every_image_with_its_caption(done, folder, pictures, vae):
@@ -726,13 +726,15 @@ def test_masks_follow_from_the_seed_and_the_place_alone(folder, pictures, holes,
     command(folder, tmp_path / "out", *flags, "--seed", "5")
     one, two = (weights(path / "00001-8x8.safetensors") for path in (holes, tmp_path / "out"))
     assert all(torch.equal(one[name], two[name]) for name in one)
-    whole = (root / "0.png").read_bytes()
-    (root / "0.png").write_bytes(whole[:-4000])
+    whole, stat = (root / "0.png").read_bytes(), (root / "0.png").stat()
+    (root / "0.png").write_bytes(whole[:1000] + bytes(4000) + whole[5000:])     # broken pixels
+    os.utime(root / "0.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
     command(folder, tmp_path / "cut", *flags, "--seed", "5", "--batch", "1")
     cut = weights(tmp_path / "cut" / "00001-8x8.safetensors")
     assert torch.equal(cut["image"][:, 0], one["image"][1:, 0])
     assert_close("image", cut["image"], one["image"][1:], 2e-3)
     (root / "0.png").write_bytes(whole)
+    os.utime(root / "0.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
     for more in ([], ["--seed", "6"]):
         with pytest.raises(InputError, match=r"made with seed 5 \(got [06]\)"):
             command(folder, tmp_path / "out", *flags, *more)

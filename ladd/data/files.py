@@ -3,6 +3,7 @@
 Every file that this project writes goes through `publish`, every JSON file that it reads through
 `read_json`, every tensor through `write_tensors` and `read_tensors`.
 """
+import csv
 import errno
 import fcntl
 import hashlib
@@ -10,11 +11,12 @@ import json
 import math
 import os
 import re
+import reprlib
 import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK,
                errno.EPERM}
 UNKNOWN = "0" * 64      # stands for the checksum while it is computed
+# other names that the files of other programs have for what we call so
+ALIASES = {"prompt": ("text", "caption"), "caption": ("text", "prompt"), "image": ("file_name",)}
 
 
 # --- writing ---
@@ -80,7 +84,8 @@ def sync(path: Path) -> None:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Make a folder and keep other commands out of it until the block ends, where the file system
-    has locks. Raise InputError that says who uses it."""
+    has locks. Raise InputError that says who uses it. A block without any file leaves no folder."""
+    missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a+")
@@ -93,12 +98,19 @@ def locked(folder: Path) -> Iterator[None]:
                  f"{file.read(200).strip()}; wait until that ends, or take another folder")
             if error.errno not in UNSUPPORTED:
                 raise
-        with writing(folder):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}, since "
-                       f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-            file.flush()
-        yield
+        try:
+            with writing(folder):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}, since "
+                           f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+                file.flush()
+            yield
+        finally:
+            with suppress(OSError):
+                if os.listdir(folder) == [".lock"]:
+                    (folder / ".lock").unlink()
+                    for path in missing:
+                        path.rmdir()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor],
@@ -272,19 +284,63 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
+def text_of(value: Any, key: str) -> str | None:
+    """Return the text that an object has for `key` or one of its ALIASES, None without."""
+    names = (key, *ALIASES.get(key, ())) if isinstance(value, dict) else ()
+    return next((value[name] for name in names if is_text(value.get(name))), None)
+
+
 def read_objects(path: str | Path, keys: Sequence[str]) -> list[dict]:
-    """Return the objects of a .jsonl file without its empty lines; raise InputError that names the
-    first line which has no text for one of `keys`."""
-    objects = []
+    """Return the objects of a .json file (a list), of a .csv file (its rows; the first one has the
+    names of the columns) or of a file with one JSON object per line, where empty lines are skipped.
+
+    Each has a text for each of `keys`, which may have one of its ALIASES in the file; with one key,
+    JSON may have only that text in place of an object. Raise InputError that names the first object
+    without it.
+    """
+    path = Path(path)
+    found = []      # (what it is called, value, what is shown of it)
+    if path.suffix.lower() == ".json":
+        for number, value in enumerate(read_json(path, list), 1):
+            found.append((f"item {number}", value, reprlib.repr(value)))
+    elif path.suffix.lower() == ".csv":
+        for number, value in enumerate(read_rows(path, keys), 1):
+            found.append((f"row {number}", value, reprlib.repr(value)))
+    else:
+        for number, line in enumerate(read_lines(path), 1):
+            if line:
+                try:
+                    value = parse_json(line)
+                except (ValueError, RecursionError):
+                    value = None
+                found.append((f"line {number}", value, repr(line[:60])))
     wanted = ", ".join(f'"{key}": "..."' for key in keys)
-    for number, line in enumerate(read_lines(path), 1):
-        if not line:
-            continue
-        try:
-            value = parse_json(line)
-        except (ValueError, RecursionError):
-            value = None
-        must(isinstance(value, dict) and all(is_text(value.get(key)) for key in keys),
-             f"{path}: line {number} must be {{{wanted}}} (got {line[:60]!r})")
-        objects.append(value)
+    objects = []
+    for name, value, shown in found:
+        if len(keys) == 1 and is_text(value):
+            value = {keys[0]: value}
+        texts = {key: text_of(value, key) for key in keys}
+        must(None not in texts.values(), f"{path}: {name} must be {{{wanted}}} (got {shown})")
+        objects.append(value | texts)
     return objects
+
+
+def read_rows(path: Path, keys: Sequence[str]) -> list[dict]:
+    """Return the rows of a .csv file; raise InputError unless it has a column for each of `keys`,
+    or for one of its ALIASES, in letters of either case."""
+    reader = csv.DictReader((line + "\n" for line in read_lines(path)), skipinitialspace=True,
+                            strict=True)
+    try:
+        columns = [name.strip().lower() for name in reader.fieldnames or ()]
+        reader.fieldnames = columns
+        for key in keys:
+            names = key, *ALIASES.get(key, ())
+            must(not {*names}.isdisjoint(columns), f"{path} must have a column "
+                 f"{' or '.join(names)} (got {', '.join(columns) or 'none'})")
+        rows = list(reader)
+    except csv.Error as error:
+        raise InputError(f"{path}: not a complete CSV file ({error})") from None
+    for number, row in enumerate(rows, 1):
+        must(None not in row, f"{path}: row {number} has more cells than there are columns; write "
+             f"text with a comma in quotes (got {reprlib.repr(row)})")
+    return rows

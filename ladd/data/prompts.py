@@ -1,4 +1,5 @@
 """Prompts: read from files, planned as shards of latents, and the codec that encodes them."""
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,20 +14,27 @@ from ladd.data.shards import Latents
 
 
 def read_prompts(path: str | Path) -> tuple[list[str], list[str]]:
-    """Return (prompts, notes) of a .txt file, one prompt per line, or a .jsonl file with lines
-    {"prompt": ...}. Empty lines and, in .txt, lines that begin with # are skipped; notes count
-    them."""
-    lines = read_lines(path)
-    comments = 0
-    if Path(path).suffix == ".jsonl":
-        prompts = [found["prompt"] for found in read_objects(path, ["prompt"])]
-    else:
+    """Return (prompts, notes) of a .txt file, one prompt per line, or of the objects in a .jsonl,
+    .json or .csv file that read_objects reads. Empty lines and, in .txt, lines that begin with #
+    are skipped; notes count them and empty prompts."""
+    kind = Path(path).suffix.lower()
+    must(kind in (".txt", ".jsonl", ".json", ".csv"), f"{path} must be a .txt file with one prompt "
+         "per line, or .jsonl, .json or .csv with a prompt, text or caption each (got "
+         f"{kind or 'no ending'})")
+    # the last line is what follows the last newline, not an empty line
+    lines = read_lines(path) if kind in (".txt", ".jsonl") else []
+    counts = {"empty lines skipped": lines[:-1].count("")}
+    if kind == ".txt":
+        for number, line in enumerate(lines, 1):
+            must(not re.match(r'[{[]\s*(["{}\[\]]|$)', line), f"{path}: line {number} is JSON, not "
+                 f"a prompt (got {line[:60]!r}); let the file's name end in .jsonl or .json")
         prompts = [line for line in lines if line and line[0] != "#"]
-        comments = sum(line[:1] == "#" for line in lines)
+        counts["comments skipped"] = sum(line[:1] == "#" for line in lines)
+    else:
+        prompts = [found["prompt"] for found in read_objects(path, ["prompt"])]
+        counts["empty prompts kept"] = sum(not prompt.strip() for prompt in prompts)
     must(bool(prompts), f"{path} must have at least one prompt, one per line (got none)")
-    # the last of `lines` is what follows the last newline, not an empty line
-    counts = {"empty lines": lines[:-1].count(""), "comments": comments}
-    return prompts, [f"{path}: {n} {what} skipped" for what, n in counts.items() if n]
+    return prompts, [f"{path}: {n} {what}" for what, n in counts.items() if n]
 
 
 class Codec(NamedTuple):

@@ -5,19 +5,20 @@ width of context, e width of pooled, b images, H W size in pixels, h w size of t
 """
 import functools
 import hashlib
+import reprlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors import SafetensorError
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ladd.cli import InputError, must
 from ladd.core.mmdit import Text, cat
-from ladd.data.files import content_hash, read_json, read_tensors, write_tensors
+from ladd.data.files import content_hash, is_finite, read_json, read_tensors, write_tensors
 from ladd.data.prompts import Codec
 
 
@@ -27,6 +28,9 @@ def sd3_codec(folder: str | Path, device: torch.device, t5: str, t5_tokens: int,
     With `cache`, a file of text, `embed` needs no encoders for prompts that it holds."""
     folder = Path(folder)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    widths = text_widths(folder)
+    config = folder / "text_encoder" / "config.json"
+    tokens = whole_number(config, "max_position_embeddings") + t5_tokens
     known = {}
 
     @functools.cache
@@ -49,13 +53,23 @@ def sd3_codec(folder: str | Path, device: torch.device, t5: str, t5_tokens: int,
     def embed(prompts: list[str]) -> Text:
         """Return `encode(prompts)`, remembered in memory and in the file `cache`."""
         keys = {prompt: hashlib.sha256(prompt.encode()).hexdigest() for prompt in prompts}
-        new = [prompt for prompt, key in keys.items() if f"context.{key}" not in known]
+
+        def unknown() -> list[str]:
+            return [prompt for prompt, key in keys.items()
+                    if not {f"context.{key}", f"pooled.{key}"} <= known.keys()]
+
+        new = unknown()
         if new and cache and cache.exists():
             tensors, about = read_tensors(cache)
             must(about.get("encoders") == identity(), f"{cache} must hold text of the encoders "
                  f"{identity()} (got {about.get('encoders')})")
+            for name, tensor in tensors.items():
+                wanted = [widths[1]] if name[:7] == "pooled." else [tokens, widths[0]]
+                must(list(tensor.shape) == wanted and tensor.dtype == torch.bfloat16
+                     and is_finite(tensor), f"{cache}: {name} must be {wanted} in bf16 and finite "
+                     f"(got {list(tensor.shape)} in {tensor.dtype})")
             known.update(tensors)
-            new = [prompt for prompt in new if f"context.{keys[prompt]}" not in known]
+            new = unknown()
         if new:
             text = encode(new)
             for prompt, context, pooled in zip(new, text.context, text.pooled):
@@ -76,7 +90,7 @@ def sd3_codec(folder: str | Path, device: torch.device, t5: str, t5_tokens: int,
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
-    return Codec(encode, embed, decode, latents, release, text_widths(folder),
+    return Codec(encode, embed, decode, latents, release, widths,
                  lambda: {"encoders": identity()})
 
 
@@ -105,6 +119,19 @@ def libraries():
     return transformers, diffusers
 
 
+@contextmanager
+def foreign(folder: Path, name: str) -> Iterator[None]:
+    """Turn what the libraries raise for a published folder into an InputError. Nothing else may
+    catch every Exception: for files of wrong content they raise one of any type."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{folder} must hold a complete {name} (got: {reason})") from error
+
+
 def load_part(kind: type, folder: Path, **options):
     """Return kind.from_pretrained(folder): a tokenizer, or with `options` a frozen network. Raises
     InputError where anything is missing: the libraries would fill missing weights with random
@@ -114,20 +141,23 @@ def load_part(kind: type, folder: Path, **options):
     complete = bool(files) if options else bool({"tokenizer.json", "vocab.json"} & files.keys())
     must(complete, f"{folder} must be the folder of a {name} in an SD3 pipeline (got none)")
     for path in files.values():
-        read_json(path)        # the tokenizers' own error for a broken file has no type
+        for key, value in read_json(path, dict).items():
+            must(key != "quantization_config", f"{path}: weights must not be quantized")
+            # of more, the libraries would build networks until memory or patience ends
+            most = 1000 if "layers" in key else 10 ** 6
+            must(path.name != "config.json" or type(value) is not int or value <= most,
+                 f"{path}: {key} must be at most {most} (got {value})")
     if options:
         options |= {"use_safetensors": True, "output_loading_info": True}
-    try:
+    with foreign(folder, name):
         loaded = kind.from_pretrained(folder, local_files_only=True, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{folder} must hold a complete {name} (got: {reason})") from None
-    if not options:
-        return loaded
-    model, info = loaded
-    missing = sorted(info["missing_keys"])
-    must(not missing, f"{folder} must hold all weights of {name} (got no {', '.join(missing[:1])})")
-    return model.requires_grad_(False).eval()
+        if not options:
+            return loaded
+        model, info = loaded
+        missing = sorted(info["missing_keys"])
+        must(not missing, f"{folder} must hold all weights of {name} (got no "
+             f"{', '.join(missing[:1])})")
+        return model.requires_grad_(False).eval()
 
 
 # --- text ---
@@ -139,11 +169,14 @@ class Encoder(NamedTuple):
     model: Callable
     limit: int          # tokens, including the special ones
 
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        """Return the tokens [p, limit] of prompts, on the device of the model."""
+        return self.tokenizer(list(prompts), padding="max_length", max_length=self.limit,
+                              truncation=True, return_tensors="pt").input_ids.to(self.model.device)
+
     def __call__(self, prompts: Sequence[str], **options):
         """Return the output of the model, on its device."""
-        tokens = self.tokenizer(list(prompts), padding="max_length", max_length=self.limit,
-                                truncation=True, return_tensors="pt")
-        return self.model(tokens.input_ids.to(self.model.device), **options)
+        return self.model(self.tokens(prompts), **options)
 
 
 class Encoders(NamedTuple):
@@ -154,6 +187,7 @@ class Encoders(NamedTuple):
     width: int              # of a T5 token, and so of context
 
 
+@torch.no_grad()
 def load_encoders(folder: str | Path, device: torch.device, dtype: torch.dtype, t5: str = "device",
                   t5_tokens: int = 256) -> Encoders:
     """Load CLIP-L, CLIP-G and T5 from a pipeline folder. t5 "cpu" keeps T5 on the host, "none"
@@ -164,10 +198,23 @@ def load_encoders(folder: str | Path, device: torch.device, dtype: torch.dtype, 
     folder = Path(folder)
 
     def load(name: str, ending: str, tokenizer: type, model: type, device: torch.device) -> Encoder:
+        part = folder / f"text_encoder{ending}"
         tokenizer = load_part(tokenizer, folder / f"tokenizer{ending}")
-        model = load_part(model, folder / f"text_encoder{ending}", dtype=dtype).to(device)
-        limit = t5_tokens if name == "T5" else model.config.max_position_embeddings
-        return Encoder(name, tokenizer, model, limit)
+        model = load_part(model, part, dtype=dtype).to(device)
+        # some folders load but cannot be used; a few tokens show it early and take little time
+        with foreign(part, f"{type(model).__name__} that fits its tokenizer"):
+            limit = t5_tokens if name == "T5" else model.config.max_position_embeddings
+            encoder = Encoder(name, tokenizer, model, limit)
+            embedded = model.get_input_embeddings().num_embeddings
+            must(len(tokenizer) <= embedded, f"{part} must have an embedding for each of its "
+                 f"tokenizer's {len(tokenizer)} tokens (got {embedded})")
+            tokens = encoder.tokens(["", "a"])
+            must(list(tokens.shape) == [2, limit], f"{part}: its tokenizer must fill prompts up to "
+                 f"{limit} tokens (got {list(tokens.shape)})")
+            truncations(Encoders([encoder], None, t5_tokens, 1), ["a"])
+            out = model(tokens[:, :4], output_hidden_states=True).hidden_states[-2]
+        must(bool(out.isfinite().all()), f"{part}: its output must be finite (got NaN or inf)")
+        return encoder
 
     clip = transformers.CLIPTokenizer, transformers.CLIPTextModelWithProjection, device
     clips = [load("CLIP-L", "", *clip), load("CLIP-G", "_2", *clip)]
@@ -185,14 +232,22 @@ def load_encoders(folder: str | Path, device: torch.device, dtype: torch.dtype, 
 def text_widths(folder: Path) -> tuple[int, int]:
     """Return (width of context, width of pooled) of the encoders, from their configurations. The
     first is that of a T5 token, which without T5 the transformer's configuration has too."""
-    pooled = sum(read_json(folder / part / "config.json", dict)["projection_dim"]
+    pooled = sum(whole_number(folder / part / "config.json", "projection_dim")
                  for part in ("text_encoder", "text_encoder_2"))
     for part, key in (("text_encoder_3", "d_model"), ("transformer", "joint_attention_dim")):
         path = folder / part / "config.json"
-        if path.exists() and key in (config := read_json(path, dict)):
-            return config[key], pooled
+        if path.exists() and key in read_json(path, dict):
+            return whole_number(path, key), pooled
     raise InputError(f"{folder}: the width of a T5 token is missing; it must be d_model in "
                      "text_encoder_3/config.json or joint_attention_dim in transformer/config.json")
+
+
+def whole_number(path: Path, key: str) -> int:
+    """Return a whole number above 0 of a configuration."""
+    value = read_json(path, dict).get(key)
+    must(type(value) is int and value > 0, f"{path}: {key} must be a whole number above 0 (got "
+         f"{reprlib.repr(value)})")
+    return value
 
 
 @torch.no_grad()
@@ -255,9 +310,21 @@ def fingerprint(folder: str | Path, parts: Sequence[str]) -> str:
 # --- images ---
 
 def load_vae(folder: str | Path, device: torch.device):
-    """Load the VAE of a pipeline folder in fp32, as diffusers' training scripts do."""
-    return load_part(libraries()[1].AutoencoderKL, Path(folder) / "vae",
-                     torch_dtype=torch.float32, low_cpu_mem_usage=False).to(device)
+    """Load the VAE of a pipeline folder in fp32, as diffusers' training scripts do. Raise
+    InputError unless it encodes and decodes a small image."""
+    folder = Path(folder) / "vae"
+    vae = load_part(libraries()[1].AutoencoderKL, folder, torch_dtype=torch.float32,
+                    low_cpu_mem_usage=False).to(device)
+    with foreign(folder, "AutoencoderKL"):
+        x0 = encode_images(vae, torch.zeros(1, 3, 64, 64))
+        must(list(x0.shape) == [1, 16, 8, 8], f"{folder} must encode images to 16 channels at 1/8 "
+             f"of their size (got {list(x0.shape)} of 64x64)")
+        image = decode_latents(vae, x0)
+        must(list(image.shape) == [1, 3, 64, 64], f"{folder} must decode images of the size that "
+             f"they had, 64x64 (got {list(image.shape)})")
+    must(bool(x0.isfinite().all() and image.isfinite().all()),
+         f"{folder}: its output must be finite (got NaN or inf)")
+    return vae
 
 
 @torch.no_grad()
