@@ -5,6 +5,7 @@ width of context, e width of pooled, b images, H W size in pixels, h w size of t
 """
 import functools
 import hashlib
+import re
 import reprlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -157,6 +158,11 @@ def load_part(kind: type, folder: Path, **options):
         missing = sorted(info["missing_keys"])
         must(not missing, f"{folder} must hold all weights of {name} (got no "
              f"{', '.join(missing[:1])})")
+        # T5 may come with its decoder, and old files with buffers
+        more = [key for key in sorted(info["unexpected_keys"])
+                if re.search(r"\.\d+\.", key) and not key.startswith("decoder.block.")]
+        must(not more, f"{folder} must have a config.json for all weights of {name} (got also "
+             f"{', '.join(more[:1])})")
         return model.requires_grad_(False).eval()
 
 
@@ -212,8 +218,9 @@ def load_encoders(folder: str | Path, device: torch.device, dtype: torch.dtype, 
             must(list(tokens.shape) == [2, limit], f"{part}: its tokenizer must fill prompts up to "
                  f"{limit} tokens (got {list(tokens.shape)})")
             truncations(Encoders([encoder], None, t5_tokens, 1), ["a"])
-            out = model(tokens[:, :4], output_hidden_states=True).hidden_states[-2]
-        must(bool(out.isfinite().all()), f"{part}: its output must be finite (got NaN or inf)")
+            out = model(tokens[:, :4], output_hidden_states=True)
+            finite = out[0].isfinite().all() and out.hidden_states[-2].isfinite().all()
+        must(bool(finite), f"{part}: its output must be finite (got NaN or inf)")
         return encoder
 
     clip = transformers.CLIPTokenizer, transformers.CLIPTextModelWithProjection, device
@@ -232,8 +239,11 @@ def load_encoders(folder: str | Path, device: torch.device, dtype: torch.dtype, 
 def text_widths(folder: Path) -> tuple[int, int]:
     """Return (width of context, width of pooled) of the encoders, from their configurations. The
     first is that of a T5 token, which without T5 the transformer's configuration has too."""
-    pooled = sum(whole_number(folder / part / "config.json", "projection_dim")
-                 for part in ("text_encoder", "text_encoder_2"))
+    pooled = 0
+    for part in ("text_encoder", "text_encoder_2"):
+        path = folder / part / "config.json"
+        must(path.exists(), f"{folder} must be a StableDiffusion3 pipeline folder (got no {part})")
+        pooled += whole_number(path, "projection_dim")
     for part, key in (("text_encoder_3", "d_model"), ("transformer", "joint_attention_dim")):
         path = folder / part / "config.json"
         if path.exists() and key in read_json(path, dict):
@@ -315,6 +325,10 @@ def load_vae(folder: str | Path, device: torch.device):
     folder = Path(folder) / "vae"
     vae = load_part(libraries()[1].AutoencoderKL, folder, torch_dtype=torch.float32,
                     low_cpu_mem_usage=False).to(device)
+    for key in ("scaling_factor", "shift_factor"):
+        value = vae.config[key]
+        must(type(value) in (int, float) or key == "shift_factor" and value is None,
+             f"{folder}/config.json: {key} must be a number (got {reprlib.repr(value)})")
     with foreign(folder, "AutoencoderKL"):
         x0 = encode_images(vae, torch.zeros(1, 3, 64, 64))
         must(list(x0.shape) == [1, 16, 8, 8], f"{folder} must encode images to 16 channels at 1/8 "
