@@ -130,7 +130,7 @@ def train_teacher(config: Config, run: Path, needs: Needs, pairs: Latents | None
             text = text._replace(image=text.image.masked_fill(no_image[:, None, None, None], 0))
         return flow_loss(model, x0, eps, sigma, text).mean()
 
-    log = Log(run, "teacher", start)
+    log = Log(run, "teacher", start, config.tensorboard)
     health = Health()
     bar = progress("teacher", config.teacher_steps, start, quiet=rank)
     since = time.perf_counter()
@@ -246,9 +246,9 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
     # the first iterations train only the heads
     first = config.heads_first
     total = first + config.steps
-    log = Log(run, "distill", start)
+    log = Log(run, "distill", start, config.tensorboard)
     # a resumed run evaluates at `start` again, so the old line of that evaluation is dropped
-    evals = Log(run, "eval", start - 1)
+    evals = Log(run, "eval", start - 1, config.tensorboard)
     health = Health()
     bar = progress("distill", total, start, quiet=rank)
     pace = speed.Pace(config.batch, device, world, partial(bench.step_flops, config, base.config,
@@ -261,8 +261,10 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
         """Save a grid of samples and the metrics after `it` iterations; keep the best student."""
         if eval_model is not p.ema:
             refresh(eval_model, p.ema, untrained)
-        compare.save_grid(recipe, codec, eval_model, shown, config.sample_batch,
-                          run / "samples" / f"{it:06d}.png")
+        health.check()
+        grid = run / "samples" / f"{it:06d}.png"
+        compare.save_grid(recipe, codec, eval_model, shown, config.sample_batch, grid)
+        evals.show(it, grid)
         values = {}
         if reference:
             values = evaluate.quality(recipe, codec, eval_model, prompts, reference,
@@ -289,8 +291,11 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
             # the student's steps and is negative while only the discriminator trains
             step = it - first
             if config.eval_every and (step >= 0 and step % config.eval_every == 0 or it == total):
-                with pace.paused():
-                    evaluate_student(it)
+                try:
+                    with pace.paused():
+                        evaluate_student(it)
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"{error} (student after iteration {it})") from None
             if it == total:
                 break
             if config.profile and it == max(start, total - 3):
@@ -401,7 +406,7 @@ def check_inputs(config: Config, compute: Compute, needs: Needs, say: Callable) 
     check_lora(sizes, config.student_depth, teacher_lora(config), student_lora(config))
     stored = config.folder / "config.json"
     if stored.exists() and not config.dry_run:
-        check_same(config, files.read_json(stored))
+        check_same(config, files.read_json(stored, dict))
     return sizes
 
 

@@ -1,14 +1,16 @@
 """Build the arguments that functions take from the options of a run."""
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from ladd.cli import must
-from ladd.config import Config
+from ladd.config import Config, from_json
 from ladd.core.discriminator import DiscriminatorConfig
 from ladd.core.mmdit import MMDiTConfig
 from ladd.data.batches import Batching
+from ladd.data.files import read_json
 from ladd.engine import parallel
 from ladd.engine.inputs import Needs
 from ladd.engine.memory import memory_plan
@@ -17,6 +19,11 @@ from ladd.engine.networks import (Compute, LoraConfig, OnMeta, make_compute, on_
 from ladd.engine.run import pick_device
 from ladd.toy.prompts import tokens_of
 from ladd.toy.scenes import ToyConfig
+
+
+def read_config(run: Path) -> Config:
+    """Return the configuration of a run folder."""
+    return from_json(read_json(run / "config.json", dict), run / "config.json")
 
 
 def compute_of(c: Config) -> Compute:

@@ -28,11 +28,17 @@ def run_script(name: str, main: Callable[[list[str]], None],
         leave(1)
 
 
+def is_control(c: str) -> bool:
+    """Return whether a character must not reach a terminal: control characters, and the halves of
+    surrogate pairs, as which Python reads bytes that are not UTF-8."""
+    return c < " " or "\x7f" <= c <= "\x9f" or "\ud800" <= c <= "\udfff"
+
+
 def one_line(text: str, most: int = 1000) -> str:
-    """Return `text` in one line of at most `most` characters that a terminal can show: what is not
-    printable, such as a control character in a file name, is written as its escape sequence."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
-                    for c in text[:2 * most])
+    """Return `text` in one line of at most `most` characters; those that a terminal must not get
+    are written as escape sequences."""
+    shown = "".join(c.encode("unicode_escape", "surrogatepass").decode() if is_control(c) else c
+                    for c in text)
     return shown if len(shown) <= most else f"{shown[:most // 2]} ... {shown[-most // 2:]}"
 
 
@@ -53,11 +59,10 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
-        """Return the flags; raise InputError for an unknown one, and for what is not UTF-8."""
+        """Return the flags; raise InputError for an unknown one, and for what is no text."""
         for word in argv:
-            # Python decodes other bytes to surrogates
-            must(not any("\ud800" <= c <= "\udfff" for c in word),
-                 f"arguments must be UTF-8 text (got {word!r})")
+            must(not any(map(is_control, word)), "arguments must be UTF-8 text without control "
+                 f"characters (got {word!r})")
         args, unknown = self.parse_known_args(argv)
         if unknown:
             flags = [s for a in self._actions for s in a.option_strings if s.startswith("--")]

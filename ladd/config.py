@@ -2,6 +2,7 @@
 import argparse
 import json
 import math
+from importlib.util import find_spec
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,8 @@ class Config:
     sample_batch: int = option(256, "images sampled at a time", low=2)
     eval_n: int = option(256, "images of an evaluation while training", PRESET, low=6)
     log_every: int = option(10, "steps between log lines", PRESET, low=1)
+    tensorboard: bool = option(False, "also write scalars and sample grids for TensorBoard to "
+                               "runs/NAME/tensorboard")
     profile: str = option("", "write a trace of the last 3 student steps to this file")
     bench_steps: int = option(0, "time this many steps of networks with random weights, then "
                               "exit", low=0)
@@ -226,7 +229,7 @@ class Config:
 FIELDS = {f.name: f for f in fields(Config)}
 # options that may differ when a run resumes
 PROCESS_FIELDS = ("micro_batch", "shard", "replicas", "recompute", "timeout", "stop_after",
-                  "dry_run", "bench_steps", "tflops", "profile")
+                  "dry_run", "bench_steps", "tflops", "profile", "tensorboard")
 # options that are refused where they would do nothing: of the toy dataset, of the teacher's
 # training, of real prompts, of real images, of editing
 TOY_FIELDS = "objects", "stated", "teacher_images", "n"
@@ -438,13 +441,15 @@ def validated(c: Config) -> Config:
             numbers = [v for v in value if not isinstance(v, str)]
             must(all(map(math.isfinite, numbers)), f"{flag} must be finite numbers (got {value})")
 
+    must(not c.tensorboard or bool(find_spec("tensorboard")), "--tensorboard requires the package "
+         "tensorboard; pip install tensorboard")
     areas = [h * w for h, w in c.hw]
     must(max(areas) <= 4 / 3 * min(areas), "--sizes must be of similar area, the largest at most "
          f"4/3 of the smallest (got areas {areas})")
     must(len(set(c.hw)) == len(c.hw), "--sizes must differ from each other (got "
          f"{','.join(c.sizes)})")
     named = c.folder.parent == Path("runs") and c.folder.name not in ("", "..", "runs")
-    must(named and c.name.isprintable() and len(c.folder.name.encode()) <= 200,
+    must(named and len(c.folder.name.encode()) <= 200,
          f"--name must be the name of a folder, at most 200 bytes long (got {c.name!r})")
     must(c.dual_blocks <= c.depth, f"--set dual_blocks must be at most depth, {c.depth} (got "
          f"{c.dual_blocks})")
@@ -518,24 +523,29 @@ def to_json(c: Config) -> str:
     return json.dumps(asdict(c), indent=1) + "\n"
 
 
-def read_config(path: Path) -> Config:
-    """Return the configuration of a run folder; raise InputError for one of another version."""
-    try:
-        stored = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not the configuration of a run ({error})") from None
-    odd = sorted(set(FIELDS) ^ set(stored)) if isinstance(stored, dict) else ["no options"]
+def from_json(stored: dict[str, Any], path: Path) -> Config:
+    """Return the configuration that config.json, read from `path`, holds; raise InputError for one
+    of another version, or with values of other types."""
+    odd = sorted(set(FIELDS) ^ set(stored))
     must(not odd, f"{path}: made by another version of train.py ({', '.join(odd[:3])}); use the "
          "version that made it, or train again")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+    values = {}
+    for name, f in FIELDS.items():
+        value = stored[name]
+        parts, kind = [value], f.type
+        if hasattr(kind, "__args__"):
+            parts, kind = value, kind.__args__[0]
+            value = tuple(value) if isinstance(value, list) else None
+        kinds = (int, float) if kind is float else (kind,)
+        must(value is not None and all(type(part) in kinds for part in parts),
+             f"{path}: {name} must be {describe(f.type)} (got {stored[name]!r:.60})")
+        values[name] = value
     return validated(Config(**values))
 
 
-def check_same(c: Config, stored: Any) -> None:
+def check_same(c: Config, stored: dict[str, Any]) -> None:
     """Raise InputError unless a stored configuration is `c`, except for what concerns one
     process."""
-    must(isinstance(stored, dict), f"{c.folder}/config.json must be an object (got "
-         f"{type(stored).__name__})")
     for name, value in json.loads(to_json(c)).items():
         must(name in PROCESS_FIELDS or stored.get(name) == value, f"{c.folder}: made with "
              f"{flag_of(name)} {stored.get(name)} (got {value}); resume with the same flags or "

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ladd.cli import InputError, Parser, must, run_script
-from ladd.config import read_config
+from ladd.build import read_config
 from ladd.core import flow, lora
 from ladd.core.losses import flow_loss
 from ladd.core.mmdit import MMDiT, Text
@@ -181,8 +181,14 @@ def parse(argv: list[str]) -> Namespace:
     args = parser.parse(argv)
     for name in ("prompts", "rank", "steps", "batch", "save_every"):
         value = getattr(args, name)
-        must(value >= 1, f"--{name.replace('_', '-')} must be at least 1 (got {value})")
-    must(args.beta > 0, f"--beta must be above 0 (got {args.beta})")
+        must(1 <= value <= 10 ** 9, f"--{name.replace('_', '-')} must be 1 to 1000000000 (got "
+             f"{value})")
+    must(args.n is None or 6 <= args.n <= 10 ** 9, f"--n must be at least 6 (got {args.n})")
+    must(0 <= args.seed < 2 ** 31, f"--seed must be 0 to {2 ** 31 - 1} (got {args.seed})")
+    for name, most in (("lr", 1), ("beta", 10 ** 6), ("alpha", 10 ** 6)):
+        value = getattr(args, name)
+        must(value is None or 0 < value <= most,        # NaN does not pass
+             f"--{name} must be above 0 and at most {most} (got {value})")
     return args
 
 
@@ -243,7 +249,7 @@ def main(argv: list[str]) -> None:
     must(world == 1, f"torchrun must start 1 process of ladd.dpo (got {world})")
     began = time.perf_counter()
     run = Path(args.run)
-    config = read_config(run / "config.json")
+    config = read_config(run)
     device = pick_device(args.device)
     dtype = compute_dtype(config.precision, device)
     kind = "a .jsonl of pairs for a run on real images"

@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ladd.build import compute_of, needs_of, student_lora, toy_of
+from ladd.build import compute_of, needs_of, read_config, student_lora, toy_of
 from ladd.cli import Parser, must, run_script
-from ladd.config import Config, read_config, validated
+from ladd.config import Config, validated
 from ladd.core import flow
 from ladd.core.losses import predict_x0
 from ladd.core.mmdit import MMDiT, MMDiTConfig, Text, shrunk
@@ -194,7 +194,7 @@ def main(argv: list[str]) -> None:
     world = parallel.ranks()[1]
     must(world == 1, f"torchrun must start 1 process of ladd.lcm (got {world})")
     run = Path(args.run)
-    made = read_config(run / "config.json")
+    made = read_config(run)
     given = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
     # The teacher computes in the precision of the run: --teacher-fp8 is an option of LADD alone.
     config = validated(replace(made, device=args.device, teacher_fp8=False, **given))

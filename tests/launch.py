@@ -192,7 +192,7 @@ def attempt(standin: StandIn, module: str, arch: int,
     return counts, error
 
 
-def launch_all(arch: int, modules: list[str], word: str, folder: Path | None) -> int:
+def launch_all(arch: int, modules: list[str], words: list[str], folder: Path | None) -> int:
     """Launch the chosen cases for one architecture, print them; return how many failed."""
     standin = install(arch, folder)
     sys.path.insert(0, str(ROOT))
@@ -205,7 +205,7 @@ def launch_all(arch: int, modules: list[str], word: str, folder: Path | None) ->
         kernels.ARCH = arch
     failed = done = 0
     for module, case, run in aot.cases():
-        if modules and module not in modules or word not in case:
+        if modules and module not in modules or words and not any(w in case for w in words):
             continue
         counts, error = attempt(standin, module, arch, run)
         done, failed = done + 1, failed + bool(error)
@@ -221,13 +221,15 @@ def main(argv: list[str]) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[90])
     parser.add_argument("--kernel", nargs="+", default=[], help="modules; all without it")
-    parser.add_argument("--case", default="", metavar="WORD", help="only cases named like this")
+    parser.add_argument("--case", nargs="+", default=[], metavar="WORD",
+                        help="only cases with one of these in their names")
     parser.add_argument("--folder", type=Path, help="keep the stand-in and Triton's cache here")
     args = parser.parse_args(argv)
     if len(args.arch) == 1:
         return int(launch_all(args.arch[0], args.kernel, args.case, args.folder) > 0)
     # A process for each architecture: Triton keeps one driver, and one kernel for each device.
-    options = ["--case", args.case] + (["--kernel", *args.kernel] if args.kernel else [])
+    options = ["--case", *args.case] if args.case else []
+    options += ["--kernel", *args.kernel] if args.kernel else []
     options += ["--folder", str(args.folder)] if args.folder else []
     return max(subprocess.run([sys.executable, __file__, "--arch", str(arch), *options]).returncode
                for arch in args.arch)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import script
 
 from kernels import aot, bench
 
@@ -198,8 +199,7 @@ def test_smoke_writes_a_row_for_each_contender(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_bench_says_that_it_needs_a_gpu():
-    done = subprocess.run([sys.executable, "-m", "kernels.bench"], cwd=ROOT, capture_output=True,
-                          text=True)
+    done = script("kernels.bench", ROOT)
     assert done.returncode == 2
     assert re.fullmatch(r"bench: no CUDA device was found.*\n", done.stderr)
 

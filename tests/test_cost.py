@@ -1,23 +1,17 @@
 """The memory plan against real steps: what autograd keeps, what the allocator hands out; FLOPs."""
 import copy
 import gc
-import os
 import re
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import rng
+from conftest import begin_ranks, end_ranks, rng
 from torch.profiler import ProfilerActivity, profile
 
 import kernels
 from ladd import bench, build
 from ladd.build import compute_of, plan_of
-from ladd.cli import InputError
 from ladd.config import Config, parse_config
 from ladd.core.discriminator import Discriminator, DiscriminatorConfig
 from ladd.core.losses import LaddConfig, Mismatched, draw
@@ -29,7 +23,6 @@ from ladd.engine.networks import Compute, OnMeta, choose_shards, distribute, use
 from ladd.engine.step import Networks, ladd_step
 from ladd.report import cost
 
-ROOT = Path(__file__).parent.parent
 STEP = LaddConfig(levels=(1.0, 0.5), probs=(0.5, 0.5), easy_steps=0, shift=1.0, d_mean=0.0,
                      mismatched=0.5, r1_weight=0.0, distill_weight=0.0)
 CPU = torch.device("cpu")
@@ -150,11 +143,13 @@ def test_the_plan_is_the_allocators_peak(case):
     assert case.plan()["sum"] == pytest.approx(found, rel=0.1)
 
 
-@pytest.mark.parametrize("sizes, hw, taps, head_width", [
-    (dict(depth=4, width=128, qk_norm=True, dual_blocks=(1,)), (24, 24), (0, 1, 3), 32),
-    (dict(depth=3, width=256), (16, 32), (0, 1, 2), 64),
-    (dict(depth=6, width=64, qk_norm=True), (32, 32), (2, 5), 16)])
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+MEDIUM = dict(depth=4, width=128, qk_norm=True, dual_blocks=(1,)), (24, 24), (0, 1, 3), 32
+
+
+@pytest.mark.parametrize("recompute, sizes, hw, taps, head_width", [
+    *((recompute, *MEDIUM) for recompute in ("none", "selective", "full")),
+    ("none", dict(depth=3, width=256), (16, 32), (0, 1, 2), 64),
+    ("full", dict(depth=6, width=64, qk_norm=True), (32, 32), (2, 5), 16)])
 def test_the_activations_are_what_a_real_step_takes(recompute, sizes, hw, taps, head_width):
     """The most that the allocator hands out on top of what is stored, in a step after the first
     one, which made the moments, against activations and gradients of the plan: to 10 %."""
@@ -190,17 +185,15 @@ def test_the_activations_are_what_a_real_step_takes(recompute, sizes, hw, taps, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [Case("full"), Case("none", replicas=2)])
-def test_the_plan_is_the_allocators_peak_in_each_of_two_processes(case):
+def test_the_plan_is_the_allocators_peak_in_each_of_two_processes(case, tmp_path):
     """Student sharded over both, and replicated."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-           "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    started = [subprocess.Popen([sys.executable, __file__, *map(str, case)], text=True,
-                                env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                                stdout=subprocess.PIPE) for rank in range(2)]
-    found = [int(process.communicate(timeout=120)[0].split()[-1]) for process in started]
+    def run() -> None:
+        parallel.start(CPU, 60)
+        print(allocator_peak(case.train))
+        parallel.finish()
+
+    done = end_ranks(begin_ranks(2, run, tmp_path), 120)
+    found = [int(said.split()[-1]) for _, said in done]
     plan = case.plan(world=2, shard=2 // case.replicas)
     assert all(plan["sum"] == pytest.approx(peak, rel=0.1) for peak in found)
 
@@ -403,10 +396,3 @@ def test_a_dry_run_counts_what_editing_adds(monkeypatch):
     assert "teacher" not in said(f"{real} --task edit --teacher t")
     alone = said(f"{small} --task edit --steps 0")
     assert set(alone) >= {"teacher"} and not set(alone) & {"data", "distill", "states", "students"}
-
-
-if __name__ == "__main__":
-    parallel.start(CPU, 60)
-    recompute, *counts = sys.argv[1:]
-    print(allocator_peak(Case(recompute, *map(int, counts)).train))
-    parallel.finish()

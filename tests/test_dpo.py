@@ -15,7 +15,7 @@ from test_train import QUIET, call, main, save_teacher
 
 from ladd import dpo
 from ladd.cli import InputError
-from ladd.config import read_config
+from ladd.build import read_config
 from ladd.core import lora
 from ladd.data import images
 from ladd.sd3 import encoders, lora_files
@@ -181,7 +181,7 @@ def picture(path: Path, seed: int) -> None:
 def test_bad_preference_files_are_one_line(tmp_path, home, lines, said):
     picture(tmp_path / "a.png", 0)
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
-    config = read_config(home / "runs/base/config.json")
+    config = read_config(home / "runs/base")
     with pytest.raises(InputError, match=said) as error:
         dpo.read_pairs(tmp_path / "pairs.jsonl", config.encoders, config.hw,
                        toy_codec(config.group(ToyConfig)), torch.device("cpu"))
@@ -189,11 +189,14 @@ def test_bad_preference_files_are_one_line(tmp_path, home, lines, said):
 
 
 @pytest.mark.parametrize("flags, said", [
-    ("--run nowhere", "nowhere/config.json: not the configuration of a run ("),
+    ("--run nowhere", "nowhere/config.json: not a complete JSON file ("),
     ("--run runs/base --preferences x.jsonl",
      "--preferences must be left out for a run on the toy dataset, runs/base (got x.jsonl)"),
-    ("--run runs/base --rank 0", "--rank must be at least 1 (got 0)"),
-    ("--run runs/base --beta 0", "--beta must be above 0 (got 0.0)"),
+    ("--run runs/base --rank 0", "--rank must be 1 to 1000000000 (got 0)"),
+    ("--run runs/base --lr nan", "--lr must be above 0 and at most 1 (got nan)"),
+    ("--run runs/base --alpha inf", "--alpha must be above 0 and at most 1000000 (got inf)"),
+    ("--run runs/base --n 5", "--n must be at least 6 (got 5)"),
+    ("--run runs/base --beta 0", "--beta must be above 0 and at most 1000000 (got 0.0)"),
     ("--run runs/base --stepz 3", "nearest flag is --steps"),
     ("--run runs/other",
      "runs/other/config.json: made by another version of train.py (taps); use the version that")])

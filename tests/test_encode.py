@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close, rng
+from conftest import assert_close, rng, script
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -1042,9 +1042,7 @@ def test_a_bad_command_ends_in_one_line(folder, tmp_path, argv, message):
 
 
 def test_the_module_runs_and_exits_with_code_2(folder, tmp_path):
-    run = lambda *argv: subprocess.run([sys.executable, "-m", "ladd.encode", *argv], cwd=ROOT,
-                                       capture_output=True, text=True)
-    bad = run("--encoders", str(folder), "--out", str(tmp_path / "out"), "--prompt-file",
-              "nowhere.txt")
+    bad = script("ladd.encode", tmp_path, "--encoders", str(folder), "--out",
+                 str(tmp_path / "out"), "--prompt-file", "nowhere.txt")
     assert bad.returncode == 2 and bad.stderr.startswith("ladd.encode: nowhere.txt: cannot be read")
     assert bad.stderr.count("\n") == 1

@@ -19,7 +19,7 @@ import pytest
 import sd3
 import torch
 import torch.nn.functional as F
-from conftest import VARIANTS, assert_close, tiny
+from conftest import VARIANTS, assert_close, script, tiny
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -405,9 +405,7 @@ def test_the_command_writes_each_layout_and_raises_one_line(tmp_path, capsys):
     assert same(load_mmdit(out / "d").state_dict(),
                 {k: t.bfloat16() for k, t in model.state_dict().items()})
     assert STUDENT.items() <= load_metadata(out / "d").items()
-    command = [sys.executable, "-m", "ladd.export"]
-    done = subprocess.run([*command, str(tmp_path), "--out", "x"], cwd=ROOT, capture_output=True,
-                          text=True)
+    done = script("ladd.export", tmp_path, str(tmp_path), "--out", "x")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and str(tmp_path) in done.stderr
     for argv, message in ((["--layout", "pipeline"],
                            r"--base must be a folder with --layout pipeline.*\(got None"),

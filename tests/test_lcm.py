@@ -5,22 +5,20 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from conftest import assert_close, rng, tiny
+from conftest import assert_close, fork, has_ended, rng, script, tiny
 from PIL import Image
 from test_losses import AffineStudent, batch
-from test_train import (QUIET, ROOT, assert_same, call, load_state, main, refused, save_teacher,
+from test_train import (QUIET, assert_same, call, load_state, main, refused, save_teacher,
                         stamps, wait_for, weights)
 
 import sample
 from ladd import lcm
-from ladd.config import read_config
+from ladd.build import read_config
 from ladd.core import flow
 from ladd.core.mmdit import Text
 from ladd.data import shards
@@ -201,7 +199,7 @@ def test_its_student_can_be_sampled(home, monkeypatch):
 def test_the_first_steps_by_hand(home):
     """Adam, the clip, the learning rate and the EMA of two steps."""
     run_lcm(home, "--out two --steps 2")
-    config = read_config(home / "runs/base/config.json")
+    config = read_config(home / "runs/base")
     student, ema, teacher = (checkpoint.load_mmdit(home / "t.safetensors") for _ in range(3))
     latents, levels = shards.read_folder(home / "runs/base/data"), flow.euler_sigmas(16,
                                                                                      config.shift)
@@ -260,20 +258,16 @@ def test_a_run_that_is_resumed_equals_one_that_is_not(home, monkeypatch):
 
 
 def test_a_killed_process_leaves_what_resumes(home):
-    """SIGKILL of the command itself once it has saved a state."""
-    command = [sys.executable, "-m", "ladd.lcm", *("--run runs/base --steps 100000 --save-every 1 "
-                                                   "--lr 1e-3 --device cpu --out killed").split()]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.Popen(command, cwd=home, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE,
-                               env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path})
-    states = home / "killed/checkpoints"
+    """SIGKILL of a process once it has saved a state."""
+    said, states = home / "killed.txt", home / "killed/checkpoints"
+    process = fork(lambda: run_lcm(home, "--steps 100000 --save-every 1 --lr 1e-3 --out killed"),
+                   said)
     try:
-        wait_for(lambda: list(states.glob("step_*")) or process.poll() is not None)
-        assert process.poll() is None, process.stderr.read()
+        wait_for(lambda: list(states.glob("step_*")) or has_ended(process))
+        assert not has_ended(process), said.read_text()
     finally:
-        process.kill()
-        process.communicate()
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
     step = load_state(states)[0]
     assert step >= 1
     with refused("killed/checkpoints: began with another steps;", "another folder"):
@@ -323,7 +317,7 @@ def test_the_student_of_a_lora_run_is_a_lora(home):
 # what is refused
 
 @pytest.mark.parametrize("flags, parts", [
-    ("--run nowhere", ("nowhere/config.json: not the configuration of a run", "No such file")),
+    ("--run nowhere", ("nowhere/config.json: not a complete JSON file", "No such file")),
     ("--run runs/bare", ("teacher.safetensors", "no")),
     ("--run runs/base --data nowhere", ("nowhere", "no")),
     ("--run runs/base --data part", ("part: 1 of 4 shards are missing",)),
@@ -336,7 +330,7 @@ def test_the_student_of_a_lora_run_is_a_lora(home):
     ("--run runs/base --batch 1000 --micro-batch 0", ("--data-size", "96")),
     ("--run runs/base --n 2", ("--n", "2", "6")),
     ("--run runs/base --stepz 3", ("nearest flag is --steps",)),
-    ("--run runs/base --steps 7", ("runs/base/lcm/checkpoints: began with another steps", "--out")),
+    ("--run runs/base --steps 7", ("runs/base/lcm/checkpoints: began with another steps",)),
     ("--run runs/base --steps 6 --lr 1e-3 --path-steps 4 --seed 2", (
         "began with another path_steps and seed",)),
     ("--run runs/old", (
@@ -356,8 +350,7 @@ def test_bad_input_is_one_line_and_leaves_what_was_there(home, flags, parts):
 
 
 def test_bad_input_ends_the_process_with_code_2(home):
-    command = [sys.executable, "-m", "ladd.lcm", "--run", "nowhere"]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    done = script("ladd.lcm", home, "--run", "nowhere")
     assert done.returncode == 2
     assert re.fullmatch(r"ladd\.lcm: nowhere/config\.json: .*\n", done.stderr)
 

@@ -1,16 +1,12 @@
 """LoRA: what it computes, what trains, merging, files of other programs, shards; also what
 processes run."""
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import sd3
 import torch
-from conftest import TINY, VARIANTS, assert_close, rng, tiny, tiny_inputs
+from conftest import TINY, VARIANTS, assert_close, rng, run_ranks, tiny, tiny_inputs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,7 +23,6 @@ from ladd.export import export_mmdit
 from ladd.sd3 import lora_files
 from ladd.sd3.checkpoint import load_mmdit, save_mmdit
 
-ROOT = Path(__file__).parents[1]
 CPU, RANK, ALPHA = torch.device("cpu"), 4, 6.0
 QKV = "joint_blocks.0.x_block.attn.qkv"
 
@@ -709,12 +704,11 @@ def play(case: dict, folder: Path) -> dict[str, Tensor]:
     return out if rank == 0 else {}
 
 
-def worker(name: str) -> None:
-    torch.set_num_threads(1)
+def worker(name: str, folder: Path) -> None:
     parallel.start(CPU, 300)
-    out = play(CASES[name], Path())
+    out = play(CASES[name], folder)
     if parallel.ranks()[0] == 0:
-        save_file(out, "out.safetensors")
+        save_file(out, folder / "out.safetensors")
     parallel.finish()
 
 
@@ -723,18 +717,7 @@ def worker(name: str) -> None:
 def test_two_processes_equal_one(tmp_path, name):
     """In bf16 the gradients of the first step are compared, before AdamW divides by them: some
     roundings of 2^-9 through three blocks, and norms whose weights FSDP rounds too."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-           "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    started = [subprocess.Popen([sys.executable, __file__, name], cwd=tmp_path, text=True,
-                                env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank
-               in range(2)]
-    for process in started:
-        out, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, out[-3000:]
+    run_ranks(2, lambda: worker(name, tmp_path), tmp_path)
     got, expected = load_file(tmp_path / "out.safetensors"), play(CASES[name], tmp_path)
     base = tiny("dual", getattr(torch, CASES[name]["base"])).state_dict()
     assert got.keys() == expected.keys() and len(got) > 2 * len(base)
@@ -755,7 +738,3 @@ def test_two_processes_equal_one(tmp_path, name):
         assert one.keys() == two.keys()
         for key in one:
             assert_close(f"{layout}: {key}", two[key], one[key])
-
-
-if __name__ == "__main__":
-    worker(*sys.argv[1:])

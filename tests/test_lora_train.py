@@ -283,9 +283,8 @@ def test_two_processes_train_as_one(home, whole):
     edit = f"{BASE} --teacher-lora 4 --task edit"
     main(home, f"--name one {REUSE} --lora 3 {QUIET}")
     main(home, f"--name one-edit {edit}")
-    done = processes(home, 2, *(f"--name {name} {REUSE} --lora 3 {QUIET} {flags}"
-                                for name, flags in layouts.items()), f"--name two-edit {edit}")
-    assert done.returncode == 0, done.stderr
+    processes(home, 2, *(f"--name {name} {REUSE} --lora 3 {QUIET} {flags}"
+                         for name, flags in layouts.items()), f"--name two-edit {edit}")
     for name in layouts:
         run = home / "runs" / name
         same_log(home / "runs/one", run, 2e-3)

@@ -6,15 +6,12 @@ after a tile.
 """
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import assert_close, rng
+from conftest import assert_close, compiler, rng
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -26,7 +23,6 @@ pytestmark = pytest.mark.skipif(not modulation.INTERPRET, reason="needs TRITON_I
 ARGUMENTS = {"modulate": (0, 3, 4), "modulate2": (0, 3, 4, 5, 6), "gate": (0, 1, 2),
              "gate_modulate": (0, 1, 2, 3, 4)}
 NAMES = ("x", "branch", "gate", "shift", "scale", "shift2", "scale2")
-ROOT = str(Path(__file__).parents[1])
 every = pytest.mark.parametrize("name", ARGUMENTS)
 
 
@@ -350,7 +346,7 @@ def test_lengths_do_not_recompile():
         graphs.append(graph)
         return graph.forward
     compiled = torch.compile(block, fullgraph=True, backend=backend, dynamic=True)
-    for l in (5, 33, 48, 64, 154):
+    for l in (5, 33, 64):
         compiled(*block_inputs(l))
     assert len(graphs) == 1
 
@@ -441,18 +437,11 @@ def test_errors(monkeypatch):
 
 # --- alone, and compiled for GPUs that are not here ---
 
-def subprocess_python(args: list[str], **env) -> str:
-    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, *args], capture_output=True, text=True, env=clean | env)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
 @pytest.mark.slow
 def test_the_file_alone_checks_itself(tmp_path):
     copy = tmp_path / "modulation.py"
     copy.write_text(Path(modulation.__file__).read_text())
-    lines = subprocess_python([str(copy)]).splitlines()
+    lines = compiler("-I", copy).splitlines()
     assert [line.split()[0] for line in lines[2:6]] == ["modulate", "modulate2", "gate",
                                                         "gate_modulate"]
 
@@ -499,7 +488,7 @@ def test_torch_compile_sees_the_launches_and_what_they_write():
     do not)."""
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
-    first, *lines = subprocess_python(["-c", TRACE], PYTHONPATH=ROOT).splitlines()
+    first, *lines = compiler("-c", TRACE).splitlines()
     assert "modulate2: tensors must be on CUDA" in first and "got cpu" in first
     assert lines == [f"writes {names}" for names in (
         "y_ptr y2_ptr stats_ptr", "z_ptr y_ptr stats_ptr", "z_ptr",
@@ -557,15 +546,9 @@ print(json.dumps(rows))
 """
 
 
-def compiled_for(arch: int, *widths: int) -> list[dict]:
-    return json.loads(subprocess_python(["-c", OFFLINE, str(arch), *map(str, widths)],
-                                        PYTHONPATH=ROOT))
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_compiles_without_spills_and_with_wide_accesses(arch):
-    rows = compiled_for(arch, 1536, 2432)
+def test_accesses_are_wide_with_and_without_gradients_of_the_modulation():
+    rows = json.loads(compiler("-c", OFFLINE, "90", "1536", "2432"))
     assert len(rows) == 2 * 2 * 4 * 2
     for row in rows:
         print(row)
@@ -574,3 +557,13 @@ def test_compiles_without_spills_and_with_wide_accesses(arch):
         many = not row["frozen"] and sums * row["width"] > modulation.MANY
         assert row["spills"] == 0 and row["registers"] <= 255, row
         assert max(row["loads"]) >= (64 if many else 128) and max(row["stores"]) >= 128, row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_compiles_without_spills_and_with_wide_accesses(arch, machine_code):
+    rows = [row for row in machine_code[0]
+            if row["arch"] == arch and row["kernel"].startswith("modulation.")]
+    assert len(rows) == 2 * 4 * 2
+    for row in rows:
+        assert row["spills"] == 0 and row["registers"] <= 255 and row["vector"], row

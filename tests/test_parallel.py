@@ -4,12 +4,12 @@ import copy
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 import warnings
 from collections import Counter
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -17,7 +17,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import TINY, VARIANTS, assert_close, randomise, rng, tiny, tiny_inputs
+from conftest import (TINY, VARIANTS, assert_close, begin_ranks, end_ranks, randomise, rng,
+                      run_ranks, tiny, tiny_inputs)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -157,7 +158,8 @@ LONG = {
     "fsdp, two heads' steps": dict(heads_steps=2),
     "ddp, full": dict(replicas=0, keep="full"),
     "compiled, selective, accumulated": dict(compiled=True, keep="selective", accumulate=2),
-    "compiled, full, ddp": dict(replicas=0, compiled=True, keep="full"),
+    "compiled, full, ddp, accumulated": dict(replicas=0, compiled=True, keep="full",
+                                             accumulate=2),
 }
 FOUR = {"replicas": dict(replicas=2), "replicas, selective": dict(replicas=2, keep="selective")}
 BF16 = dict(dtype="float32", compute="bfloat16")
@@ -175,10 +177,10 @@ def alone(case: dict) -> dict[str, Tensor]:
 
 # what the processes do
 
-def worker(job: str) -> None:
+def worker(job: str, folder: Path = Path()) -> None:
     torch.set_num_threads(1)
-    # a block's code serves three networks and all modes
-    torch._dynamo.config.recompile_limit = 64
+    if job == "LONG":        # a compiled block's code serves three networks and all modes
+        torch._dynamo.config.recompile_limit = 64
     warnings.filterwarnings("error", message="FSDP2-wrapped module")      # a view among the outputs
     rank, world = parallel.ranks()
     parallel.start(CPU, 3 if "hang" in job else 300)
@@ -189,7 +191,7 @@ def worker(job: str) -> None:
             with parallel.Watch(name, 300):
                 out = run_steps({**case, "replicas": case["replicas"] or world})
             if rank == 0:
-                save_file(out, f"{name}.safetensors")
+                save_file(out, folder / f"{name}.safetensors")
     else:
         with parallel.Watch(job, 3) as watch:
             for step in range(9):
@@ -228,34 +230,8 @@ def small(rank: int, world: int) -> None:
                                            0]] and layer.bias.grad.tolist() == [8 * scale]
 
 
-def begin(world: int, job: str, cwd: Path = ROOT) -> list[subprocess.Popen]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    env = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-           "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return [subprocess.Popen([sys.executable, __file__, job], cwd=cwd, text=True,
-                             env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank
-            in range(world)]
-
-
-def end(started: list[subprocess.Popen], limit: float) -> list[tuple[int, str]]:
-    """Return (exit code, output) of each process; end what is left at the limit, in seconds."""
-    done, last = [], time.monotonic() + limit
-    for process in started:
-        try:
-            out, _ = process.communicate(timeout=max(0.1, last - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            out = process.communicate()[0] + "\nstill there at the limit"
-        done.append((process.returncode, out))
-    return done
-
-
 def results(job: str, world: int, folder: Path) -> dict[str, dict[str, Tensor]]:
-    for code, out in end(begin(world, job, folder), 500):
-        assert code == 0, out[-3000:]
+    run_ranks(world, lambda: worker(job, folder), folder)
     return {name: load_file(folder / f"{name}.safetensors") for name in JOBS[job]}
 
 
@@ -310,14 +286,14 @@ def test_bf16_on_fp32_masters(tmp_path):
 # a process hangs, a process is lost
 
 @pytest.fixture(scope="module")
-def ended() -> dict[str, list[tuple[int, str]]]:
+def ended(tmp_path_factory) -> dict[str, list[tuple[int, str]]]:
     """What the processes of two runs say in the end; none may be there half a minute after the
     start."""
-    started = {job: begin(2, job) for job in ("hang", "lost")}
-    return {job: end(processes, 30) for job, processes in started.items()}
+    folder = tmp_path_factory.mktemp("ended")
+    started = {job: begin_ranks(2, partial(worker, job), folder) for job in ("hang", "lost")}
+    return {job: end_ranks(processes, 30) for job, processes in started.items()}
 
 
-@pytest.mark.slow
 def test_a_process_that_hangs_ends_the_run_with_its_name(ended):
     (code0, out0), (code1, out1) = ended["hang"]
     assert code0 == code1 == 1, out0 + out1

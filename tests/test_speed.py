@@ -135,7 +135,7 @@ def test_utilisation_is_of_the_peak_of_all_processes(monkeypatch):
 
 
 def test_the_schedules_of_peers_call_what_their_sources_call():
-    found = bench_peers.compare(128, 4, 4, 4, 1, torch.device("cpu"), kernels.load("torch"))
+    found = bench_peers.compare(64, 4, 4, 4, 1, torch.device("cpu"), kernels.load("torch"))
     rows = {r["schedule"]: r for r in found}
     assert {name: (r["student"], r["teacher"]) for name, r in rows.items()} == {
         "ours": (1, 2), "ours, two forwards": (2, 3), "Nitro-1": (2, 3), "FastGen, 1:1": (2, 3),

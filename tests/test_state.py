@@ -416,7 +416,7 @@ def killed_writers(rank: int, folder: Path) -> None:
 
 
 def test_whatever_a_kill_leaves_is_whole(tmp_path):
-    start_processes(killed_writers, (tmp_path / "states",), start_method="spawn")
+    start_processes(killed_writers, (tmp_path / "states",), start_method="fork")
     facts = files.read_json(tmp_path / "facts.json")
     assert facts["inside"] >= 5 and facts["newest"] >= 5, facts
 
@@ -517,7 +517,7 @@ def process(rank: int, folder: Path, shape: tuple[int, ...]) -> None:
 
 def run_processes(folder: Path, *shape: int) -> list[dict]:
     world = math.prod(shape)
-    start_processes(process, (folder, shape), nprocs=world, start_method="spawn")
+    start_processes(process, (folder, shape), nprocs=world, start_method="fork")
     return [files.read_json(folder / f"facts-{world}-{rank}.json") for rank in range(world)]
 
 

@@ -13,44 +13,39 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import begin_ranks, end_ranks, fork, has_ended, run_ranks
 from test_train import CLOCK, QUIET, TINY, load_state, log_of, main, rows_of, save_teacher, weights
 
 import train
+from ladd import config
 from ladd.cli import InputError
-from ladd.engine import run, state, step
+from ladd.engine import parallel, run, state, step
 from ladd.engine.parallel import Norms
 from ladd.engine.run import Health, Stopper, pick_device
 from ladd.report import evaluate
 
 ROOT = Path(__file__).parents[1]
-# several runs in one group of processes, whose start takes longer than a run; an argument is a
-# command line
-WORKER = """
-import os, shlex, sys
-import torch
-torch.set_num_threads(1)
-import train
-from ladd.engine import parallel
-finish, start = parallel.finish, parallel.start
-parallel.finish = parallel.any_rank
-parallel.start = lambda *args: None if torch.distributed.is_initialized() else start(*args)
-for line in sys.argv[1:]:
-    try:
-        train.main(shlex.split(line))
-    except train.Stopped as stopped:
-        print(stopped)
-finish()
-sys.exit("finish() came back: a group's thread may meet Python's end")
-"""
 
 
-def processes(home: Path, count: int, *lines: str,
-              report: bool = True) -> subprocess.CompletedProcess:
-    """Run train.py with each of `lines` on `count` processes of torchrun."""
-    (home / "worker.py").write_text(WORKER)
-    command = torchrun(count, "worker.py", *(f"{TINY} {line}" for line in lines))
-    return subprocess.run(command, cwd=home, env=environment(), capture_output=True, text=True,
-                          timeout=600)
+def train_on(home: Path, *lines: str) -> None:
+    """Run train.py with TINY and each of `lines` in one group of processes; the last act of each of
+    these."""
+    finish, start = parallel.finish, parallel.start
+    parallel.finish = parallel.any_rank
+    parallel.start = lambda *args: None if torch.distributed.is_initialized() else start(*args)
+    os.chdir(home)
+    for line in lines:
+        try:
+            train.main(shlex.split(f"{TINY} {line}"))
+        except train.Stopped as stopped:
+            print(stopped)
+    finish()
+    sys.exit("finish() came back: a group's thread may meet Python's end")
+
+
+def processes(home: Path, count: int, *lines: str) -> str:
+    """Run train.py with each of `lines` on `count` processes; return what they print."""
+    return run_ranks(count, lambda: train_on(home, *lines), home)
 
 
 def torchrun(count: int, script: str, *args: str) -> list[str]:
@@ -113,8 +108,7 @@ CASES = [("ddp", "", "--shard none"), ("fsdp", "", "--shard all --recompute sele
 def test_two_processes_train_as_one(home, whole):
     """The full pipeline, then three layouts of the distillation: every line of the log, every
     weight."""
-    first = processes(home, 2, "--name whole2 --shard none")
-    assert first.returncode == 0, first.stderr
+    said = processes(home, 2, "--name whole2 --shard none")
     same_log(home / "runs/whole", home / "runs/whole2", 2e-3)
     for stage, nets in (("teacher", ["model."]), ("distill", ["student.", "ema.", "heads."])):
         for net in nets:
@@ -123,15 +117,14 @@ def test_two_processes_train_as_one(home, whole):
     for a, b in zip(ours, theirs):
         assert a["model"] == b["model"] and abs(a["fd"] - b["fd"]) < 2e-2 * a["fd"]
     # one process speaks
-    assert first.stdout.count("wrote runs/whole2/report.json") == 1
+    assert said.count("wrote runs/whole2/report.json") == 1
     for name, flags, _ in CASES:
         main(home, f"--name one-{name} {REUSE} {flags} {QUIET}")
-    both = processes(home, 2, *(f"--name two-{name} {REUSE} {flags} {more} {QUIET}" for name, flags,
+    said = processes(home, 2, *(f"--name two-{name} {REUSE} {flags} {more} {QUIET}" for name, flags,
                                 more in CASES), f"--name two-trace {REUSE} --steps 2 {QUIET} "
                      "--profile trace.json", "--bench-steps 1")
-    assert both.returncode == 0, both.stderr
     assert min((home / name).stat().st_size for name in ("trace.json", "trace.json.1")) > 10 ** 4
-    timed = json.loads(both.stdout[both.stdout.index('{\n "preset"'):].split("\n}")[0] + "\n}")
+    timed = json.loads(said[said.index('{\n "preset"'):].split("\n}")[0] + "\n}")
     assert timed["world_size"] == 2 and timed["micro_batch"] == 4
     for name, _, _ in CASES:
         one, two = (home / "runs" / f"{kind}-{name}" for kind in ("one", "two"))
@@ -147,8 +140,7 @@ def test_two_processes_edit_as_one(home):
     sources."""
     flags = "--task edit --image-guidance 1.5 --set text_dropout=.4 --set image_dropout=.2 --n 8"
     main(home, f"--name edit {flags}")
-    done = processes(home, 2, f"--name edit2 {flags} --shard none")
-    assert done.returncode == 0, done.stderr
+    processes(home, 2, f"--name edit2 {flags} --shard none")
     one, two = home / "runs/edit", home / "runs/edit2"
     same_log(one, two, 2e-3)
     for stage, nets in (("teacher", ["model."]), ("distill", ["student.", "ema.", "heads."])):
@@ -166,10 +158,10 @@ def test_a_run_goes_on_with_another_number_of_processes(home, whole):
     flags = f"{REUSE} {QUIET}"
     main(home, f"--name straight {flags}")
     main(home, f"--name up {flags} --set stop_after=3")
-    done = processes(home, 2, f"--name down {flags} --set stop_after=3", f"--name up {flags}",
+    said = processes(home, 2, f"--name down {flags} --set stop_after=3", f"--name up {flags}",
                      f"--name even {flags}", f"--name odd {flags} --set stop_after=3",
                      f"--name odd {flags}")
-    assert done.returncode == 0 and "saved step 3" in done.stdout, done.stderr
+    assert "saved step 3" in said
     main(home, f"--name down {flags}")
     for name in ("up", "down"):
         same_log(home / "runs/straight", home / "runs" / name, 2e-3)
@@ -193,101 +185,88 @@ def until(condition, seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
-def begin(home: Path, name: str, *extra: str) -> tuple[subprocess.Popen, Path]:
-    """Start torchrun with two processes; return when the first checkpoints exist."""
-    flags = f"{TINY} --name {name} {REUSE} {LONG} {' '.join(extra)}"
-    job = subprocess.Popen(torchrun(2, str(ROOT / "train.py"), *shlex.split(flags)), cwd=home,
-                           env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                           text=True)
-    folder = home / "runs" / name / "checkpoints" / "distill"
-    until(lambda: job.poll() is not None or len(state.states(folder)) == 2)
-    assert job.poll() is None, job.communicate()[0]
-    return job, folder
+def begin(home: Path, flags: str, ready) -> dict[int, Path]:
+    """Start two processes, which need not have the same fate; return when ready()."""
+    job = begin_ranks(2, lambda: train_on(home, flags), home)
+    first = next(iter(job))
+    until(lambda: ready() or has_ended(first))
+    assert not has_ended(first), end_ranks(job, 1)
+    return job
+
+
+def hangs(job: dict[int, Path], stage: str) -> None:
+    """Stop the second process: the first one names it and ends."""
+    first, second = job
+    os.kill(second, signal.SIGSTOP)
+    start = time.monotonic()
+    until(lambda: has_ended(first), 60)
+    (code, said), _ = end_ranks(job, 1)
+    assert code == 1 and time.monotonic() - start < 60
+    assert re.search(rf"{stage}: rank 1 did not reach step \d+ within 4 s", said), said
 
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_while_data_are_made_is_named_too(home):
-    flags = f"{TINY} --name made --teacher t.safetensors --data-size 6000 --timeout 4"
-    job = subprocess.Popen(torchrun(2, str(ROOT / "train.py"), *flags.split()), cwd=home,
-                           env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                           text=True)
-    until(lambda: job.poll() is not None or len(list((home / "runs/made/data").glob("0*"))) > 2)
-    os.kill(children(job)[1], signal.SIGSTOP)
-    until(lambda: job.poll() is not None, 90)
-    said = job.communicate()[0]
-    assert job.returncode != 0 and re.search(r"data: rank 1 did not reach step \d+ within 4 s",
-                                             said), said
-    assert len(list((home / "runs/made/data").glob("0*"))) > 2
-
-
-def children(job: subprocess.Popen) -> list[int]:
-    """Return the processes that torchrun started, by rank."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            text = path.read_text()
-            env = (path.parent / "environ").read_bytes()
-        except OSError:
-            continue
-        if int(text.rsplit(")", 1)[1].split()[1]) == job.pid and b"LOCAL_RANK=" in env:
-            found.append((int(re.search(rb"\bRANK=(\d+)", env)[1]), int(path.parent.name)))
-    return [pid for _, pid in sorted(found)]
+    shards = lambda: len(list((home / "runs/made/data").glob("0*")))
+    hangs(begin(home, "--name made --teacher t.safetensors --data-size 6000 --timeout 4",
+                lambda: shards() > 2), "data")
+    assert shards() > 2
 
 
 @pytest.mark.slow
 def test_sigterm_saves_a_lost_or_hanging_rank_ends_the_run(home, whole):
-    """In each case the last checkpoint is complete and the run resumes from it."""
-    job, folder = begin(home, "term")
+    """In each case the last checkpoint is complete and the run resumes from it. The first one is
+    torchrun's."""
+    folder = lambda name: home / "runs" / name / "checkpoints" / "distill"
+    flags = lambda name: f"--name {name} {REUSE} {LONG}"
+    there = lambda name: len(state.states(folder(name))) == 2
+    job = subprocess.Popen(torchrun(2, str(ROOT / "train.py"),
+                                    *shlex.split(f"{TINY} {flags('term')}")),
+                           cwd=home, env=environment(), stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT, text=True)
+    until(lambda: job.poll() is not None or there("term"))
     job.send_signal(signal.SIGTERM)
     said = job.communicate(timeout=120)[0]
     assert "SIGTERM: saved step" in said, said
-    assert state.open_state(folder).step == max(int(p.name[5:]) for p in state.states(folder))
+    assert state.open_state(folder("term")).step == max(int(p.name[5:])
+                                                        for p in state.states(folder("term")))
 
-    job, folder = begin(home, "lost")
-    os.kill(children(job)[1], signal.SIGKILL)
-    assert job.wait(timeout=120) != 0 and state.open_state(folder).step >= 40
+    job = begin(home, flags("lost"), lambda: there("lost"))
+    os.kill([*job][1], signal.SIGKILL)
+    (code, said), _ = end_ranks(job, 120)
+    assert code == 1 and state.open_state(folder("lost")).step >= 40, said
 
-    job, folder = begin(home, "hang", "--timeout 4")
-    os.kill(children(job)[1], signal.SIGSTOP)
-    start = time.monotonic()
-    until(lambda: job.poll() is not None, 90)
-    said = job.communicate()[0]
-    assert job.returncode != 0 and re.search(r"distill: rank 1 did not reach step \d+ within 4 s",
-                                             said), said
-    assert time.monotonic() - start < 60 and state.open_state(folder).step >= 40
+    hangs(begin(home, f"{flags('hang')} --timeout 4", lambda: there("hang")), "distill")
+    assert state.open_state(folder("hang")).step >= 40
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_ends_as_if_undisturbed(home, whole):
-    """SIGKILL at 20 random moments and more; a forked child saves the start of Python."""
-    flags = f"{REUSE} {QUIET} --steps 700 --save-every 4 --set log_every=4"
+    """SIGKILL at 20 random moments and more: some time after the start, or after a new state."""
+    flags = f"{REUSE} {QUIET} --steps 300 --save-every 4 --set log_every=4"
     main(home, f"--name calm {flags}")
     draw, kills, lives = random.Random(0), 0, 0
     done = home / "runs/killed/checkpoints/student.safetensors"
+    listed = lambda: state.states(home / "runs/killed/checkpoints/distill")
     while not done.exists():
-        child = os.fork()
-        if child == 0:
-            try:
-                os.chdir(home)
-                with open(os.devnull, "w") as null:
-                    os.dup2(null.fileno(), 1), os.dup2(null.fileno(), 2)
-                main(home, f"--name killed {flags}")
-            finally:
-                os._exit(0)
+        child = fork(lambda: main(home, f"--name killed {flags}"), home / "killed.txt")
         lives += 1
-        patience = draw.uniform(0.1, 1.2) if kills < 25 else 1e9
+        before = listed()
+        if draw.random() < 0.5:
+            until(lambda: listed() != before or has_ended(child))
+        patience = draw.uniform(0, 0.1 if listed() != before else 0.5) if kills < 25 else 1e9
         end = time.monotonic() + patience
-        while time.monotonic() < end and os.waitpid(child, os.WNOHANG) == (0, 0):
+        while time.monotonic() < end and not has_ended(child):
             time.sleep(0.005)
-        if time.monotonic() >= end:
+        if not has_ended(child):
             os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
             kills += 1
+        os.waitpid(child, 0)
         assert lives < 300
     assert kills >= 20, kills
     calm, killed = (load_state(home / f"runs/{name}/checkpoints/distill") for name
                     in ("calm", "killed"))
-    assert calm[0] == killed[0] == 700 and all(torch.equal(calm[1][k], killed[1][k]) for k
+    assert calm[0] == killed[0] == 300 and all(torch.equal(calm[1][k], killed[1][k]) for k
                                                in calm[1])
     assert log_of(home / "runs/calm") == log_of(home / "runs/killed")
 
@@ -301,7 +280,12 @@ def test_each_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     assert pick_device("auto") == torch.device("cuda",
                                                0) and pick_device("cpu") == torch.device("cpu")
+    # left over from another program
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "1")
+    assert pick_device("cuda") == torch.device("cuda", 0) and taken.pop() == 0
+    assert parallel.ranks() == (0, 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert pick_device("cuda") == torch.device("cuda", 1) and taken == [0, 1]
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(InputError,
@@ -417,6 +401,25 @@ def test_a_checkpoint_is_published_before_the_next_one_begins(home, whole, monke
     monkeypatch.setattr(train, "save_or_stop", spied)
     main(home, f"--name published {REUSE} {QUIET} --save-every 4")
     assert seen[3] == seen[4] == [] and seen[5] == ["step_000004"]
+
+
+def test_tensorboard_gets_the_numbers_of_the_log_and_the_grids(home, whole, monkeypatch):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    main(home, f"--name board {REUSE} --eval-every 2 --tensorboard")
+    run = home / "runs/board"
+    lines = [line for line in log_of(run) if line["stage"] == "distill" and "loss_g" in line]
+    read = events.EventAccumulator(str(run / "tensorboard" / "distill")).Reload()
+    assert [(event.step, event.value) for event in read.Scalars("loss_g")] == [
+        (line["step"], pytest.approx(line["loss_g"])) for line in lines]
+    read = events.EventAccumulator(str(run / "tensorboard" / "eval")).Reload()
+    assert [event.step for event in read.Images("samples")] == [2, 4, 6]
+    assert {event.step for event in read.Scalars("fd_1")} == {2, 4, 6}
+
+
+def test_tensorboard_needs_its_package(monkeypatch):
+    monkeypatch.setattr(config, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="^--tensorboard requires the package tensorboard; pip"):
+        config.parse_config(["--tensorboard"])
 
 
 def test_a_warning_about_the_training_batch_is_printed(home, whole, monkeypatch):

@@ -229,12 +229,12 @@ def test_latent_channels_have_comparable_deviation(objects, hw):
 
 @pytest.mark.parametrize("hw", ASPECTS[1])
 def test_grader_reads_real_renders(hw):
-    scenes, images = draw(2048, hw, 1, seed=1)
+    scenes, images = draw(768, hw, 1, seed=1)
     images = codec(images)
     # measured .9995 to 1
     assert right(images, scenes.attributes) >= .99
     noisy = images + .06 * torch.randn(images.shape, generator=rng())
-    assert right(noisy[:1024], scenes.attributes[:1024]) >= .97                         # measured 1
+    assert right(noisy[:384], scenes.attributes[:384]) >= .97                           # measured 1
     latents = encode(images[:256])
     rough = decode(latents + .1 * torch.randn(latents.shape, generator=rng()))
     assert right(rough, scenes.attributes[:256]) >= .97
@@ -244,11 +244,11 @@ def test_grader_reads_real_renders(hw):
 
 @pytest.mark.parametrize("objects, hw", [(1, (256, 256)), *WORLDS[4:]])
 def test_grader_reads_large_images(objects, hw):
-    scenes, images = draw(64, hw, objects, seed=2)
+    scenes, images = draw(32, hw, objects, seed=2)
     images = codec(images)
     assert right(images, scenes.attributes) == 1
-    noisy = images[:32] + .06 * torch.randn(32, 3, *hw, generator=rng())
-    assert right(noisy, scenes.attributes[:32]) == 1
+    noisy = images[:16] + .06 * torch.randn(16, 3, *hw, generator=rng())
+    assert right(noisy, scenes.attributes[:16]) == 1
 
 
 def test_grader_reads_heldout_combinations():
@@ -321,6 +321,8 @@ READ = {"black": (0, 0), "empty": (0, 0), "nan": (0, 0), "noise": (0, 0), "gauss
 @pytest.mark.parametrize("kind", READ)
 def test_what_is_no_scene_is_unreadable(kind, hw):
     images = spoiled(hw)[kind]
+    if READ[kind] == (0, 0):
+        images = images[:96]
     for seen in (images, codec(images)):
         graded = grader.grade(seen, 1)
         scene, shape = ((graded[:, i] >= 0).float().mean() for i in (4, 2))

@@ -10,13 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from itertools import product
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from conftest import randomise
+from conftest import fork, has_ended, randomise
 from test_report import check_report
 from PIL import Image
 
@@ -27,6 +28,7 @@ from ladd.core import losses, sampler
 from ladd.core.mmdit import MMDiT, MMDiTConfig
 from ladd.data.files import read_tensors
 from ladd.data.shards import Latents
+from ladd.engine import run as run_module
 from ladd.engine import step
 from ladd.engine.networks import Compute
 from ladd.engine.state import open_state
@@ -48,12 +50,17 @@ CLOCK = "seconds", "pairs_per_second", "data_wait", "gb", "ms_per_image"
 ROOT = Path(train.__file__).parent
 
 
+# git and the metadata of packages are asked once, not in each run
+PROVENANCE = {name: cache(getattr(run_module, name)) for name in ("commit", "versions")}
+
+
 def call(folder: Path, script, flags: list[str]) -> str:
     """What `script` prints, called in `folder`; the handlers of signals are put back."""
     printed, handlers = io.StringIO(), {s: signal.getsignal(s) for s
                                         in (signal.SIGINT, signal.SIGTERM)}
     with (contextlib.chdir(folder), contextlib.redirect_stdout(printed),
-          contextlib.redirect_stderr(io.StringIO())):
+          contextlib.redirect_stderr(io.StringIO()),
+          mock.patch.multiple(run_module, **PROVENANCE)):
         try:
             script(flags)
         except train.Stopped as stopped:
@@ -106,7 +113,7 @@ def assert_same(a: Path, b: Path, pattern: str) -> None:
 
 def stamps(run: Path) -> dict[str, tuple]:
     """Time and content of every file."""
-    files = [path for path in run.rglob("*") if path.is_file()]
+    files = [path for path in run.rglob("*") if path.is_file() and path.name != ".lock"]
     return {str(path.relative_to(run)): (path.stat().st_mtime_ns, path.read_bytes()) for path
             in files}
 
@@ -191,7 +198,8 @@ def test_what_a_run_leaves(base):
                                            "text-00000.safetensors")}
     grids = {f"samples/{step:06d}.png" for step in (2, 4, 6)}
     networks = {f"checkpoints/{name}.safetensors" for name in ("teacher", "student", "last")}
-    rest = {"config.json", "env.txt", "log.jsonl", "report.json", "report.png"}
+    rest = {"config.json", "env.txt", "inputs.json", "log.jsonl", "report.json",
+            "report.png"}
     whole = states | shards | prompts | grids | networks | rest
     assert stamps(base).keys() - {"seconds.json"} == whole
     env = (base / "env.txt").read_text()
@@ -274,10 +282,7 @@ def test_the_same_command_again_does_no_work(home, base):
     before = stamps(base)
     main(home, "--name base", report=True)
     after = stamps(base)
-    assert before.keys() == after.keys()
-    assert {k for k in before if before[k] != after[k]} <= {
-        "config.json", "env.txt", "log.jsonl", "seconds.json"}
-    assert all(before[name][1] == after[name][1] for name in ("log.jsonl", "config.json"))
+    assert before == after
 
 
 def test_without_its_report_a_finished_run_is_evaluated_and_nothing_else(home, base, again):
@@ -287,7 +292,8 @@ def test_without_its_report_a_finished_run_is_evaluated_and_nothing_else(home, b
     after = stamps(run)
     assert after.keys() - before.keys() == {"report.json", "report.png"}
     changed = {k for k in before if before[k] != after[k]}
-    assert changed <= {"config.json", "env.txt", "log.jsonl", "seconds.json"}
+    assert changed <= {"config.json", "env.txt", "inputs.json", "log.jsonl",
+                       "seconds.json"}
     assert before["log.jsonl"][1] == after["log.jsonl"][1] and rows_of(run) == rows_of(base)
 
 
@@ -534,14 +540,13 @@ def test_data_generation_resumes_at_the_missing_shard(home, base, again):
 
 @pytest.mark.slow
 def test_preset_shapes_takes_a_few_steps_on_a_cpu(tmp_path):
-    """Every stage at 256 px and 113 M parameters, at a reduced batch; it ends in a whole report."""
-    flags = ("--preset shapes --device cpu --set teacher_images=6 --teacher-batch 2 "
-             "--teacher-steps 2 --data-size 12 --set shard_size=4 --sample-steps 2 --batch 2 "
-             "--steps 2 --set heads_first=1 --n 6 --set eval_n=6 --sample-batch 2 --eval-every 0 "
-             "--set log_every=1")
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags.split()], cwd=tmp_path,
-                          text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert done.returncode == 0, done.stderr[-2000:]
+    """Every stage at 256 px and the width of 113 M parameters, at a reduced depth and batch; it
+    ends in a whole report."""
+    flags = ("--preset shapes --device cpu --set depth=3 --taps 0,2 --set teacher_images=6 "
+             "--teacher-batch 2 --teacher-steps 2 --data-size 12 --set shard_size=4 "
+             "--sample-steps 2 --batch 2 --steps 2 --set heads_first=1 --n 6 --set eval_n=6 "
+             "--sample-batch 2 --eval-every 0 --set log_every=1")
+    call(tmp_path, train.main, flags.split())
     out = json.loads((tmp_path / "runs/shapes/report.json").read_text())
     check_report(out)
     models = {row["model"] for row in out["rows"]}
@@ -598,20 +603,22 @@ def test_sigterm_saves_and_ends_with_code_0_and_the_run_resumes(home, base):
 def test_kill_at_a_random_moment_leaves_a_run_that_resumes(home, base):
     """SIGKILL after a random time, over and over, each process resuming the last, until one ends
     itself."""
-    run, kills = home / "runs" / "kill", 0
-    for delay in torch.rand(40).tolist():
-        seen, process = lines_in(run / "log.jsonl"), start(home, "--name kill")
+    run, said, kills = home / "runs" / "kill", home / "kill.txt", 0
+    for delay in (0.3 * torch.rand(40)).tolist():
+        seen = lines_in(run / "log.jsonl")
+        process = fork(lambda: main(home, "--name kill", report=True), said)
         try:
-            wait_for(lambda: lines_in(run / "log.jsonl") != seen or process.poll() is not None)
+            wait_for(lambda: lines_in(run / "log.jsonl") != seen or has_ended(process))
             time.sleep(delay)
-            killed = process.poll() is None
+            killed = not has_ended(process)
         finally:
-            process.kill()
-        err, kills = process.communicate()[1], kills + killed
-        assert killed or process.returncode == 0, err
+            os.kill(process, signal.SIGKILL)
+            code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        kills += killed
+        assert killed or code == 0, said.read_text()
         if not killed:
             break
-    assert kills and not killed
+    assert kills >= 3 and not killed
     assert log_of(run) == log_of(base)
     assert_same(base, run, r"(step_000006/part-.*|teacher|student|last|data/.*)\.safetensors$")
 

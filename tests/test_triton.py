@@ -1,12 +1,7 @@
 """The kernels in place: load's choice, one whole LADD step on them, compiled, checkpointed,
 offline."""
 import copy
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,7 +22,6 @@ from ladd.engine.run import compute_dtype
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parents[1]
 STEP = LaddConfig((1.0, 0.5), (0.5, 0.5), 0, 3.0, 0.0, 0.5, 0.1, 0.3)
 
 
@@ -251,7 +245,6 @@ def ladd_step(ops: kernels.Kernels, qk_norm: bool = True, dual: tuple[int, ...] 
 
 @pytest.mark.parametrize("qk_norm, dual", [
     pytest.param(False, (), marks=pytest.mark.slow, id="sd3"),
-    pytest.param(True, (), marks=pytest.mark.slow, id="sd3.5-large"),
     pytest.param(True, (0,), id="sd3.5-medium")])
 def test_a_ladd_step_on_the_kernels_is_the_one_on_the_references(qk_norm, dual):
     ours, reference = (ladd_step(kernels.load(name), qk_norm, dual) for name in ("triton", "torch"))
@@ -272,10 +265,10 @@ def test_the_teacher_gets_nothing_and_the_frozen_norms_nothing(monkeypatch):
 
 # compile, checkpoint
 
-@pytest.mark.parametrize("dual", [(), (0,)], ids=["joint", "dual"])
-def test_a_block_compiles_whole_and_both_ways(dual):
-    """fullgraph: no graph break; the gradients are those of the uncompiled block."""
-    model, _, _ = networks(kernels.load("triton"), True, dual)
+def test_a_block_compiles_whole_and_both_ways():
+    """fullgraph: no graph break; the gradients are those of the uncompiled block, which attends
+    twice and so calls all that a simpler one calls."""
+    model, _, _ = networks(kernels.load("triton"), True, (0,))
     block, other = model.joint_blocks[0], copy.deepcopy(model.joint_blocks[0])
     inputs = [torch.randn(s, generator=rng(i)).requires_grad_()
               for i, s in enumerate(((2, 15, 64), (2, 5, 64), (2, 64)))]
@@ -321,23 +314,18 @@ def test_a_selective_checkpoint_keeps_attention(monkeypatch):
 # offline
 
 @pytest.mark.slow
-def test_aot_compiles_every_kernel_without_spills(tmp_path):
-    """Run python -m kernels.aot for sm_90 (the kernels' own tests compile for the others).
+def test_aot_compiles_every_kernel_without_spills(machine_code):
+    """Run python -m kernels.aot; of sm_90 (the kernels' own tests look at the others):
 
     Products are wgmma's and not serialised; operands come by TMA; in attention's forward,
     exponentials stand between a product and its wait; of every main loop it is known what products
     and copies take of shared memory."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "kernels.aot", "--arch", "90", "--json",
-               str(tmp_path / "aot.json")]
-    done = subprocess.run(command, cwd=ROOT, env=env | {"CUDA_VISIBLE_DEVICES": ""},
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = json.loads((tmp_path / "aot.json").read_text())
+    rows, said = machine_code
+    assert len(said.splitlines()) == len(rows) + 1
+    rows = [row for row in rows if row["arch"] == 90]
     assert {row["kernel"].split(".")[0] for row in rows} == {"attention", "modulation", "heads"}
     assert not [(row["kernel"], row["config"], row["spills"]) for row in rows if row["spills"]]
     assert all(row["ctas"] >= 1 for row in rows)
-    assert len(done.stdout.splitlines()) == len(rows) + 1
     for row in rows:
         if not row["products"]:
             assert row["kernel"] not in ("attention.forward", "attention.backward", "heads.product")

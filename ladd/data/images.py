@@ -282,8 +282,8 @@ def find_pairs(path: str | Path) -> list[Captioned]:
 
 
 def of_files(function: Callable, image: Captioned, *options) -> list:
-    """Return [function(path, *options)] of an image; of a pair that of target and source, where an
-    InputError says which of the two it is about."""
+    """Return [function(path, *options)] for an image, for a pair those of target and source; an
+    InputError then says which of the two it is about."""
     files = {"": image.path}
     if image.source is not None:
         files = {"target: ": image.path, "source: ": image.source}

@@ -82,16 +82,16 @@ def load_data(path: Path, teacher: MMDiTConfig, task: str, batch: int,
     the teacher, if a size has fewer samples than a batch and its held-out ones, or if other
     encoders or another VAE made them than those of the run, `made`."""
     latents = shards.read_folder(path)
+    got = latents.context.shape[-1], latents.pooled.shape[-1]
+    wanted = teacher.context_dim, teacher.pooled_dim
+    must(got == wanted, f"{path}: text must have widths {wanted} (tokens, pooled), which the "
+         f"teacher reads (got {got})")
     about = latents.provenance
     must(not made or bool({"encoders", "text"} & set(about)), f"{path}: text must come from "
          "encoders that it names; make the folder by ladd.encode, sample.py or train.py")
     for key, own in (made or {}).items():
         must(about.get(key, own) == own, f"{path}: {key} must come from {own} (got "
              f"{about.get(key)}); give the same --encoders, --t5 and --t5-tokens")
-    got = latents.context.shape[-1], latents.pooled.shape[-1]
-    wanted = teacher.context_dim, teacher.pooled_dim
-    must(got == wanted, f"{path}: text must have widths {wanted} (tokens, pooled), which the "
-         f"teacher reads (got {got})")
     must(latents.channels == image_channels(task), f"{path}: latents for --task {task} must have "
          f"{image_channels(task)} image channels (got {latents.channels})")
     longest = teacher.patch * teacher.pos_grid

@@ -14,6 +14,8 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -99,12 +101,17 @@ def progress(name: str, total: int, start: int = 0, quiet: bool = False) -> tqdm
 
 class Log:
     """Write log.jsonl, one JSON object per line, in process 0. Lines of the stage after the step
-    that it resumes at are dropped, so that each step is logged once."""
+    that it resumes at are dropped, so that each step is logged once. With `tensorboard`, numbers
+    and images go to TensorBoard too."""
 
-    def __init__(self, folder: Path, stage: str, resume_at: int):
+    def __init__(self, folder: Path, stage: str, resume_at: int, tensorboard: bool = False):
         self.path, self.stage, self.writes = folder / "log.jsonl", stage, ranks()[0] == 0
+        self.board = None
         if not self.writes:
             return
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(folder / "tensorboard" / stage, purge_step=resume_at + 1)
         lines = [line for line in read_log(folder)
                  if line["stage"] != stage or line["step"] <= resume_at]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
@@ -114,6 +121,17 @@ class Log:
             return
         with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
+        if self.board:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self.board.add_scalar(name, value, step)
+            self.board.flush()
+
+    def show(self, step: int, path: Path) -> None:
+        """Show the image in `path` in TensorBoard."""
+        if self.board:
+            with Image.open(path) as image:
+                self.board.add_image("samples", np.asarray(image), step, dataformats="HWC")
 
 
 def read_log(folder: Path) -> list[dict]:

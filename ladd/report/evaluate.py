@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ladd.cli import must
 from ladd.core import flow
 from ladd.core.discriminator import Discriminator
 from ladd.core.losses import LaddConfig, draw, fake_pass, grid_of, hinge_d, taps_of
@@ -110,8 +109,8 @@ def decoded(latents: list[Tensor], prompts: list[Prompts], codec: Codec,
 def features(images: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Return the features [n, f] of images of all sizes, in both feature spaces."""
     for x in images:
-        bad = int((~x.isfinite()).sum())
-        must(not bad, f"images must be finite (got {bad} of {x.numel()} values NaN or inf)")
+        if bad := int((~x.isfinite()).sum()):
+            raise FloatingPointError(f"images: {bad} of {x.numel()} values are NaN or inf")
     # some at a time, so that activations stay in the cache of one core
     few = [part.float() for x in images for part in x.split(64)]
     return (torch.cat([metrics.features_random(x) for x in few]),

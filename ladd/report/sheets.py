@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
-from ladd.cli import InputError, must
+from ladd.cli import InputError
 from ladd.data.files import publish, sync
 
 # the keys of every row of report.json, and their form in a table
@@ -78,9 +78,8 @@ def table(rows: list[dict], floor: dict) -> str:
 
 def to_pil(image: Tensor) -> Image.Image:
     """Return an image [3, H, W] in [-1, 1], clamped, as 8 bits, rounded to nearest."""
-    finite = bool(image.isfinite().all())
-    must(image.ndim == 3 and image.shape[0] == 3 and finite, "image must be [3, H, W] and finite "
-         f"(got {tuple(image.shape)}, {'finite' if finite else 'with NaN or inf'})")
+    if not image.isfinite().all():
+        raise FloatingPointError("an image has NaN or inf")
     pixels = image.detach().float().clamp(-1, 1).add(1).mul(127.5).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())          # [H, W, 3]
 

@@ -39,7 +39,7 @@ def check_words(words: list[str], known: list[str], text: str) -> None:
     """Raise InputError for the first word that is not known."""
     for word in words:
         if word not in known:
-            near = difflib.get_close_matches(word, known, 1, 0)[0]    # the cutoff 0 finds one
+            near = difflib.get_close_matches(word, known, 1, 0)[0]   # a cutoff of 0 finds one
             raise InputError(f"prompt {text!r}: unknown word {word!r}, the nearest known word is "
                              f"{near!r}; use {' '.join(known)}")
 

@@ -57,7 +57,9 @@ def _grade(images: Tensor, objects: int) -> Tensor:
     clear = cover.clamp(0, 1)
     error = distance[rows, background][:, None] + (clear.square() - 2 * clear * cover) * length
     least = error.amin(1, keepdim=True)
-    mask = _steep(cover).mul_(error == least).unflatten(-1, (h, w))             # [n, o, h, w]
+    # a coverage of the same area with a steeper edge, which is insensitive to noise
+    mask = (2 * cover - 0.5).clamp_(0, 1).mul_(error == least)
+    mask = mask.unflatten(-1, (h, w))                                           # [n, o, h, w]
     area = mask.sum((2, 3)).clamp_(min=1e-3)
     fits = [_fit(mask[:, o], area[:, o], base, step[:, o]) for o in range(objects)]
     # each [n, o], centre [n, o, 2]
@@ -82,11 +84,6 @@ def _grade(images: Tensor, objects: int) -> Tensor:
     return torch.where(ok[:, None], codes, -1)
 
 
-def _steep(cover: Tensor) -> Tensor:
-    """Return a coverage of the same area with a steeper edge, which is insensitive to noise."""
-    return (2 * cover - 0.5).clamp_(0, 1)
-
-
 def _fit(mask: Tensor, area: Tensor, base: Tensor, step: Tensor) -> tuple[Tensor, ...]:
     """Return (shape, IoU, tie, centre [n, 2], r) of the shape that fits masks [n, h, w] best. tie
     is (1 - IoU) of the best shape over that of the second.
@@ -104,7 +101,8 @@ def _fit(mask: Tensor, area: Tensor, base: Tensor, step: Tensor) -> tuple[Tensor
     for shape in range(4):
         cover = coverage(shape, h, w, centre[:, shape], r[:, shape, None])
         painted = decode(encode(base + cover[:, None] * step)) - base           # [n, 3, h, w]
-        template = _steep((painted * step).sum(1) / step.square().sum(1))
+        template = (painted * step).sum(1) / step.square().sum(1)
+        template = (2 * template - 0.5).clamp_(0, 1)
         total, differ = area + template.sum((1, 2)), (template - mask).abs_().sum((1, 2))
         # the sum of minima over the sum of maxima
         iou.append((total - differ) / (total + differ))

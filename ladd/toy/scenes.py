@@ -86,8 +86,9 @@ def swap(attributes: Tensor) -> Tensor:
 
 
 def is_heldout(attributes: Tensor) -> Tensor:
-    """Return whether a scene has a combination that is held out from training: 4 (colour, shape,
-    position) of 48 for one object, 6 (colour, shape, relation) of 64, told from either of two."""
+    """Return whether a scene has a combination that is held out from training: one of 4 (colour,
+    shape, position) of 48 with one object, with two, told from either, one of 6 (colour, shape,
+    relation) of 64."""
     _, colour, shape, place = attributes[..., :4].unbind(-1)
     held = ((colour + shape) % 4 == place) & ((2 * colour + shape) % 8 % 3 == 1)
     if attributes.shape[-1] == 8:
@@ -139,8 +140,8 @@ def sample_scenes(n: int, hw: tuple[int, int], objects: int, generator: torch.Ge
 # --- renderer ---
 
 def signed_distance(shape: int, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
-    """Return the signed distance [n, h, w] in pixels to a shape, exact at its sides, whose bounding
-    box is centred at 0; y points down."""
+    """Return the signed distance [n, h, w] in pixels to a shape whose bounding box is centred at 0,
+    exact at its sides; y points down."""
     if shape == 0:
         return (x.square() + y.square()).sqrt() - r
     x = x.abs()
@@ -222,8 +223,8 @@ def encode(images: Tensor) -> Tensor:
 
 
 def decode(latents: Tensor) -> Tensor:
-    """Return images [n, 3, H, W] of latents, clamped to [-1, 1]: each block the sum of the filters
-    times coefficient / gain."""
+    """Return images [n, 3, H, W] of latents, clamped to [-1, 1]. A block is the sum of the filters,
+    each times its coefficient / gain."""
     filters, gain = _filters(latents.device)
     blocks = F.conv2d(latents.float() / SCALE + SHIFT,
                       (filters / gain).flatten(1).t()[..., None, None])
