@@ -241,15 +241,15 @@ FOREIGN = [
         ("projection_dim", -1), ("max_position_embeddings", {}), ("max_position_embeddings", 76),
         ("layer_norm_eps", "x"))),
     *((T5, {key: value}, "text_encoder_3") for key, value in (
-        ("d_model", 0), ("d_model", "x"), ("d_kv", None), ("feed_forward_proj", "nonsense"),
-        ("num_layers", 1),
+        ("d_model", 0), ("d_model", "x"), ("d_kv", None), ("num_layers", 1),
         ("num_layers", 10 ** 7), ("relative_attention_num_buckets", []), ("d_ff", 0))),
+    (T5, {"feed_forward_proj": "nonsense", "dense_act_fn": "nonsense"}, "text_encoder_3"),
     *((VAE, {key: value}, "vae") for key, value in (
         ("act_fn", "nonsense"), ("scaling_factor", "x"), ("scaling_factor", None),
-        ("scaling_factor", 0), ("scaling_factor", True), ("shift_factor", []), ("block_out_channels", 5),
-        ("block_out_channels", []), ("down_block_types", ["x"]), ("latent_channels", 4),
-        ("norm_num_groups", 0), ("layers_per_block", 10 ** 6), ("sample_size", "x"),
-        ("in_channels", None))),
+        ("scaling_factor", 0), ("scaling_factor", True), ("shift_factor", []),
+        ("block_out_channels", 5), ("block_out_channels", []), ("down_block_types", ["x"]),
+        ("latent_channels", 4), ("norm_num_groups", 0), ("layers_per_block", 10 ** 6),
+        ("sample_size", "x"), ("in_channels", None))),
     *((TOKENS, {key: value}, "tokenizer_2") for key, value in (
         ("model", None), ("model", {"type": "nonsense"}), ("added_tokens", 5), ("decoder", []))),
     *((SETUP, {key: value}, "_3") for key, value in (

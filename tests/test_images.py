@@ -1,4 +1,4 @@
-"""Pictures as people have them: turns, transparency, sizes that lie; folders, lists, prompt files."""
+"""Pictures as people have them: turns, transparency, sizes that lie; folders, lists, prompts."""
 import io
 import json
 import os
@@ -223,7 +223,8 @@ def header_of(w: int, h: int) -> bytes:
         chunk(b"IDAT", zlib.compress(bytes(520_000))), chunk(b"IEND", b"")])
 
 
-@pytest.mark.parametrize("wh", [(13360, 13360), (8193, 8192), (2 ** 30, 16), (2 ** 31 - 1, 2 ** 31)])
+@pytest.mark.parametrize("wh", [(13360, 13360), (8193, 8192), (2 ** 30, 16),
+                                (2 ** 31 - 1, 2 ** 31)])
 def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path, monkeypatch, wh):
     bomb = header_of(*wh)
     (tmp_path / "a.png").write_bytes(bomb)
@@ -240,6 +241,7 @@ def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path, monkeypatch, wh)
                 read(tmp_path / name)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_the_largest_size_is_read(tmp_path):
     (tmp_path / "a.png").write_bytes(header_of(8192, 8192))
     assert images.image_size(tmp_path / "a.png") == (8192, 8192)
@@ -422,7 +424,8 @@ FORMS = r"must be a .txt file with one prompt per line, or .jsonl, .json or .csv
     ("a.json", '[{"prompt": ["a"]}]', "item 1 must be"), ("a.json", DEEP, "not a complete JSON"),
     ("a.json", "[" + "9" * 5000 + "]", "not a complete JSON"),
     ("a.json", "null", r"JSON list \(got NoneType"), ("a.json", '["\\ud800"]', "item 1 must be"),
-    ("a.jsonl", DEEP, "line 1 must be"), ("a.jsonl", '{"prompt": ' + "9" * 5000 + "}", "line 1 must"),
+    ("a.jsonl", DEEP, "line 1 must be"),
+    ("a.jsonl", '{"prompt": ' + "9" * 5000 + "}", "line 1 must be"),
     ("a.csv", "", r"must have a column prompt or text or caption \(got none\)"),
     ("a.csv", "a cat\na dog", r"must have a column .*\(got a cat\)"),
     ("a.csv", "prompt\n", "at least one prompt"),
