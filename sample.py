@@ -33,9 +33,9 @@ import json
 import os
 import time
 from argparse import Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -231,47 +231,41 @@ class Source(NamedTuple):
     mask: Tensor | None         # bool [1, H, W], True is repainted
 
 
-def of_file(function: Callable, args: Namespace, name: str, *options) -> Any:
-    """Return function(path, *options) of --init-image or --mask; an InputError names the flag."""
-    path = getattr(args, name)
-    try:
-        return function(Path(path), *options)
-    except InputError as error:
-        raise InputError(f"{flags([name])} {path}: {error}") from None
-
-
-def read_source(args: Namespace, hw: tuple[int, int]) -> Source | None:
-    """Return --init-image, of size hw, and --mask; raise InputError where they do not fit each
-    other."""
-    if args.init_image is None:
+def read_source(args: Namespace) -> Source | None:
+    """Return --init-image and --mask; raise InputError where they do not fit each other or
+    --size."""
+    pixels = {}
+    for name in ("init_image", "mask"):
+        path = getattr(args, name)
+        if path is not None:
+            try:
+                pixels[name] = read_image(Path(path), image_size(Path(path)))
+            except InputError as error:
+                raise InputError(f"{flags([name])} {path}: {error}") from None
+    if not pixels:
         return None
-    image, mask = of_file(read_image, args, "init_image", hw), None
-    if args.mask is not None:
-        mask_hw = of_file(image_size, args, "mask")
-        must(mask_hw == hw, f"--mask {args.mask} must have the image's size, {hw[0]}x{hw[1]} "
-             f"pixels (got {mask_hw[0]}x{mask_hw[1]})")
-        transparent = of_file(displayed, args, "mask").mode == "RGBA"
-        mask = of_file(read_image, args, "mask", hw)
+    image, mask = pixels["init_image"], pixels.get("mask")
+    h, w = image.shape[1:]
+    must(h % 16 == w % 16 == 0, f"--init-image {args.init_image}: sides must be multiples of 16 "
+         f"pixels (got {h}x{w})")
+    must(args.size is None or parse_size(args.size, "--size") == (h, w),
+         f"--size must be that of --init-image {args.init_image}, {h}x{w} (got {args.size})")
+    if mask is not None:
+        transparent = displayed(Path(args.mask)).mode == "RGBA"
         colours = "transparency" if transparent else "colours"
         must(not transparent and bool((mask == mask[:1]).all()),
              f"--mask {args.mask} must be black and white (got {colours})")
         try:
-            mask = masks.check_mask(mask[:1], hw)
+            mask = masks.check_mask(mask[:1], (h, w))
         except InputError as error:
             raise InputError(f"--mask {args.mask} {str(error).removeprefix('mask ')}") from None
     return Source(image[None].float() / 127.5 - 1, mask)
 
 
-def image_sizes(args: Namespace, recipe: Recipe) -> list[tuple[int, int]]:
-    """Return (H, W) of the images: of --init-image, whose pixels are not read yet, of --size, or
-    the first one of the run."""
-    if args.init_image is not None:
-        h, w = of_file(image_size, args, "init_image")
-        must(h % 16 == w % 16 == 0, f"--init-image {args.init_image}: sides must be multiples of "
-             f"16 pixels (got {h}x{w})")
-        must(args.size is None or parse_size(args.size, "--size") == (h, w),
-             f"--size must be that of --init-image {args.init_image}, {h}x{w} (got {args.size})")
-        return [(h, w)]
+def image_sizes(args: Namespace, recipe: Recipe, source: Source | None) -> list[tuple[int, int]]:
+    """Return (H, W) of the images: of --init-image, of --size, or the first one of the run."""
+    if source:
+        return [tuple(source.image.shape[2:])]
     texts = recipe.sizes[:1] if args.size is None else args.size.split(",")
     must(len(texts) == 1 or bool(args.save_latents), f"--size must be one size (got {args.size})")
     return [parse_size(text, "--size") for text in texts]
@@ -558,9 +552,9 @@ def main(argv: list[str]) -> None:
     recipe = networks.recipe
     check_task(args, recipe.task)
     prompts = read_texts(args, networks.toy)
-    sizes = image_sizes(args, recipe)
+    source = read_source(args)
+    sizes = image_sizes(args, recipe, source)
     models = {role: load(path, args, networks, sizes) for role, path in networks.files.items()}
-    source = read_source(args, sizes[0])
     device = pick_device(args.device)
     must(not args.graph or device.type == "cuda", f"--graph requires a GPU (got {device})")
     codec = load_codec(args, networks, device, models)

@@ -29,8 +29,8 @@ from torch import Tensor
 from ladd.cli import InputError, Parser, must, one_line, run_script
 from ladd.core import flow
 from ladd.data import files, masks, shards
-from ladd.data.images import (Captioned, ahead, buckets, find_images, find_listed, find_pairs,
-                              measured, of_files, plan, read_image)
+from ladd.data.images import (Captioned, ahead, buckets, find_images, find_listed, measure,
+                              of_files, plan, read_image)
 from ladd.data.prompts import read_prompts
 from ladd.engine.run import compute_dtype, pick_device, progress
 from ladd.sd3.encoders import (encode_images, encode_prompts, encoder_identity, fingerprint,
@@ -71,8 +71,7 @@ def write_texts(args, prompts: list[str], provenance: dict, device: torch.device
 
 def read_sample(image: Captioned, hw: tuple[int, int], key: tuple[int, ...]) -> list[Tensor]:
     """Return the pixels uint8 [3, H, W] of an image or of target and source, cut to hw; with a
-    `key` also a mask bool [H, W], a function of it. Raises InputError with the reason where a file
-    cannot be used."""
+    `key` also a mask bool [H, W], a function of it."""
     mask = [masks.masks(1, hw, flow.generator(*key))[0]] if key else []
     return of_files(read_image, image, hw) + mask
 
@@ -81,9 +80,7 @@ def encode_samples(vae, samples: list[list[Tensor]], task: str) -> list[Tensor]:
     """Return x0 [b, c, h, w] and, for pairs, the latents of the sources [b, c, h, w], with masks
     masks.image_condition [b, 1 + c, h, w]; on the CPU in fp16, which is finer than bf16 at the unit
     scale of latents."""
-    def encode(pixels: Tensor) -> Tensor:
-        return encode_images(vae, pixels)
-
+    encode = functools.partial(encode_images, vae)
     pixels, *more = (torch.stack(parts).to(vae.device) for parts in zip(*samples))
     pixels = pixels / 127.5 - 1
     latents = [encode(pixels)]
@@ -96,13 +93,12 @@ def encode_samples(vae, samples: list[list[Tensor]], task: str) -> list[Tensor]:
 
 def write_shards(args, pieces: list, number: dict[str, int], vae, pool: ThreadPoolExecutor,
                  skipped: dict[str, str]) -> float:
-    """Write the missing shards, with images read ahead. Return the fraction of the time spent
-    waiting for images.
+    """Write the missing shards, ((H, W), images) each; return the fraction of the time spent
+    waiting for images. `number` is the index of each caption.
 
-    `pieces` are ((H, W), images) of each shard, `number` the index of each caption. The reason why
-    a file cannot be used goes to `skipped` and, before its shard is written, to skipped.json. A
-    shard without any usable image is not written. A mask depends on --seed, the shard and the place
-    in it, so that neither skipped files nor an interruption change other masks.
+    The reason why a file cannot be used goes to `skipped` and, before its shard is written, to
+    skipped.json. A shard without any usable image is not written. A mask depends on --seed, the
+    shard and the place in it, so that neither skipped files nor an interruption change others.
     """
     out = Path(args.out)
     todo = shards.missing_shards(out, [(h // 8, w // 8) for (h, w), _ in pieces])
@@ -123,8 +119,7 @@ def write_shards(args, pieces: list, number: dict[str, int], vae, pool: ThreadPo
     with progress("images", total, total - left) as bar:
         for index in todo:
             images = pieces[index][1]
-            parts = []
-            ids = []
+            parts, ids = [], []
             skipped_before = len(skipped)
             for start in range(0, len(images), args.batch):
                 batch = images[start:start + args.batch]
@@ -182,8 +177,8 @@ def parse(argv: list[str]):
     add("--seed", type=int, help="seed of the masks (--task inpaint), default 0")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     args = parser.parse(argv)
-    given = next(flag for flag, value in (("--images", args.images), ("--jsonl", args.jsonl),
-                                          ("--prompt-file", args.prompt_file)) if value is not None)
+    given = next(f"--{name}".replace("_", "-") for name in ("images", "jsonl", "prompt_file")
+                 if getattr(args, name) is not None)
     must(args.task != "edit" or given == "--jsonl",
          f"--task edit requires --jsonl FILE of pairs (got {given})")
     must(args.task != "inpaint" or given != "--prompt-file",
@@ -202,12 +197,13 @@ def parse(argv: list[str]):
 def main(argv: list[str]) -> None:
     args = parse(argv)
     device = pick_device(args.device)
-    with files.locked(Path(args.out)):
-        encode(args, device)
+    with files.locked(Path(args.out)), ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        encode_all(args, device, pool)
 
 
-def encode(args, device: torch.device) -> None:
-    """Encode what the options name, in a folder that no other command uses."""
+def encode_all(args, device: torch.device, pool: ThreadPoolExecutor) -> None:
+    """Encode what the options name, and print how many images of each size the folder holds, and
+    what is left out and why."""
     provenance = {"source": "ladd.encode",
                   "text": encoder_identity(args.encoders, args.t5, args.t5_tokens)}
     if args.prompt_file is not None:
@@ -216,13 +212,6 @@ def encode(args, device: torch.device) -> None:
         for note in (*notes, f"{args.prompt_file}: {len(found)} prompts, {len(prompts)} distinct"):
             print(one_line(note))
         return write_texts(args, prompts, provenance, device)
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        encode_all(args, provenance, device, pool)
-
-
-def encode_all(args, provenance: dict, device: torch.device, pool: ThreadPoolExecutor) -> None:
-    """Encode the captions and images of --images or --jsonl, and print how many images of each size
-    the folder holds, and which are skipped and why."""
     out = Path(args.out)
     what = "pair" if args.task == "edit" else "image"
     skipped = {}
@@ -231,9 +220,15 @@ def encode_all(args, provenance: dict, device: torch.device, pool: ThreadPoolExe
         listed, skipped = find_images(source)
     else:
         source, root = args.jsonl, Path(args.jsonl).parent
-        listed = find_pairs(source) if args.task == "edit" else find_listed(source)
+        listed = find_listed(source, pairs=args.task == "edit")
+    images = []
     with progress("headers", len(listed)) as bar:
-        images = measured(listed, pool, skipped, bar.update)
+        for image, result in zip(listed, ahead(pool, measure, ((image,) for image in listed), 64)):
+            try:
+                images.append(result.result())
+            except InputError as error:
+                skipped[image.name] = str(error)
+            bar.update()
     if not images:
         path, reason = next(iter(skipped.items()), (source, "it has no lines"))
         raise InputError(f"{source} must have at least one {what} to encode "
@@ -245,14 +240,13 @@ def encode_all(args, provenance: dict, device: torch.device, pool: ThreadPoolExe
     provenance["task"] = args.task
     if args.task == "inpaint":
         provenance["seed"] = args.seed
+    digest = hashlib.sha256(table.encode()).hexdigest()[:16]
     provenance |= {"vae": fingerprint(args.encoders, ["vae"]), "images": len(images),
-                   "list": f"{hashlib.sha256(table.encode()).hexdigest()[:16]} of names, captions, "
-                   "sizes and times", "area": args.area,
+                   "list": f"{digest} of names, captions, sizes and times", "area": args.area,
                    "multiple": args.multiple, "shard": args.shard, "least": args.least}
     pieces = plan(images, args.area, args.multiple, args.least, args.shard)
-    # before the text is encoded, which may take hours
-    complete = len(shards.shards(out)) >= len(pieces)
-    vae = None if complete else load_vae(args.encoders, device)
+    # a bad VAE is found before the text is encoded, which may take hours
+    vae = load_vae(args.encoders, device) if len(shards.shards(out)) < len(pieces) else None
     write_texts(args, prompts, provenance, device)
 
     if (out / "skipped.json").exists():     # from shards that are already written
@@ -273,10 +267,10 @@ def encode_all(args, provenance: dict, device: torch.device, pool: ThreadPoolExe
     print("  ".join(f"{h}x{w}: {n}" for (h, w), n in sorted(counts.items())))
     print(f"{counts.total()} {what}s, {enlarged} of them enlarged, {len(skipped)} skipped "
           f"(skipped.json); waited {waiting:.1%} of the time for {what}s")
-    left_out = Counter(str(reason)[:10] for reason in skipped.values())
-    captions, images_alone = left_out["no image f"], left_out["no caption"]
-    print(f"skipped: {images_alone} images without a caption, {captions} captions without an "
-          f"image, {len(skipped) - images_alone - captions} that cannot be used")
+    no_caption, no_image = (sum(str(reason).startswith(start) for reason in skipped.values())
+                            for start in ("no caption", "no image"))
+    print(f"skipped: {no_caption} images without a caption, {no_image} captions without an image, "
+          f"{len(skipped) - no_caption - no_image} that cannot be used")
     if empty := sum(not image.caption.strip() for image in images):
         print(f"warning: {empty} captions are empty; their {what}s train the empty prompt")
 

@@ -114,8 +114,6 @@ def test_bad_encoders_raise(folder, tmp_path):
     message = r"must be a StableDiffusion3 pipeline folder \(got no text_encoder\)"
     with pytest.raises(InputError, match=message):
         encoder_identity(tmp_path)
-    with pytest.raises(InputError, match=r"prompts: at least one is needed \(got none\)"):
-        encode_prompts(None, [])
 
 
 def copy_with(folder: Path, to: Path, **parts: str) -> Path:
@@ -236,12 +234,12 @@ FOREIGN = [
     *((CLIP, {key: value}, "text_encoder") for key, value in (
         ("hidden_act", "nonsense"), ("hidden_act", 5), ("num_attention_heads", 0),
         ("num_attention_heads", "x"), ("num_hidden_layers", None), ("num_hidden_layers", 10 ** 9),
-        ("num_hidden_layers", 1), ("vocab_size", 10 ** 15), ("vocab_size", 3), ("hidden_size", []),
+        ("vocab_size", 10 ** 15), ("vocab_size", 3), ("hidden_size", []),
         ("projection_dim", None), ("projection_dim", "32"), ("projection_dim", True),
         ("projection_dim", -1), ("max_position_embeddings", {}), ("max_position_embeddings", 76),
         ("layer_norm_eps", "x"))),
     *((T5, {key: value}, "text_encoder_3") for key, value in (
-        ("d_model", 0), ("d_model", "x"), ("d_kv", None), ("num_layers", 1),
+        ("d_model", 0), ("d_model", "x"), ("d_kv", None),
         ("num_layers", 10 ** 7), ("relative_attention_num_buckets", []), ("d_ff", 0))),
     (T5, {"feed_forward_proj": "nonsense", "dense_act_fn": "nonsense"}, "text_encoder_3"),
     *((VAE, {key: value}, "vae") for key, value in (
@@ -348,17 +346,18 @@ def test_text_of_another_form_in_the_cache_is_refused(tmp_path, folder, name, te
     key = next(key for key in tensors if key.startswith(name))
     save_file({key: t.clone() for key, t in tensors.items()} | {key: tensor}, path, about)
     wanted = "85, 96" if name == "context" else "80"
-    with pytest.raises(InputError, match=rf"{key} must be \[{wanted}\] in bf16 and finite \(got "):
+    with pytest.raises(InputError, match=rf"{key} must be \[{wanted}\] in bf16, finite, "):
         embed()
 
 
-def test_half_of_a_text_in_the_cache_is_encoded_again(tmp_path, folder):
+def test_half_of_a_text_in_the_cache_is_refused(tmp_path, folder):
     path = tmp_path / "text.safetensors"
     embed = lambda: sd3_codec(folder, CPU, "device", 8, path).embed(["a"])
-    whole = embed()
+    embed()
     tensors, about = read_tensors(path)
     save_file({key: t.clone() for key, t in tensors.items() if key[:7] == "context"}, path, about)
-    assert torch.equal(embed().pooled, whole.pooled) and len(read_tensors(path)[0]) == 2
+    with pytest.raises(InputError, match=r"context.* must .* and have its pooled text \(got "):
+        embed()
 
 
 def test_identity_follows_weights_tokenizers_and_t5(folder, tmp_path):
@@ -401,13 +400,6 @@ def test_latents_are_the_librarys_scaled_and_shifted(vae, pipe):
     with torch.no_grad():
         expected = pipe.vae.decode(x0 / 1.5305 + .0609).sample.clamp(-1, 1)
     assert_close("image", decode_latents(vae, x0), expected)
-
-
-def test_images_of_other_shapes_raise(vae):
-    for shape in ((1, 3, 64, 60), (3, 64, 64), (1, 1, 64, 64)):
-        with pytest.raises(InputError, match=r"images must be \[b, 3, H, W\] .*8 ") as error:
-            encode_images(vae, torch.zeros(shape))
-        assert str(error.value).endswith(f"(got {list(shape)})")
 
 
 def test_tiles_are_close_to_the_full_image_without_seams(vae, monkeypatch):

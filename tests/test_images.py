@@ -168,33 +168,6 @@ def test_the_transparent_colour_of_a_png_is_white(tmp_path, bits):
     assert_displayed(tmp_path / "a.png", (WHITE, (200,) * 3, WHITE, (200,) * 3))
 
 
-def retag(path: Path, **tags: int) -> None:
-    """Change values of tags in the directory of a TIFF."""
-    data = bytearray(path.read_bytes())
-    first, = struct.unpack_from("<I", data, 4)
-    for i in range(struct.unpack_from("<H", data, first)[0]):
-        at = first + 2 + 12 * i
-        tag, kind = struct.unpack_from("<HH", data, at)
-        if f"tag{tag}" in tags:
-            struct.pack_into("<H" if kind == 3 else "<I", data, at + 8, tags[f"tag{tag}"])
-    path.write_bytes(data)
-
-
-def test_gray_of_12_bits_and_white_as_zero_keep_their_brightness(tmp_path):
-    gray = np.full((40, 60), 200 * 256, np.uint16)
-    gray[:, :30] = 50 * 256
-    Image.fromarray(gray).save(tmp_path / "a.tif")
-    assert_displayed(tmp_path / "a.tif", ((50,) * 3, (200,) * 3, (50,) * 3, (200,) * 3))
-    retag(tmp_path / "a.tif", tag262=0)
-    assert_displayed(tmp_path / "a.tif", ((205,) * 3, (55,) * 3, (205,) * 3, (55,) * 3))
-    # 60 pixels of 12 bits in 90 bytes: 0xabc, 0xdef
-    Image.fromarray(np.tile(np.array([0xab, 0xcd, 0xef], np.uint8), (40, 30))).save(
-        tmp_path / "b.tif")
-    retag(tmp_path / "b.tif", tag256=60, tag258=12)
-    assert images.image_size(tmp_path / "b.tif") == (40, 60)
-    assert np.asarray(images.displayed(tmp_path / "b.tif"))[5, :2, 0].tolist() == [0xab, 0xde]
-
-
 @pytest.mark.parametrize("mode, name", [
     ("1", "a.png"), ("1", "a.pbm"), ("1", "a.tif"), ("L", "a.pgm"), ("LA", "a.png"),
     ("P", "a.gif"), ("PA", "a.tif"), ("RGB", "a.ppm"), ("RGB", "a.tga"), ("RGB", "a.qoi"),
@@ -308,15 +281,15 @@ def test_an_imagefolder_is_read(tmp_path, name, text):
     assert found == {"train/a.png": "one", "train/sub/b.png": "two, three", "train/d.png": "five"}
     folder = tmp_path / "data" / "train"
     assert skipped == {"train/c.png": "no caption; write c.txt or c.json",
-                       "train/gone.png": f"no image for this caption of {name}",
-                       f"train/{name}: {folder / 'sub/b.png'}": "a second caption of an image"}
+                       "train/gone.png": f"no image for this caption in {name}",
+                       f"train/{name}: {folder / 'sub/b.png'}": "no image for this second caption"}
 
 
 @pytest.mark.parametrize("name, text, reason", [
     ("metadata.jsonl", '{"file_name": "a.png"}', 'line 1 must be {"image": "...", "caption": '),
-    ("metadata.csv", "id,text\n1,one", "must have a column image or file_name (got id, text)"),
-    ("metadata.csv", "file_name,text\na.png,red, round", "row 1 has more cells than there are"),
-    ("metadata.csv", 'file_name,text\na.png,"red', "not a complete CSV file")])
+    ("metadata.csv", "id,text\n1,one", 'row 1 must be {"image": "...", "caption": "..."} (got '),
+    ("metadata.csv", "file_name,text\na.png,red, round", "must be a CSV file with names in its"),
+    ("metadata.csv", 'file_name,text\na.png,"red', "must be a CSV file with names in its")])
 def test_a_table_that_is_none_is_listed_and_the_rest_is_read(tmp_path, name, text, reason):
     save(tmp_path / "a.png", txt="one")
     (tmp_path / name).write_text(text)
@@ -350,8 +323,7 @@ def test_what_is_left_out_is_listed_with_its_reason(tmp_path, monkeypatch):
         save(tmp_path / f"{name}.png", json=json_text)
     found, skipped = found_in(tmp_path)
     assert found == {"a.png": "one", "d.heic": "four"}      # Pillow may open it, which is tried
-    assert skipped["b.txt"] == "no image for this caption (got nothing beside it)"
-    assert skipped["c.caption"] == "no image for this caption (got c.raw beside it)"
+    assert skipped["b.txt"] == skipped["c.caption"] == "no image for this caption"
     assert all("must be" in skipped[f"{name}.png"] for name in "fgi")
     assert all("not a complete JSON file" in skipped[f"{name}.png"] for name in "eh")
     with pytest.raises(InputError, match=r"not a complete image \(cannot identify"):
@@ -420,18 +392,18 @@ FORMS = r"must be a .txt file with one prompt per line, or .jsonl, .json or .csv
     ("a.txt", '["a", "b"]', "line 1 is JSON"), ("a.txt", '{"a": ' + DEEP, "line 1 is JSON"),
     ("a.txt", "", "at least one prompt"), ("a.json", "", "not a complete JSON file"),
     ("a.json", "[]", "at least one prompt"), ("a.json", '{"prompt": "a"}', r"JSON list \(got dict"),
-    ("a.json", '["a", 5]', r'item 2 must be {"prompt": "..."} \(got 5\)'),
+    ("a.json", '["a", 5]', r"item 2 must be {\"prompt\": .* \(got {'prompt': 5}\)"),
     ("a.json", '[{"prompt": ["a"]}]', "item 1 must be"), ("a.json", DEEP, "not a complete JSON"),
     ("a.json", "[" + "9" * 5000 + "]", "not a complete JSON"),
     ("a.json", "null", r"JSON list \(got NoneType"), ("a.json", '["\\ud800"]', "item 1 must be"),
     ("a.jsonl", DEEP, "line 1 must be"),
     ("a.jsonl", '{"prompt": ' + "9" * 5000 + "}", "line 1 must be"),
-    ("a.csv", "", r"must have a column prompt or text or caption \(got none\)"),
-    ("a.csv", "a cat\na dog", r"must have a column .*\(got a cat\)"),
+    ("a.csv", "", "at least one prompt"),
+    ("a.csv", "a cat\na dog", r"row 1 must be .*\(got {'a cat': 'a dog'}\)"),
     ("a.csv", "prompt\n", "at least one prompt"),
-    ("a.csv", "prompt\na, b", "row 1 has more cells than there are columns"),
-    ("a.csv", "id,prompt\n1", "row 1 must be"), ("a.csv", 'prompt\n"a', "not a complete CSV"),
-    ("a.csv", "prompt\n" + "a" * 200_000, "not a complete CSV")])
+    ("a.csv", "prompt\na, b", "a cell for each in the others, in quotes if it has commas"),
+    ("a.csv", "id,prompt\n1", "a cell for each"), ("a.csv", 'prompt\n"a', "must be a CSV file"),
+    ("a.csv", "prompt\n" + "a" * 200_000, "must be a CSV file")])
 def test_bad_prompt_files_are_one_line(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=message) as error:

@@ -291,56 +291,37 @@ def text_of(value: Any, key: str) -> str | None:
 
 
 def read_objects(path: str | Path, keys: Sequence[str]) -> list[dict]:
-    """Return the objects of a .json file (a list), of a .csv file (its rows; the first one has the
-    names of the columns) or of a file with one JSON object per line, where empty lines are skipped.
-
-    Each has a text for each of `keys`, which may have one of its ALIASES in the file; with one key,
-    JSON may have only that text in place of an object. Raise InputError that names the first object
-    without it.
-    """
+    """Return the items of a .json list, the rows of a .csv file, or the lines of any other file,
+    JSON each, without empty ones; raise InputError that names the first without a text for one of
+    `keys` or their ALIASES. An item may be the text of the first key alone."""
     path = Path(path)
-    found = []      # (what it is called, value, what is shown of it)
-    if path.suffix.lower() == ".json":
-        for number, value in enumerate(read_json(path, list), 1):
-            found.append((f"item {number}", value, reprlib.repr(value)))
-    elif path.suffix.lower() == ".csv":
-        for number, value in enumerate(read_rows(path, keys), 1):
-            found.append((f"row {number}", value, reprlib.repr(value)))
+    what = {".json": "item", ".csv": "row"}.get(path.suffix.lower(), "line")
+    if what == "item":
+        found = [item if isinstance(item, dict) else {keys[0]: item}
+                 for item in read_json(path, list)]
     else:
-        for number, line in enumerate(read_lines(path), 1):
-            if line:
-                try:
-                    value = parse_json(line)
-                except (ValueError, RecursionError):
-                    value = None
-                found.append((f"line {number}", value, repr(line[:60])))
-    wanted = ", ".join(f'"{key}": "..."' for key in keys)
+        found = read_lines(path)
+    if what == "row":
+        try:
+            # "" stands for empty lines
+            names, *rows = csv.reader((line + "\n" for line in found), skipinitialspace=True,
+                                      strict=True)
+            names = [name.strip().lower() for name in names]
+            found = [dict(zip(names, row, strict=True)) if row else "" for row in rows]
+        except (csv.Error, ValueError) as error:
+            raise InputError(f"{path} must be a CSV file with names in its first row and a cell "
+                             f"for each in the others, in quotes if it has commas ({error})") from None
     objects = []
-    for name, value, shown in found:
-        if len(keys) == 1 and is_text(value):
-            value = {keys[0]: value}
+    for number, value in enumerate(found, 1):
+        if value == "":
+            continue
+        shown = reprlib.repr(value)
+        if what == "line":
+            with suppress(ValueError, RecursionError):
+                value = parse_json(value)
         texts = {key: text_of(value, key) for key in keys}
-        must(None not in texts.values(), f"{path}: {name} must be {{{wanted}}} (got {shown})")
+        wanted = ", ".join(f'"{key}": "..."' for key in keys)
+        must(None not in texts.values(),
+             f"{path}: {what} {number} must be {{{wanted}}} (got {shown})")
         objects.append(value | texts)
     return objects
-
-
-def read_rows(path: Path, keys: Sequence[str]) -> list[dict]:
-    """Return the rows of a .csv file; raise InputError unless it has a column for each of `keys`,
-    or for one of its ALIASES, in letters of either case."""
-    reader = csv.DictReader((line + "\n" for line in read_lines(path)), skipinitialspace=True,
-                            strict=True)
-    try:
-        columns = [name.strip().lower() for name in reader.fieldnames or ()]
-        reader.fieldnames = columns
-        for key in keys:
-            names = key, *ALIASES.get(key, ())
-            must(not {*names}.isdisjoint(columns), f"{path} must have a column "
-                 f"{' or '.join(names)} (got {', '.join(columns) or 'none'})")
-        rows = list(reader)
-    except csv.Error as error:
-        raise InputError(f"{path}: not a complete CSV file ({error})") from None
-    for number, row in enumerate(rows, 1):
-        must(None not in row, f"{path}: row {number} has more cells than there are columns; write "
-             f"text with a comma in quotes (got {reprlib.repr(row)})")
-    return rows

@@ -23,7 +23,7 @@ from torch import Tensor
 from ladd.cli import InputError, must
 from ladd.data.files import read_json, read_lines, read_objects, text_of
 
-# What Pillow cannot decode, or only by Ghostscript, which runs the file as a program.
+# what Pillow cannot decode, or only by Ghostscript, which runs the file as a program
 NOT_READ = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 # images that Pillow opens, and those that it may not, so that they are not left out silently
 SUFFIXES = {".avif", ".heic", ".heif", ".jp2", ".jxl", ".webp"} | {
@@ -113,29 +113,14 @@ def image_size(path: Path) -> tuple[int, int]:
         w, h = image.size
         must(min(h, w) >= LEAST_SIDE, f"sides must be at least {LEAST_SIDE} pixels (got {h}x{w})")
         if image.format == "PNG" and "exif" not in image.info:
-            with suppress(OSError, UnicodeDecodeError):     # those Pillow passes over, too
-                _read_end(image)
+            image.load_prepare()
+            with suppress(OSError):
+                image.load_end()    # reads what stands after the pixels
         # not that of PNG, which decodes the pixels
         orientation = Image.Image.getexif(image).get(ORIENTATION)
         # Pillow has turned the size of a TIFF that has the tag itself
         turned = orientation in (5, 6, 7, 8) and ORIENTATION not in getattr(image, "tag_v2", ())
         return (w, h) if turned else (h, w)
-
-
-def _read_end(image: Image.Image) -> None:
-    """Let Pillow read the chunks of a PNG that may have EXIF data and stand after the pixels, which
-    it does only when it decodes the pixels."""
-    image.fp.seek(8)
-    decoded = False
-    while len(head := image.fp.read(8)) == 8:
-        size, kind = struct.unpack(">I4s", head)
-        if kind == b"IEND" or decoded and kind == b"fcTL":     # the next frame of an animation
-            return
-        decoded |= kind == b"IDAT"
-        if decoded and kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
-            getattr(image.png, f"chunk_{kind.decode()}")(image.fp.tell(), size)
-            size = 0
-        image.fp.seek(size + 4, os.SEEK_CUR)    # and its checksum
 
 
 def displayed(path: Path) -> Image.Image:
@@ -144,22 +129,18 @@ def displayed(path: Path) -> Image.Image:
 
     Of 16 bits the upper 8 are kept, also of a transparent RGB colour; colour profiles are ignored.
     """
-    h, w = image_size(path)
+    size = image_size(path)
     with _opened(path) as image:
         stored = str(image.tile[0].args) if image.tile else ""     # how pixels are stored
-        inverted = image.format == "TIFF" and image.tag_v2.get(262) == 0    # white is zero
         image = ImageOps.exif_transpose(image)
         clear = image.info.get("transparency")
         if image.mode[0] == "I":            # Pillow's own conversion would clip at 255
             gray = np.asarray(image).astype(np.int64)
             low, high = gray.min(), gray.max()
             must(low >= 0 and high <= 65535, f"gray must be 0 to 65535 (got {low} to {high})")
-            kept = None if clear is None else Image.fromarray(gray != clear)
-            if "I;12" in stored:
-                gray *= 16
-            image = Image.fromarray(((65535 - gray if inverted else gray) >> 8).astype(np.uint8))
-            if kept is not None:
-                image.putalpha(kept.convert("L"))
+            image = Image.fromarray((gray >> 8).astype(np.uint8))
+            if clear is not None:
+                image.putalpha(Image.fromarray(gray != clear).convert("L"))
         elif image.mode == "F":
             raise InputError("pixels must be integers (got floating-point numbers)")
         elif stored == "RGB;16B" and clear is not None:
@@ -167,8 +148,8 @@ def displayed(path: Path) -> Image.Image:
         elif clear is not None:
             image.info["transparency"] = clear * SCALES.get(stored, 1)
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-        must(image.size == (w, h), f"pixels must have the size in the header, {h}x{w} (got "
-             f"{image.height}x{image.width})")
+        must(image.size == size[::-1], f"pixels must have the size in the header, {size} (got "
+             f"{image.size[::-1]})")
         return image
 
 
@@ -207,10 +188,9 @@ def find_images(folder: str | Path) -> tuple[list[Captioned], dict[str, str]]:
     metadata.csv of a folder above it, as {"file_name": ..., "caption": ...}. Raise InputError for
     a folder that does not exist or has no image.
     """
-    found, skipped, errors = [], {}, []
-    groups: dict[str, list[Path]] = {}      # files by path without ending
-    listed: dict[str, tuple[Path, str]] = {}    # (file that lists it, caption) of images
-    folders = set()
+    groups: dict[str, list[Path]] = {}          # files by path without ending
+    listed: dict[str, tuple[Path, str]] = {}    # by path: the file that lists it, the caption
+    found, skipped, errors, folders = [], {}, [], set()
     for root, below, names in os.walk(folder, followlinks=True, onerror=errors.append):
         if (real := os.path.realpath(root)) in folders:
             below.clear()       # was read by another path; also ends loops of links
@@ -223,8 +203,9 @@ def find_images(folder: str | Path) -> tuple[list[Captioned], dict[str, str]]:
                 try:
                     for line in find_listed(path):
                         name = os.path.normpath(line.path)
-                        if listed.setdefault(name, (path, line.caption))[1] != line.caption:
-                            skipped[f"{path}: {name}"] = "a second caption of an image"
+                        if name in listed:
+                            skipped[f"{path}: {name}"] = "no image for this second caption"
+                        listed.setdefault(name, (path, line.caption))
                 except InputError as error:
                     skipped[str(path)] = str(error)
     skipped |= {str(error.filename): f"cannot be read ({error.strerror})" for error in errors}
@@ -233,52 +214,39 @@ def find_images(folder: str | Path) -> tuple[list[Captioned], dict[str, str]]:
         images = [path for path in files if path.suffix.lower() in SUFFIXES]
         captions = [path for ending in CAPTIONS for path in files if path.suffix.lower() == ending]
         if not images:
-            others = ", ".join(path.name for path in files if path not in captions)
-            skipped |= {str(path): f"no image for this caption (got {others or 'nothing'} beside "
-                        "it)" for path in captions}
+            skipped |= {str(path): "no image for this caption" for path in captions}
         for path in images:
-            table, caption = listed.pop(os.path.normpath(path), (None, None))
+            _, caption = listed.pop(os.path.normpath(path), (None, None))
             try:
-                if captions:
-                    caption = read_caption(captions[0])
+                if captions and captions[0].suffix.lower() == ".json":
+                    value = read_json(captions[0])
+                    caption = text_of(value, "caption")
+                    must(caption is not None, f'{captions[0]} must be {{"caption": "..."}} (got '
+                         f'{reprlib.repr(value)})')
+                elif captions:
+                    caption = " ".join(" ".join(read_lines(captions[0])).split())
                 must(caption is not None, f"no caption; write {path.stem}.txt or {path.stem}.json")
                 found.append(Captioned(path, caption))
             except InputError as error:
                 skipped[str(path)] = str(error)
-    skipped |= {path: f"no image for this caption of {table.name}"
+    skipped |= {path: f"no image for this caption in {table.name}"
                 for path, (table, _) in listed.items()}
-    if not any(path.suffix.lower() in SUFFIXES for files in groups.values() for path in files):
-        endings = {path.suffix.lower() or path.name for files in groups.values() for path in files}
-        raise InputError(f"{folder} must be a folder with images and captions, such as a.png and "
-                         f"a.txt (got no image; its files: {', '.join(sorted(endings)[:8]) or 0})")
+    endings = {path.suffix.lower() or path.name for files in groups.values() for path in files}
+    must(not SUFFIXES.isdisjoint(endings), f"{folder} must be a folder with images and captions, "
+         f"such as a.png and a.txt (got no image; its files: {', '.join(sorted(endings)[:8]) or 0})")
     return sorted(found), skipped
 
 
-def read_caption(path: Path) -> str:
-    """Return the caption in a .json file, or the words of a text file."""
-    if path.suffix.lower() != ".json":
-        return " ".join(" ".join(read_lines(path)).split())
-    value = read_json(path)
-    caption = text_of(value, "caption")
-    must(caption is not None,
-         f'{path} must be {{"caption": "..."}} (got {reprlib.repr(value)[:60]})')
-    return caption
-
-
-def find_listed(path: str | Path) -> list[Captioned]:
-    """Return the images of a file of objects {"image": ..., "caption": ...}, see read_objects.
-    Paths are relative to the file."""
-    listed = read_objects(path, ["image", "caption"])
-    return [Captioned(Path(path).parent / found["image"], found["caption"]) for found in listed]
-
-
-def find_pairs(path: str | Path) -> list[Captioned]:
-    """Return the pairs of a .jsonl file with lines {"source": ..., "target": ..., "instruction":
-    ...}. Paths are relative to the file."""
+def find_listed(path: str | Path, pairs: bool = False) -> list[Captioned]:
+    """Return the images of a file of objects {"image": ..., "caption": ...}, or the pairs of
+    {"source": ..., "target": ..., "instruction": ...}. Paths are relative to the file."""
     folder = Path(path).parent
-    return [Captioned(folder / found["target"], found["instruction"],
-                      source=folder / found["source"])
-            for found in read_objects(path, ["source", "target", "instruction"])]
+    if pairs:
+        return [Captioned(folder / found["target"], found["instruction"],
+                          source=folder / found["source"])
+                for found in read_objects(path, ["source", "target", "instruction"])]
+    return [Captioned(folder / found["image"], found["caption"])
+            for found in read_objects(path, ["image", "caption"])]
 
 
 def of_files(function: Callable, image: Captioned, *options) -> list:
@@ -300,10 +268,9 @@ def measure(image: Captioned) -> Captioned:
     """Return the image with its size and version; raise InputError where the two files of a pair
     differ in size, since then they would not be cropped alike."""
     size, *source = of_files(image_size, image)
-    if source:
-        (h, w), (source_h, source_w) = size, source[0]
-        must(source[0] == size, f"source must have the size of its target, {h}x{w} pixels (got "
-             f"{source_h}x{source_w})")
+    for h, w in source:
+        must((h, w) == size, f"source must have the size of its target, {size[0]}x{size[1]} pixels "
+             f"(got {h}x{w})")
     stats = of_files(Path.stat, image)
     return image._replace(hw=size, version=tuple((s.st_size, s.st_mtime_ns) for s in stats))
 
@@ -318,17 +285,3 @@ def ahead(pool: ThreadPoolExecutor, function: Callable, tasks: Iterable[tuple],
         if len(queue) == depth:
             yield queue.popleft()
     yield from queue
-
-
-def measured(images: list[Captioned], pool: ThreadPoolExecutor, skipped: dict[str, str],
-             update: Callable[[], None]) -> list[Captioned]:
-    """Return the images whose header can be read, measured. The reasons of the others are
-    added to `skipped`. `update` is called after each image."""
-    kept = []
-    for image, result in zip(images, ahead(pool, measure, ((image,) for image in images), 64)):
-        try:
-            kept.append(result.result())
-        except InputError as error:
-            skipped[image.name] = str(error)
-        update()
-    return kept
