@@ -77,9 +77,8 @@ def read_sample(image: Captioned, hw: tuple[int, int], key: tuple[int, ...]) -> 
 
 
 def encode_samples(vae, samples: list[list[Tensor]], task: str) -> list[Tensor]:
-    """Return x0 [b, c, h, w] and, for pairs, the latents of the sources [b, c, h, w], with masks
-    masks.image_condition [b, 1 + c, h, w]; on the CPU in fp16, which is finer than bf16 at the unit
-    scale of latents."""
+    """Return x0 [b, c, h, w] and, for pairs, the latents of the sources, with masks their
+    image_condition; on the CPU in fp16, which is finer than bf16 at the unit scale of latents."""
     encode = functools.partial(encode_images, vae)
     pixels, *more = (torch.stack(parts).to(vae.device) for parts in zip(*samples))
     pixels = pixels / 127.5 - 1
@@ -156,13 +155,12 @@ def parse(argv: list[str]):
         help="StableDiffusion3 pipeline folder: text encoders, tokenizers, vae")
     add("--out", required=True, help="folder of latents and text to create or complete")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--images",
-                        help="folder of images, each with a .txt, .caption or .json caption next "
-                        "to it, or listed in a metadata.jsonl or metadata.csv")
+    source.add_argument("--images", help="folder of images, each with a .txt, .caption or .json "
+                        "caption next to it, or listed in a metadata.jsonl or metadata.csv")
     source.add_argument("--jsonl", help='file of {"image": path, "caption": text} lines; for '
                         '--task edit of {"source": path, "target": path, "instruction": text}')
-    source.add_argument("--prompt-file", help='.txt file, or .jsonl, .json or .csv with a prompt, '
-                        'text or caption each: encode only text')
+    source.add_argument("--prompt-file", help=".txt file, or .jsonl, .json or .csv with a prompt, "
+                        "text or caption each: encode only text")
     add("--t5", default="device", choices=("device", "cpu", "none"),
         help="where T5 runs; none: its tokens are zeros")
     add("--t5-tokens", type=int, default=256, help="tokens of T5, 1 to 512")
@@ -209,8 +207,8 @@ def encode_all(args, device: torch.device, pool: ThreadPoolExecutor) -> None:
     if args.prompt_file is not None:
         found, notes = read_prompts(args.prompt_file)
         prompts = list(dict.fromkeys(found))
-        for note in (*notes, f"{args.prompt_file}: {len(found)} prompts, {len(prompts)} distinct"):
-            print(one_line(note))
+        notes.append(f"{args.prompt_file}: {len(found)} prompts, {len(prompts)} distinct")
+        print(*map(one_line, notes), sep="\n")
         return write_texts(args, prompts, provenance, device)
     out = Path(args.out)
     what = "pair" if args.task == "edit" else "image"
@@ -223,7 +221,7 @@ def encode_all(args, device: torch.device, pool: ThreadPoolExecutor) -> None:
         listed = find_listed(source, pairs=args.task == "edit")
     images = []
     with progress("headers", len(listed)) as bar:
-        for image, result in zip(listed, ahead(pool, measure, ((image,) for image in listed), 64)):
+        for image, result in zip(listed, ahead(pool, measure, zip(listed), 64)):
             try:
                 images.append(result.result())
             except InputError as error:
@@ -267,10 +265,9 @@ def encode_all(args, device: torch.device, pool: ThreadPoolExecutor) -> None:
     print("  ".join(f"{h}x{w}: {n}" for (h, w), n in sorted(counts.items())))
     print(f"{counts.total()} {what}s, {enlarged} of them enlarged, {len(skipped)} skipped "
           f"(skipped.json); waited {waiting:.1%} of the time for {what}s")
-    no_caption, no_image = (sum(str(reason).startswith(start) for reason in skipped.values())
-                            for start in ("no caption", "no image"))
-    print(f"skipped: {no_caption} images without a caption, {no_image} captions without an image, "
-          f"{len(skipped) - no_caption - no_image} that cannot be used")
+    kinds = Counter(str(reason)[:8] for reason in skipped.values())     # "no image", "no capti"
+    print(f"skipped: {kinds['no capti']} images without a caption, {kinds['no image']} captions "
+          f"without an image, {len(skipped) - kinds['no capti'] - kinds['no image']} unusable")
     if empty := sum(not image.caption.strip() for image in images):
         print(f"warning: {empty} captions are empty; their {what}s train the empty prompt")
 

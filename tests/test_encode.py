@@ -733,8 +733,7 @@ def test_the_summary_counts_what_is_left_out(folder, tmp_path, capsys):
     command(folder, tmp_path / "out", "--images", str(root))
     printed = capsys.readouterr().out
     assert "3 images, 0 of them enlarged, 4 skipped (skipped.json)" in printed
-    assert ("skipped: 1 images without a caption, 1 captions without an image, 2 that cannot be "
-            "used") in printed
+    assert "skipped: 1 images without a caption, 1 captions without an image, 2 unusable" in printed
     assert "warning: 2 captions are empty; their images train the empty prompt" in printed
     assert f"skipped {root}/\\x1b[31mred\\n.png: not a complete image" in printed
     assert printed.isprintable() or set(printed) - {"\n"} and "\x1b" not in printed

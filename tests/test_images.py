@@ -210,7 +210,7 @@ def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path, monkeypatch, wh)
     monkeypatch.setattr(Image.core, "fill", fail)
     for read in (images.image_size, lambda path: images.read_image(path, (32, 32))):
         for name in ("a.png", "a.ico"):
-            with pytest.raises(InputError, match=r"must have at most 67108864 pixels"):
+            with pytest.raises(InputError, match="exceeds limit of 67108864 pixels"):
                 read(tmp_path / name)
 
 
@@ -281,7 +281,7 @@ def test_an_imagefolder_is_read(tmp_path, name, text):
     assert found == {"train/a.png": "one", "train/sub/b.png": "two, three", "train/d.png": "five"}
     folder = tmp_path / "data" / "train"
     assert skipped == {"train/c.png": "no caption; write c.txt or c.json",
-                       "train/gone.png": f"no image for this caption in {name}",
+                       "train/gone.png": "no image for this caption in the metadata",
                        f"train/{name}: {folder / 'sub/b.png'}": "no image for this second caption"}
 
 
@@ -352,7 +352,7 @@ def test_names_of_any_bytes_are_read(tmp_path):
 def test_a_folder_without_images_says_what_it_has(tmp_path):
     for name in ("a.tar", "b.parquet", "c.txt"):
         (tmp_path / name).write_bytes(b"")
-    with pytest.raises(InputError, match=r"\(got no image; its files: .parquet, .tar, .txt\)$"):
+    with pytest.raises(InputError, match=r"\(got no image among .parquet, .tar, .txt\)$"):
         images.find_images(tmp_path)
 
 
@@ -392,7 +392,7 @@ FORMS = r"must be a .txt file with one prompt per line, or .jsonl, .json or .csv
     ("a.txt", '["a", "b"]', "line 1 is JSON"), ("a.txt", '{"a": ' + DEEP, "line 1 is JSON"),
     ("a.txt", "", "at least one prompt"), ("a.json", "", "not a complete JSON file"),
     ("a.json", "[]", "at least one prompt"), ("a.json", '{"prompt": "a"}', r"JSON list \(got dict"),
-    ("a.json", '["a", 5]', r"item 2 must be {\"prompt\": .* \(got {'prompt': 5}\)"),
+    ("a.json", '["a", 5]', r"item 2 must be {\"prompt\": .* \(got 5\)"),
     ("a.json", '[{"prompt": ["a"]}]', "item 1 must be"), ("a.json", DEEP, "not a complete JSON"),
     ("a.json", "[" + "9" * 5000 + "]", "not a complete JSON"),
     ("a.json", "null", r"JSON list \(got NoneType"), ("a.json", '["\\ud800"]', "item 1 must be"),
@@ -401,7 +401,7 @@ FORMS = r"must be a .txt file with one prompt per line, or .jsonl, .json or .csv
     ("a.csv", "", "at least one prompt"),
     ("a.csv", "a cat\na dog", r"row 1 must be .*\(got {'a cat': 'a dog'}\)"),
     ("a.csv", "prompt\n", "at least one prompt"),
-    ("a.csv", "prompt\na, b", "a cell for each in the others, in quotes if it has commas"),
+    ("a.csv", "prompt\na, b", "a cell for each in the others, in quotes with commas"),
     ("a.csv", "id,prompt\n1", "a cell for each"), ("a.csv", 'prompt\n"a', "must be a CSV file"),
     ("a.csv", "prompt\n" + "a" * 200_000, "must be a CSV file")])
 def test_bad_prompt_files_are_one_line(tmp_path, name, content, message):

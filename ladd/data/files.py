@@ -296,32 +296,26 @@ def read_objects(path: str | Path, keys: Sequence[str]) -> list[dict]:
     `keys` or their ALIASES. An item may be the text of the first key alone."""
     path = Path(path)
     what = {".json": "item", ".csv": "row"}.get(path.suffix.lower(), "line")
-    if what == "item":
-        found = [item if isinstance(item, dict) else {keys[0]: item}
-                 for item in read_json(path, list)]
-    else:
-        found = read_lines(path)
+    found = read_json(path, list) if what == "item" else read_lines(path)
     if what == "row":
+        rows = csv.reader((line + "\n" for line in found), skipinitialspace=True, strict=True)
         try:
-            # "" stands for empty lines
-            names, *rows = csv.reader((line + "\n" for line in found), skipinitialspace=True,
-                                      strict=True)
-            names = [name.strip().lower() for name in names]
+            names = [name.strip().lower() for name in next(rows)]
             found = [dict(zip(names, row, strict=True)) if row else "" for row in rows]
         except (csv.Error, ValueError) as error:
             raise InputError(f"{path} must be a CSV file with names in its first row and a cell "
-                             f"for each in the others, in quotes if it has commas ({error})") from None
+                             f"for each in the others, in quotes with commas ({error})") from None
     objects = []
-    for number, value in enumerate(found, 1):
-        if value == "":
+    for number, shown in enumerate(found, 1):
+        if shown == "" and what != "item":
             continue
-        shown = reprlib.repr(value)
+        value = {keys[0]: shown} if isinstance(shown, str) and what == "item" else shown
         if what == "line":
             with suppress(ValueError, RecursionError):
-                value = parse_json(value)
+                value = parse_json(shown)
         texts = {key: text_of(value, key) for key in keys}
         wanted = ", ".join(f'"{key}": "..."' for key in keys)
-        must(None not in texts.values(),
-             f"{path}: {what} {number} must be {{{wanted}}} (got {shown})")
+        must(None not in texts.values(), f"{path}: {what} {number} must be {{{wanted}}} (got "
+             f"{reprlib.repr(shown)})")
         objects.append(value | texts)
     return objects

@@ -32,26 +32,22 @@ SUFFIXES = {".avif", ".heic", ".heif", ".jp2", ".jxl", ".webp"} | {
 CAPTIONS = (".txt", ".caption", ".json")    # in the order in which they are taken
 # what Pillow raises for files that are no images or incomplete
 BROKEN = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError,
-          AttributeError, AssertionError, RuntimeError, struct.error, zlib.error)
+          AttributeError, AssertionError, RuntimeError, struct.error, zlib.error,
+          Image.DecompressionBombError)
 LEAST_SIDE = 16     # pixels; smaller images are skipped. Our choice
 MOST_PIXELS = 8192 * 8192       # larger images are not decoded. Our choice
-# Pillow refuses twice its limit when it has read the header, also of an image inside a file.
+# Pillow refuses twice its limit when it has read a header, also of an image inside a file
 Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2
 warnings.filterwarnings("ignore", module=r"PIL\.")
 ORIENTATION = 0x0112        # the tag in EXIF data and TIFF; 5 to 8 swap height and width
-# how Pillow must be told the transparent colour of a PNG, by how its pixels are stored
-SCALES = {"L;2": 85, "L;4": 17}
 
 
 # --- buckets ---
 
 def buckets(area: int, multiple: int) -> list[tuple[int, int]]:
     """Return sizes (H, W) of about `area` with sides that are multiples of `multiple`: one for each
-    short side, up to an aspect of 4:1.
-
-    Our choice: few sizes, since training needs a batch of each; 17 for 1 megapixel and multiples of
-    64.
-    """
+    short side, up to an aspect of 4:1. Our choice: few sizes, since training needs a batch of each;
+    17 for 1 megapixel and multiples of 64."""
     must(multiple >= 16 and multiple % 16 == 0 and area >= multiple ** 2, "--multiple must be a "
          f"multiple of 16 whose square is at most --area, {area} (got {multiple})")
     sizes = set()
@@ -97,18 +93,14 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             yield image
     except InputError:
         raise
-    except Image.DecompressionBombError:
-        raise InputError(f"must have at most {MOST_PIXELS} pixels (the file says more)") from None
     except BROKEN as error:
         reason = str(error).replace(str(path), path.name) or type(error).__name__
         raise InputError(f"not a complete image ({reason})") from None
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Return (h, w) as displayed, without decoding the pixels; raise InputError with the reason.
-
-    The errors of the functions for image files do not name the file; their callers do.
-    """
+    """Return (h, w) as displayed, without decoding the pixels. The InputErrors of the functions for
+    image files do not name the file; their callers do."""
     with _opened(path) as image:
         w, h = image.size
         must(min(h, w) >= LEAST_SIDE, f"sides must be at least {LEAST_SIDE} pixels (got {h}x{w})")
@@ -124,11 +116,8 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def displayed(path: Path) -> Image.Image:
-    """Return an image as displayed: the first frame, upright, in 8 bits, RGB, or RGBA where pixels
-    may be transparent; raise InputError with the reason.
-
-    Of 16 bits the upper 8 are kept, also of a transparent RGB colour; colour profiles are ignored.
-    """
+    """Return an image as displayed: the first frame, upright, RGB, or RGBA where it may be
+    transparent. Of 16 bits the upper 8 are kept; colour profiles are ignored."""
     size = image_size(path)
     with _opened(path) as image:
         stored = str(image.tile[0].args) if image.tile else ""     # how pixels are stored
@@ -145,8 +134,8 @@ def displayed(path: Path) -> Image.Image:
             raise InputError("pixels must be integers (got floating-point numbers)")
         elif stored == "RGB;16B" and clear is not None:
             image.info["transparency"] = tuple(value >> 8 for value in clear)
-        elif clear is not None:
-            image.info["transparency"] = clear * SCALES.get(stored, 1)
+        elif clear is not None:     # Pillow scales gray of 2 and 4 bits, but not this
+            image.info["transparency"] = clear * {"L;2": 85, "L;4": 17}.get(stored, 1)
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
         must(image.size == size[::-1], f"pixels must have the size in the header, {size} (got "
              f"{image.size[::-1]})")
@@ -175,21 +164,17 @@ class Captioned(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Return the name by which a skipped image is reported: both files of a pair, since a
-        source may have several edits."""
+        """Return what a skipped image is called; a pair by both, as sources recur."""
         return str(self.path) if self.source is None else f"{self.source} -> {self.path}"
 
 
 def find_images(folder: str | Path) -> tuple[list[Captioned], dict[str, str]]:
     """Return the captioned images below a folder and the folders that it links to, sorted, and
-    {path: reason} of what is left out.
-
-    The caption of a.png is in a.txt, a.caption, a.json ({"caption": ...}), or in metadata.jsonl or
-    metadata.csv of a folder above it, as {"file_name": ..., "caption": ...}. Raise InputError for
-    a folder that does not exist or has no image.
-    """
+    {path: reason} of what is left out. The caption of a.png is in a.txt, a.caption, a.json
+    ({"caption": ...}), or in metadata.jsonl or metadata.csv of a folder above it, as {"file_name":
+    ..., "caption": ...}. Raise InputError for a folder that does not exist or has no image."""
     groups: dict[str, list[Path]] = {}          # files by path without ending
-    listed: dict[str, tuple[Path, str]] = {}    # by path: the file that lists it, the caption
+    listed: dict[str, str] = {}                 # captions in metadata by path
     found, skipped, errors, folders = [], {}, [], set()
     for root, below, names in os.walk(folder, followlinks=True, onerror=errors.append):
         if (real := os.path.realpath(root)) in folders:
@@ -203,9 +188,8 @@ def find_images(folder: str | Path) -> tuple[list[Captioned], dict[str, str]]:
                 try:
                     for line in find_listed(path):
                         name = os.path.normpath(line.path)
-                        if name in listed:
+                        if listed.setdefault(name, line.caption) != line.caption:
                             skipped[f"{path}: {name}"] = "no image for this second caption"
-                        listed.setdefault(name, (path, line.caption))
                 except InputError as error:
                     skipped[str(path)] = str(error)
     skipped |= {str(error.filename): f"cannot be read ({error.strerror})" for error in errors}
@@ -216,11 +200,10 @@ def find_images(folder: str | Path) -> tuple[list[Captioned], dict[str, str]]:
         if not images:
             skipped |= {str(path): "no image for this caption" for path in captions}
         for path in images:
-            _, caption = listed.pop(os.path.normpath(path), (None, None))
+            caption = listed.pop(os.path.normpath(path), None)
             try:
                 if captions and captions[0].suffix.lower() == ".json":
-                    value = read_json(captions[0])
-                    caption = text_of(value, "caption")
+                    caption = text_of(value := read_json(captions[0]), "caption")
                     must(caption is not None, f'{captions[0]} must be {{"caption": "..."}} (got '
                          f'{reprlib.repr(value)})')
                 elif captions:
@@ -229,34 +212,30 @@ def find_images(folder: str | Path) -> tuple[list[Captioned], dict[str, str]]:
                 found.append(Captioned(path, caption))
             except InputError as error:
                 skipped[str(path)] = str(error)
-    skipped |= {path: f"no image for this caption in {table.name}"
-                for path, (table, _) in listed.items()}
-    endings = {path.suffix.lower() or path.name for files in groups.values() for path in files}
+    skipped |= dict.fromkeys(listed, "no image for this caption in the metadata")
+    endings = {path.suffix.lower() for files in groups.values() for path in files}
     must(not SUFFIXES.isdisjoint(endings), f"{folder} must be a folder with images and captions, "
-         f"such as a.png and a.txt (got no image; its files: {', '.join(sorted(endings)[:8]) or 0})")
+         f"such as a.png and a.txt (got no image among {', '.join(sorted(endings)[:8]) or 'none'})")
     return sorted(found), skipped
 
 
 def find_listed(path: str | Path, pairs: bool = False) -> list[Captioned]:
     """Return the images of a file of objects {"image": ..., "caption": ...}, or the pairs of
     {"source": ..., "target": ..., "instruction": ...}. Paths are relative to the file."""
-    folder = Path(path).parent
+    folder, keys = Path(path).parent, ["image", "caption"]
     if pairs:
-        return [Captioned(folder / found["target"], found["instruction"],
-                          source=folder / found["source"])
-                for found in read_objects(path, ["source", "target", "instruction"])]
-    return [Captioned(folder / found["image"], found["caption"])
-            for found in read_objects(path, ["image", "caption"])]
+        keys = ["source", "target", "instruction"]
+    return [Captioned(folder / found[keys[-2]], found[keys[-1]],
+                      source=folder / found["source"] if pairs else None)
+            for found in read_objects(path, keys)]
 
 
 def of_files(function: Callable, image: Captioned, *options) -> list:
     """Return [function(path, *options)] for an image, for a pair those of target and source; an
     InputError then says which of the two it is about."""
-    files = {"": image.path}
-    if image.source is not None:
-        files = {"target: ": image.path, "source: ": image.source}
+    pair = {"target: ": image.path, "source: ": image.source}
     results = []
-    for which, path in files.items():
+    for which, path in (pair if image.source else {"": image.path}).items():
         try:
             results.append(function(path, *options))
         except InputError as error:
@@ -265,8 +244,7 @@ def of_files(function: Callable, image: Captioned, *options) -> list:
 
 
 def measure(image: Captioned) -> Captioned:
-    """Return the image with its size and version; raise InputError where the two files of a pair
-    differ in size, since then they would not be cropped alike."""
+    """Return the image with size and version. A pair must have one size, to be cropped alike."""
     size, *source = of_files(image_size, image)
     for h, w in source:
         must((h, w) == size, f"source must have the size of its target, {size[0]}x{size[1]} pixels "

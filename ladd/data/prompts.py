@@ -14,9 +14,8 @@ from ladd.data.shards import Latents
 
 
 def read_prompts(path: str | Path) -> tuple[list[str], list[str]]:
-    """Return (prompts, notes) of a .txt file, one prompt per line, or of the objects in a .jsonl,
-    .json or .csv file that read_objects reads. Empty lines and, in .txt, lines that begin with #
-    are skipped; notes count them and empty prompts."""
+    """Return (prompts, notes) of a .txt file, one prompt per line, or a .jsonl, .json or .csv file
+    that read_objects reads. Notes count empty lines, # comments of .txt and empty prompts."""
     kind = Path(path).suffix.lower()
     must(kind in (".txt", ".jsonl", ".json", ".csv"), f"{path} must be a .txt file with one prompt "
          "per line, or .jsonl, .json or .csv with a prompt, text or caption each (got "
@@ -71,8 +70,8 @@ class Plan(NamedTuple):
 
 def prompt_plan(prompts: list[str], sizes: Sequence[tuple[int, int]], count: int, shard: int,
                 seed: int) -> Plan:
-    """Return the plan of `count` samples that cycle through `prompts`, from the noise of seed + i.
-    Shards cycle through the image sizes (in pixels)."""
+    """Return the plan of `count` samples, from the noise of seed + i. They cycle through `prompts`,
+    shards through the image sizes (in pixels)."""
     distinct = list(dict.fromkeys(prompts))
     number = {prompt: i for i, prompt in enumerate(distinct)}
     ids = torch.tensor([number[prompts[i % len(prompts)]] for i in range(count)])
@@ -90,9 +89,8 @@ def prompt_plan(prompts: list[str], sizes: Sequence[tuple[int, int]], count: int
 
 
 def pairs_plan(pairs: Latents, count: int, shard: int, seed: int) -> Plan:
-    """Return the plan of `count` samples for the prompts and images of `pairs` (editing or
-    inpainting) but the held-out ones, from the noise of seed + i. Shards cycle through the sizes,
-    and each size through its samples."""
+    """Return the plan of `count` samples for the pairs that are not held out, from the noise of
+    seed + i. Shards cycle through the sizes, and each size through its samples."""
     sizes = list(pairs.buckets)
     shards = []
     first = dict.fromkeys(sizes, 0)
@@ -126,8 +124,7 @@ def given_prompts(sizes: Sequence[tuple[int, int]], captions: list[str]) -> list
 
 
 def held_out(latents: Latents, n: int) -> list[Prompts]:
-    """Return about n of the held-out samples of a folder of pairs, at least one of each size. They
-    never train, but another pair with the same source may."""
+    """Return about n held-out pairs, at least one of each size; others may have their sources."""
     parts = []
     each = max(1, n // len(latents.buckets))
     for (h, w), (x0, prompt_id) in latents.buckets.items():

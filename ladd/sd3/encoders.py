@@ -25,7 +25,7 @@ from ladd.data.prompts import Codec
 def sd3_codec(folder: str | Path, device: torch.device, t5: str, t5_tokens: int,
               cache: Path | None = None, tiled: bool = False) -> Codec:
     """Return the encoders and VAE of a pipeline folder, each of which is loaded when first needed.
-    With `cache`, a file of text, `embed` needs no encoders for prompts that it holds."""
+    `embed` remembers text in memory and in the file `cache`, and then needs no encoders."""
     folder = Path(folder)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     widths = text_widths(folder)
@@ -43,7 +43,6 @@ def sd3_codec(folder: str | Path, device: torch.device, t5: str, t5_tokens: int,
         return encode_prompts(encoders(), prompts).to("cpu", torch.bfloat16)
 
     def embed(prompts: list[str]) -> Text:
-        """Return `encode(prompts)`, remembered in memory and in the file `cache`."""
         keys = {prompt: hashlib.sha256(prompt.encode()).hexdigest() for prompt in prompts}
         new = [prompt for prompt, key in keys.items() if f"context.{key}" not in known]
         if new and cache and cache.exists():
@@ -75,15 +74,13 @@ def sd3_codec(folder: str | Path, device: torch.device, t5: str, t5_tokens: int,
 
     def release() -> None:
         encoders.cache_clear()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()    # nothing on a CPU
 
     return Codec(encode, embed, decode, latents, release, widths, lambda: {"encoders": identity()})
 
 
 def libraries():
-    """Return the modules (transformers, diffusers). Raises InputError that names a missing
-    package."""
+    """Return the modules (transformers, diffusers)."""
     # Both look for a package called kernels. Ours is hidden from them: where the real one is also
     # installed, they would import ours instead and fail.
     ours = sys.modules.get("kernels")
@@ -109,7 +106,7 @@ def libraries():
 @contextmanager
 def foreign(folder: Path, name: str) -> Iterator[None]:
     """Turn what the libraries raise for a published folder into an InputError. Nothing else may
-    catch every Exception: for files of wrong content they raise one of any type."""
+    catch every Exception: they raise one of any type for files of wrong content."""
     try:
         yield
     except InputError:
@@ -121,8 +118,7 @@ def foreign(folder: Path, name: str) -> Iterator[None]:
 
 def load_part(kind: type, folder: Path, **options):
     """Return kind.from_pretrained(folder): a tokenizer, or with `options` a frozen network. Raises
-    InputError where anything is missing: the libraries would fill missing weights with random
-    numbers and only print a warning."""
+    InputError for missing weights, which the libraries would only fill with random numbers."""
     name = kind.__name__
     files = {path.name: path for path in folder.glob("*.json")}
     complete = bool(files) if options else bool({"tokenizer.json", "vocab.json"} & files.keys())
@@ -141,9 +137,8 @@ def load_part(kind: type, folder: Path, **options):
         if not options:
             return loaded
         model, info = loaded
-        missing = sorted(info["missing_keys"])
-        must(not missing, f"{folder} must hold all weights of {name} (got no "
-             f"{', '.join(missing[:1])})")
+        missing = min(info["missing_keys"], default="")
+        must(not missing, f"{folder} must hold all weights of {name} (got no {missing})")
         return model.requires_grad_(False).eval()
 
 
@@ -177,8 +172,7 @@ class Encoders(NamedTuple):
 @torch.no_grad()
 def load_encoders(folder: str | Path, device: torch.device, dtype: torch.dtype, t5: str = "device",
                   t5_tokens: int = 256) -> Encoders:
-    """Load CLIP-L, CLIP-G and T5 from a pipeline folder. t5 "cpu" keeps T5 on the host, "none"
-    leaves it out."""
+    """Load CLIP-L, CLIP-G and T5, unless t5 is "none", from a pipeline folder, and try them."""
     must(t5 in ("device", "cpu", "none"), f"t5 must be device, cpu or none (got {t5!r})")
     must(1 <= t5_tokens <= 512, f"t5_tokens must be from 1 to 512 (got {t5_tokens})")
     transformers, _ = libraries()
@@ -188,7 +182,7 @@ def load_encoders(folder: str | Path, device: torch.device, dtype: torch.dtype, 
         part = folder / f"text_encoder{ending}"
         tokenizer = load_part(tokenizer, folder / f"tokenizer{ending}")
         model = load_part(model, part, dtype=dtype).to(device)
-        # some folders load but cannot be used; a few tokens show it early and take little time
+        # some folders load but cannot be used, which a few tokens show early
         with foreign(part, f"{type(model).__name__} that fits its tokenizer"):
             limit = t5_tokens if name == "T5" else model.config.max_position_embeddings
             encoder = Encoder(name, tokenizer, model, limit)
@@ -197,8 +191,8 @@ def load_encoders(folder: str | Path, device: torch.device, dtype: torch.dtype, 
                  f"tokenizer's {len(tokenizer)} tokens (got {embedded})")
             truncations(Encoders([encoder], None, t5_tokens, 1), ["a"])
             out = model(encoder.tokens(["", "a"])[:, :4], output_hidden_states=True)
-            finite = out[0].isfinite().all() and out.hidden_states[-2].isfinite().all()
-        must(bool(finite), f"{part}: its output must be finite (got NaN or inf)")
+            must(bool(out[0].isfinite().all() and out.hidden_states[-2].isfinite().all()),
+                 f"{part}: its output must be finite (got NaN or inf)")
         return encoder
 
     clip = transformers.CLIPTokenizer, transformers.CLIPTextModelWithProjection, device
@@ -207,10 +201,10 @@ def load_encoders(folder: str | Path, device: torch.device, dtype: torch.dtype, 
     sizes = [encoder.model.config.hidden_size for encoder in clips]
     must(sum(sizes) <= width, f"{folder}: the widths of the two CLIPs must add up to at most T5's "
          f"{width} (got {sizes})")
-    t5_encoder = None
-    if t5 != "none":
-        t5_encoder = load("T5", "_3", transformers.T5TokenizerFast, transformers.T5EncoderModel,
-                          torch.device("cpu") if t5 == "cpu" else device)
+    if t5 == "none":
+        return Encoders(clips, None, t5_tokens, width)
+    t5_encoder = load("T5", "_3", transformers.T5TokenizerFast, transformers.T5EncoderModel,
+                      torch.device("cpu") if t5 == "cpu" else device)
     return Encoders(clips, t5_encoder, t5_tokens, width)
 
 
@@ -228,10 +222,9 @@ def text_widths(folder: Path) -> tuple[int, int]:
 
 
 def whole_number(path: Path, key: str) -> int:
-    """Return a whole number above 0 of a configuration."""
-    part = path.parent
-    must(path.exists(), f"{part.parent} must be a StableDiffusion3 pipeline folder (got no "
-         f"{part.name})")
+    """Return a whole number above 0 of a configuration in a pipeline folder."""
+    must(path.exists(), f"{path.parents[1]} must be a StableDiffusion3 pipeline folder (got no "
+         f"{path.parent.name})")
     value = read_json(path, dict).get(key)
     must(type(value) is int and value > 0, f"{path}: {key} must be a whole number above 0 (got "
          f"{reprlib.repr(value)})")
@@ -297,20 +290,18 @@ def fingerprint(folder: str | Path, parts: Sequence[str]) -> str:
 # --- images ---
 
 def load_vae(folder: str | Path, device: torch.device):
-    """Load the VAE of a pipeline folder in fp32, as diffusers' training scripts do. Raise
-    InputError unless it encodes and decodes a small image."""
+    """Load the VAE of a pipeline folder in fp32, as diffusers' training scripts do, and try it."""
     folder = Path(folder) / "vae"
     vae = load_part(libraries()[1].AutoencoderKL, folder, torch_dtype=torch.float32,
                     low_cpu_mem_usage=False).to(device)
-    for key in ("scaling_factor", "shift_factor"):
-        value = vae.config[key]
-        must(type(value) in (int, float) or key == "shift_factor" and value is None,
-             f"{folder}/config.json: {key} must be a number (got {reprlib.repr(value)})")
+    shift = vae.config.shift_factor
+    for value in (vae.config.scaling_factor, 0 if shift is None else shift):
+        must(type(value) in (int, float), f"{folder}: scale and shift must be numbers (got {value!r})")
     with foreign(folder, "AutoencoderKL"):
         x0 = encode_images(vae, torch.zeros(1, 3, 64, 64))
         image = decode_latents(vae, x0)
-    must(list(x0.shape) == [1, 16, 8, 8] and list(image.shape) == [1, 3, 64, 64], f"{folder} must "
-         f"encode images to 16 channels at 1/8 of their size (got {list(x0.shape)} of 64x64)")
+    must(x0.shape == (1, 16, 8, 8) and image.shape == (1, 3, 64, 64), f"{folder} must make images "
+         f"16 channels at 1/8 of their size (got {list(x0.shape)} of 64x64)")
     must(bool(x0.isfinite().all() and image.isfinite().all()),
          f"{folder}: its output must be finite (got NaN or inf)")
     return vae
@@ -326,11 +317,9 @@ def encode_images(vae, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode_latents(vae, x0: Tensor, tiled: bool = False) -> Tensor:
-    """Return images [b, 3, H, W], fp32 in [-1, 1], of z = x0 / scale + shift.
-
-    `tiled` decodes overlapping tiles of the VAE's sample_size, which bounds the memory; since each
-    tile is normalized on its own, the values differ slightly.
-    """
+    """Return images [b, 3, H, W], fp32 in [-1, 1], of z = x0 / scale + shift. `tiled` decodes
+    overlapping tiles of the VAE's sample_size, which bounds the memory; since each tile is
+    normalized on its own, the values differ slightly."""
     vae.use_tiling = tiled
     z = x0.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0)
     return vae.decode(z.to(vae.device, vae.dtype)).sample.float().clamp(-1, 1)
