@@ -296,7 +296,7 @@ def load_vae(folder: str | Path, device: torch.device):
                     low_cpu_mem_usage=False).to(device)
     shift = vae.config.shift_factor
     for value in (vae.config.scaling_factor, 0 if shift is None else shift):
-        must(type(value) in (int, float), f"{folder}: scale and shift must be numbers (got {value!r})")
+        must(type(value) in (int, float), f"{folder}: scale, shift must be numbers (got {value!r})")
     with foreign(folder, "AutoencoderKL"):
         x0 = encode_images(vae, torch.zeros(1, 3, 64, 64))
         image = decode_latents(vae, x0)
