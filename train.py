@@ -414,12 +414,12 @@ def hash_inputs(config: Config) -> dict[str, str]:
     """Return a fingerprint of each file or folder that a flag names. --data toy is none, and
     --base may be gone once the run has its teacher."""
     hashes = {}
-    for name in ("teacher", "base", "data", "pairs", "prompts", "eval_prompts"):
-        path = Path(getattr(config, name))
-        if name in ("teacher", "base") and getattr(config, name) and path.exists():
-            hashes[name] = checkpoint.fingerprint(path)
-        elif getattr(config, name) and path.exists():
-            hashes[name.replace("_", "-")] = files.fingerprint(path)
+    for names, fingerprint in ((("teacher", "base"), checkpoint.fingerprint),
+                               (("data", "pairs", "prompts", "eval_prompts"), files.fingerprint)):
+        for name in names:
+            path = getattr(config, name)
+            if path and Path(path).exists():
+                hashes[name.replace("_", "-")] = fingerprint(path)
     return hashes
 
 

@@ -63,6 +63,9 @@ class Parser(argparse.ArgumentParser):
         for word in argv:
             must(not any(map(is_control, word)), "arguments must be UTF-8 text without control "
                  f"characters (got {word!r})")
+            # argparse of Python 3.11 would return an empty list
+            must(word != "--" and not word.endswith("=--"), f"unknown argument {word!r}; --help "
+                 "shows the flags")
         args, unknown = self.parse_known_args(argv)
         if unknown:
             flags = [s for a in self._actions for s in a.option_strings if s.startswith("--")]

@@ -280,7 +280,11 @@ def test_bf16_on_fp32_masters(tmp_path):
             assert out[key].dtype == value.dtype
             assert_close(f"{name} and ddp: {key}", out[key], twin[key], 1e-5)
             if key.startswith("loss") or key.startswith("grad"):
-                assert_close(f"{name}: {key}", out[key], value, 0.1)
+                # The gradient of q's and k's norm passes through the softmax's, P (dP - sum P dP),
+                # whose difference is about an eighth of its terms: 8 of the other gradients' 2^-6
+                # is 0.12, which CPUs with another order of bf16 sums reach.
+                norm = ".ln_" in key
+                assert_close(f"{name}: {key}", out[key], value, 0.2 if norm else 0.1)
 
 
 # a process hangs, a process is lost

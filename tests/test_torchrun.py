@@ -244,7 +244,9 @@ def test_sigterm_saves_a_lost_or_hanging_rank_ends_the_run(home, whole):
 def test_a_run_killed_at_random_ends_as_if_undisturbed(home, whole):
     """SIGKILL at 20 random moments and more: some time after the start, or after a new state."""
     flags = f"{REUSE} {QUIET} --steps 300 --save-every 4 --set log_every=4"
+    start = time.monotonic()
     main(home, f"--name calm {flags}")
+    pace = (time.monotonic() - start) / 75                      # s from one state to the next
     draw, kills, lives = random.Random(0), 0, 0
     done = home / "runs/killed/checkpoints/student.safetensors"
     listed = lambda: state.states(home / "runs/killed/checkpoints/distill")
@@ -254,7 +256,7 @@ def test_a_run_killed_at_random_ends_as_if_undisturbed(home, whole):
         before = listed()
         if draw.random() < 0.5:
             until(lambda: listed() != before or has_ended(child))
-        patience = draw.uniform(0, 0.1 if listed() != before else 0.5) if kills < 25 else 1e9
+        patience = draw.uniform(0, 2 * pace if listed() != before else 0.5) if kills < 25 else 1e9
         end = time.monotonic() + patience
         while time.monotonic() < end and not has_ended(child):
             time.sleep(0.005)

@@ -112,11 +112,12 @@ def open_state(folder: str | Path) -> State | None:
         held, header = read_tensors(part, verify=i % world == rank, renamed=False)
         must(header.get("step") == str(step), f"{part} must be of step {step} (got "
              f"{header.get('step')})")
-        rows = json.loads(header["rows"])
+        rows = read_rows(part, header.get("rows", ""))
         for name, tensor in held.items():
             shape, first = rows.get(name, (list(tensor.shape), 0))
             stored = tensors.setdefault(name, Stored(shape, tensor.dtype, []))
-            fits = shape == stored.shape and list(tensor.shape[1:]) == shape[1:]
+            fits = (shape == stored.shape and list(tensor.shape[1:]) == shape[1:]
+                    and (tensor.ndim > 0 or name not in rows))
             must(fits and tensor.dtype == stored.dtype,
                  f"{part}: {name} must be rows of {stored.shape} {stored.dtype} "
                  f"(got {list(tensor.shape)} {tensor.dtype} of {shape})")
@@ -124,6 +125,20 @@ def open_state(folder: str | Path) -> State | None:
     for name, stored in tensors.items():
         check_rows(path, name, stored)
     return State(path, step, about["meta"], tensors)
+
+
+def read_rows(part: Path, text: str) -> dict[str, tuple[list[int], int]]:
+    """Return {name: (full shape, first row)} from the header of a part."""
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError):
+        rows = None
+    must(isinstance(rows, dict) and all(isinstance(value, list) and len(value) == 2
+                                        and isinstance(value[0], list) and len(value[0]) > 0
+                                        and all(type(n) is int for n in [*value[0], value[1]])
+                                        for value in rows.values()),
+         f"{part}: rows must be an object of [full shape, first row] (got {text!r:.60})")
+    return rows
 
 
 def check_recipe(saved: State, recipe: Mapping[str, Any]) -> None:
