@@ -88,22 +88,21 @@ def locked(folder: Path) -> Iterator[None]:
     missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a+")
+        file = (folder / ".lock").open("a+b", buffering=0)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             file.seek(0)
             must(error.errno not in (errno.EAGAIN, errno.EACCES), f"{folder} is in use by "
-                 f"{file.read(200).strip()}; wait until that ends, or take another folder")
+                 f"{file.read(200).decode(errors='replace').strip()}; wait until that ends, or take another folder")
             if error.errno not in UNSUPPORTED:
                 raise
         try:
             with writing(folder):
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}, since "
-                           f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-                file.flush()
+                           f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
             yield
         finally:
             with suppress(OSError):
