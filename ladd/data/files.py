@@ -94,8 +94,9 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             file.seek(0)
-            must(error.errno not in (errno.EAGAIN, errno.EACCES), f"{folder} is in use by "
-                 f"{file.read(200).decode(errors='replace').strip()}; wait until that ends, or take another folder")
+            owner = file.read(200).decode(errors="replace").strip()
+            must(error.errno not in (errno.EAGAIN, errno.EACCES), f"{folder} is in use by {owner}; "
+                 "wait until that ends, or take another folder")
             if error.errno not in UNSUPPORTED:
                 raise
         try:
