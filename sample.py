@@ -50,7 +50,7 @@ from ladd.core.sampler import (UNGUIDED, Recipe, evaluations, image_noise, read_
                                step_counts)
 from ladd.data import masks
 from ladd.data.files import fingerprint, read_json
-from ladd.data.images import image_size, read_image
+from ladd.data.images import displayed, image_size, read_image
 from ladd.data.prompts import Codec, null_text, prompt_plan, read_prompts
 from ladd.engine import generate
 from ladd.engine.graphs import Graphed
@@ -255,8 +255,7 @@ def read_source(args: Namespace) -> Source | None:
     must(args.size is None or parse_size(args.size, "--size") == (h, w),
          f"--size must be that of --init-image {args.init_image}, {h}x{w} (got {args.size})")
     if mask is not None:
-        with Image.open(args.mask) as file:
-            transparent = file.has_transparency_data
+        transparent = displayed(Path(args.mask)).mode == "RGBA"
         colours = "transparency" if transparent else "colours"
         must(not transparent and bool((mask == mask[:1]).all()),
              f"--mask {args.mask} must be black and white (got {colours})")
@@ -384,6 +383,8 @@ def load_codec(args: Namespace, networks: Networks, device: torch.device,
         wanted = model.config.context_dim, model.config.pooled_dim
         must(codec.widths == wanted, f"--encoders {networks.encoders}: text must have widths "
              f"{wanted} (tokens, pooled), which the {role} reads (got {codec.widths})")
+    if not args.save_latents:
+        codec.decode(torch.zeros(1, CHANNELS, 8, 8))    # loads the VAE, before anything is sampled
     return codec
 
 

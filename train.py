@@ -508,6 +508,8 @@ def run_stages(config: Config, compute: Compute, needs: Needs, sizes: MMDiTConfi
     shown = shown_prompts(config, pairs)
     if (run / "report.json").exists() and (run / "checkpoints/student.safetensors").exists():
         return say(f"{run} is complete: {run / 'report.json'}")
+    if config.real and rank == 0:
+        codec.decode(torch.zeros(1, 16, 8, 8))      # loads the VAE, before anything is made
     with open_run(run, to_json(config), hash_inputs(config)) if rank == 0 else nullcontext():
         # one process writes the file of text, all read it
         if rank == 0 and config.real:

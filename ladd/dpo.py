@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ladd.cli import Parser, must, run_script
+from ladd.cli import InputError, Parser, must, run_script
 from ladd.build import read_config
 from ladd.core import flow, lora
 from ladd.core.losses import flow_loss
@@ -138,9 +138,12 @@ def read_pairs(path: Path, encoders: str, sizes: Sequence[tuple[int, int]], code
     number = {caption: i for i, caption in enumerate(captions)}
     parts = {}
     for line, pair in zip(found, files):
-        h, w = images.image_size(pair[0])
-        size = min(sizes, key=lambda hw: abs(hw[0] / hw[1] - h / w))
-        pixels = torch.stack([images.read_image(file, size) for file in pair])
+        try:
+            h, w = images.image_size(pair[0])
+            size = min(sizes, key=lambda hw: abs(hw[0] / hw[1] - h / w))
+            pixels = torch.stack([images.read_image(file, size) for file in pair])
+        except InputError as error:
+            raise InputError(f"{path}: {pair[0]} and {pair[1]}: {error}") from None
         latents = encode_images(vae, pixels.to(device) / 127.5 - 1)
         x0, ids = parts.setdefault((size[0] // 8, size[1] // 8), ([], []))
         x0.append(latents.cpu().flatten(0, 1))

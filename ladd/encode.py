@@ -26,11 +26,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ladd.cli import InputError, Parser, must, run_script
+from ladd.cli import InputError, Parser, must, one_line, run_script
 from ladd.core import flow
 from ladd.data import files, masks, shards
-from ladd.data.images import (Captioned, ahead, buckets, find_images, find_listed, find_pairs,
-                              measured, of_files, plan, read_image)
+from ladd.data.images import (Captioned, ahead, buckets, find_images, find_listed, measure,
+                              of_files, plan, read_image)
 from ladd.data.prompts import read_prompts
 from ladd.engine.run import compute_dtype, pick_device, progress
 from ladd.sd3.encoders import (encode_images, encode_prompts, encoder_identity, fingerprint,
@@ -71,19 +71,15 @@ def write_texts(args, prompts: list[str], provenance: dict, device: torch.device
 
 def read_sample(image: Captioned, hw: tuple[int, int], key: tuple[int, ...]) -> list[Tensor]:
     """Return the pixels uint8 [3, H, W] of an image or of target and source, cut to hw; with a
-    `key` also a mask bool [H, W], a function of it. Raises InputError with the reason where a file
-    cannot be used."""
+    `key` also a mask bool [H, W], a function of it."""
     mask = [masks.masks(1, hw, flow.generator(*key))[0]] if key else []
     return of_files(read_image, image, hw) + mask
 
 
 def encode_samples(vae, samples: list[list[Tensor]], task: str) -> list[Tensor]:
-    """Return x0 [b, c, h, w] and, for pairs, the latents of the sources [b, c, h, w], with masks
-    masks.image_condition [b, 1 + c, h, w]; on the CPU in fp16, which is finer than bf16 at the unit
-    scale of latents."""
-    def encode(pixels: Tensor) -> Tensor:
-        return encode_images(vae, pixels)
-
+    """Return x0 [b, c, h, w] and, for pairs, the latents of the sources, with masks their
+    image_condition; on the CPU in fp16, which is finer than bf16 at the unit scale of latents."""
+    encode = functools.partial(encode_images, vae)
     pixels, *more = (torch.stack(parts).to(vae.device) for parts in zip(*samples))
     pixels = pixels / 127.5 - 1
     latents = [encode(pixels)]
@@ -94,21 +90,19 @@ def encode_samples(vae, samples: list[list[Tensor]], task: str) -> list[Tensor]:
     return [t.half().cpu() for t in latents]
 
 
-def write_shards(args, pieces: list, number: dict[str, int], device: torch.device,
-                 pool: ThreadPoolExecutor, skipped: dict[str, str]) -> float:
-    """Write the missing shards, with images read ahead. Return the fraction of the time spent
-    waiting for images.
+def write_shards(args, pieces: list, number: dict[str, int], vae, pool: ThreadPoolExecutor,
+                 skipped: dict[str, str]) -> float:
+    """Write the missing shards, ((H, W), images) each; return the fraction of the time spent
+    waiting for images. `number` is the index of each caption.
 
-    `pieces` are ((H, W), images) of each shard, `number` the index of each caption. The reason why
-    a file cannot be used goes to `skipped` and, before its shard is written, to skipped.json. A
-    shard without any usable image is not written. A mask depends on --seed, the shard and the place
-    in it, so that neither skipped files nor an interruption change other masks.
+    The reason why a file cannot be used goes to `skipped` and, before its shard is written, to
+    skipped.json. A shard without any usable image is not written. A mask depends on --seed, the
+    shard and the place in it, so that neither skipped files nor an interruption change others.
     """
     out = Path(args.out)
     todo = shards.missing_shards(out, [(h // 8, w // 8) for (h, w), _ in pieces])
     if not todo:
         return 0.0
-    vae = load_vae(args.encoders, device)
     began = time.perf_counter()
     waited = 0.0
 
@@ -121,33 +115,31 @@ def write_shards(args, pieces: list, number: dict[str, int], device: torch.devic
     stream = ahead(pool, read_sample, requests(), 4 * args.batch)
     total = sum(len(images) for _, images in pieces)
     left = sum(len(pieces[index][1]) for index in todo)
-    bar = progress("images", total, total - left)
-    for index in todo:
-        images = pieces[index][1]
-        parts = []
-        ids = []
-        skipped_before = len(skipped)
-        for start in range(0, len(images), args.batch):
-            batch = images[start:start + args.batch]
-            samples = []
-            asked = time.perf_counter()
-            # the batch comes first: zip must not take a result from the stream after its end
-            for image, result in zip(batch, stream):
-                try:
-                    samples.append(result.result())
-                    ids.append(number[image.caption])
-                except InputError as error:
-                    skipped[image.name] = str(error)
-            waited += time.perf_counter() - asked
-            if samples:
-                parts.append(encode_samples(vae, samples, args.task))
-            bar.update(len(batch))
-        if len(skipped) > skipped_before:
-            files.write_json(out / "skipped.json", skipped)
-        if parts:
-            x0, *image = (torch.cat(part) for part in zip(*parts))
-            shards.write_shard(out, index, x0, torch.tensor(ids), *image)
-    bar.close()
+    with progress("images", total, total - left) as bar:
+        for index in todo:
+            images = pieces[index][1]
+            parts, ids = [], []
+            skipped_before = len(skipped)
+            for start in range(0, len(images), args.batch):
+                batch = images[start:start + args.batch]
+                samples = []
+                asked = time.perf_counter()
+                # the batch comes first: zip must not take a result from the stream after its end
+                for image, result in zip(batch, stream):
+                    try:
+                        samples.append(result.result())
+                        ids.append(number[image.caption])
+                    except InputError as error:
+                        skipped[image.name] = str(error)
+                waited += time.perf_counter() - asked
+                if samples:
+                    parts.append(encode_samples(vae, samples, args.task))
+                bar.update(len(batch))
+            if len(skipped) > skipped_before:
+                files.write_json(out / "skipped.json", skipped)
+            if parts:
+                x0, *image = (torch.cat(part) for part in zip(*parts))
+                shards.write_shard(out, index, x0, torch.tensor(ids), *image)
     return waited / (time.perf_counter() - began)
 
 
@@ -163,12 +155,12 @@ def parse(argv: list[str]):
         help="StableDiffusion3 pipeline folder: text encoders, tokenizers, vae")
     add("--out", required=True, help="folder of latents and text to create or complete")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--images",
-                        help="folder of images, each with a .txt or .json caption next to it")
+    source.add_argument("--images", help="folder of images, each with a .txt, .caption or .json "
+                        "caption next to it, or listed in a metadata.jsonl or metadata.csv")
     source.add_argument("--jsonl", help='file of {"image": path, "caption": text} lines; for '
                         '--task edit of {"source": path, "target": path, "instruction": text}')
-    source.add_argument("--prompt-file",
-                        help='.txt or .jsonl ({"prompt": text}) file: encode only text')
+    source.add_argument("--prompt-file", help=".txt file, or .jsonl, .json or .csv with a prompt, "
+                        "text or caption each: encode only text")
     add("--t5", default="device", choices=("device", "cpu", "none"),
         help="where T5 runs; none: its tokens are zeros")
     add("--t5-tokens", type=int, default=256, help="tokens of T5, 1 to 512")
@@ -183,8 +175,8 @@ def parse(argv: list[str]):
     add("--seed", type=int, help="seed of the masks (--task inpaint), default 0")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     args = parser.parse(argv)
-    given = next(flag for flag, value in (("--images", args.images), ("--jsonl", args.jsonl),
-                                          ("--prompt-file", args.prompt_file)) if value is not None)
+    given = next(f"--{name}".replace("_", "-") for name in ("images", "jsonl", "prompt_file")
+                 if getattr(args, name) is not None)
     must(args.task != "edit" or given == "--jsonl",
          f"--task edit requires --jsonl FILE of pairs (got {given})")
     must(args.task != "inpaint" or given != "--prompt-file",
@@ -203,21 +195,21 @@ def parse(argv: list[str]):
 def main(argv: list[str]) -> None:
     args = parse(argv)
     device = pick_device(args.device)
+    with files.locked(Path(args.out)), ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        encode_all(args, device, pool)
+
+
+def encode_all(args, device: torch.device, pool: ThreadPoolExecutor) -> None:
+    """Encode what the options name, and print how many images of each size the folder holds, and
+    what is left out and why."""
     provenance = {"source": "ladd.encode",
                   "text": encoder_identity(args.encoders, args.t5, args.t5_tokens)}
     if args.prompt_file is not None:
         found, notes = read_prompts(args.prompt_file)
         prompts = list(dict.fromkeys(found))
-        print(*notes, f"{args.prompt_file}: {len(found)} prompts, {len(prompts)} distinct",
-              sep="\n")
+        notes.append(f"{args.prompt_file}: {len(found)} prompts, {len(prompts)} distinct")
+        print(*map(one_line, notes), sep="\n")
         return write_texts(args, prompts, provenance, device)
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        encode_all(args, provenance, device, pool)
-
-
-def encode_all(args, provenance: dict, device: torch.device, pool: ThreadPoolExecutor) -> None:
-    """Encode the captions and images of --images or --jsonl, and print how many images of each size
-    the folder holds, and which are skipped and why."""
     out = Path(args.out)
     what = "pair" if args.task == "edit" else "image"
     skipped = {}
@@ -226,34 +218,43 @@ def encode_all(args, provenance: dict, device: torch.device, pool: ThreadPoolExe
         listed, skipped = find_images(source)
     else:
         source, root = args.jsonl, Path(args.jsonl).parent
-        listed = find_pairs(source) if args.task == "edit" else find_listed(source)
+        listed = find_listed(source, pairs=args.task == "edit")
+    images = []
     with progress("headers", len(listed)) as bar:
-        images = measured(listed, pool, skipped, bar.update)
+        for image, result in zip(listed, ahead(pool, measure, zip(listed), 64)):
+            try:
+                images.append(result.result())
+            except InputError as error:
+                skipped[image.name] = str(error)
+            bar.update()
     if not images:
         path, reason = next(iter(skipped.items()), (source, "it has no lines"))
         raise InputError(f"{source} must have at least one {what} to encode "
                          f"(got none; {path}: {reason})")
 
     prompts = list(dict.fromkeys(image.caption for image in images))
-    table = json.dumps([[*of_files(os.path.relpath, image, root), image.caption, image.hw]
-                        for image in images])
+    table = json.dumps([[*of_files(os.path.relpath, image, root), image.caption, image.hw,
+                         image.version] for image in images])
     provenance["task"] = args.task
     if args.task == "inpaint":
         provenance["seed"] = args.seed
+    digest = hashlib.sha256(table.encode()).hexdigest()[:16]
     provenance |= {"vae": fingerprint(args.encoders, ["vae"]), "images": len(images),
-                   "list": hashlib.sha256(table.encode()).hexdigest()[:16], "area": args.area,
+                   "list": f"{digest} of names, captions, sizes and times", "area": args.area,
                    "multiple": args.multiple, "shard": args.shard, "least": args.least}
+    pieces = plan(images, args.area, args.multiple, args.least, args.shard)
+    # a bad VAE is found before the text is encoded, which may take hours
+    vae = load_vae(args.encoders, device) if len(shards.shards(out)) < len(pieces) else None
     write_texts(args, prompts, provenance, device)
 
     if (out / "skipped.json").exists():     # from shards that are already written
         skipped = files.read_json(out / "skipped.json", dict) | skipped
-    pieces = plan(images, args.area, args.multiple, args.least, args.shard)
     number = {prompt: i for i, prompt in enumerate(prompts)}
-    waiting = write_shards(args, pieces, number, device, pool, skipped)
+    waiting = write_shards(args, pieces, number, vae, pool, skipped)
     files.write_json(out / "skipped.json", skipped)
 
     for path, reason in list(skipped.items())[:20]:
-        print(f"skipped {path}: {reason}")
+        print(one_line(f"skipped {path}: {reason}"))
     counts = Counter()
     enlarged = 0
     for (h, w), part in pieces:
@@ -264,6 +265,11 @@ def encode_all(args, provenance: dict, device: torch.device, pool: ThreadPoolExe
     print("  ".join(f"{h}x{w}: {n}" for (h, w), n in sorted(counts.items())))
     print(f"{counts.total()} {what}s, {enlarged} of them enlarged, {len(skipped)} skipped "
           f"(skipped.json); waited {waiting:.1%} of the time for {what}s")
+    kinds = Counter(str(reason)[:8] for reason in skipped.values())     # "no image", "no capti"
+    print(f"skipped: {kinds['no capti']} images without a caption, {kinds['no image']} captions "
+          f"without an image, {len(skipped) - kinds['no capti'] - kinds['no image']} unusable")
+    if empty := sum(not image.caption.strip() for image in images):
+        print(f"warning: {empty} captions are empty; their {what}s train the empty prompt")
 
 
 if __name__ == "__main__":

@@ -245,3 +245,6 @@ def test_pairs_of_files_are_encoded_in_the_nearest_size(tmp_path):
     a, b = (encoders.encode_images(vae, p[None] / 127.5 - 1)[0] for p in pixels)
     assert_close("pair", x0[0], torch.cat([b, a]), 1e-5)
     assert_close("pair", x0[1], torch.cat([a, b]), 1e-5)
+    (tmp_path / "b.png").write_text("no image")
+    with pytest.raises(InputError, match="pairs.jsonl: .*b.png and .*a.png: not a complete image"):
+        dpo.read_pairs(tmp_path / "pairs.jsonl", str(folder), sizes, codec, cpu)

@@ -1,5 +1,6 @@
 """Text and latents against transformers and diffusers on a tiny random SD3; the command and its bad
 input."""
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import assert_close, rng, script
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ladd import encode
 from ladd.cli import InputError
@@ -112,8 +114,6 @@ def test_bad_encoders_raise(folder, tmp_path):
     message = r"must be a StableDiffusion3 pipeline folder \(got no text_encoder\)"
     with pytest.raises(InputError, match=message):
         encoder_identity(tmp_path)
-    with pytest.raises(InputError, match=r"prompts: at least one is needed \(got none\)"):
-        encode_prompts(None, [])
 
 
 def copy_with(folder: Path, to: Path, **parts: str) -> Path:
@@ -194,6 +194,96 @@ assert out.images.shape == (1, 64, 96, 3)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+# folders of others
+
+def damaged(folder: Path, to: Path, file: str, change) -> Path:
+    """The pipeline folder again, with the content of one file changed by `change`."""
+    part, name = file.split("/")
+    copy_with(folder, to)
+    (to / part).unlink()
+    shutil.copytree(folder / part, to / part)
+    content = (to / file).read_bytes()
+    if callable(change):
+        change(to / file)
+    elif isinstance(change, dict):
+        (to / file).write_text(json.dumps(json.loads(content) | change))
+    else:
+        (to / file).write_bytes(change)
+    return to
+
+
+def weight(name: str, value: float):
+    """A change of the first value of a tensor."""
+    def change(path: Path) -> None:
+        tensors = load_file(path)
+        tensors[name].view(-1)[0] = value
+        save_file(tensors, path, {"format": "pt"})
+    return change
+
+
+CLIP, T5, VAE = "text_encoder/config.json", "text_encoder_3/config.json", "vae/config.json"
+TOKENS, SETUP = "tokenizer_2/tokenizer.json", "tokenizer_3/tokenizer_config.json"
+DEEP, DIGITS = b"[" * 100_000, b'{"d_model": ' + b"9" * 5000 + b"}"
+FOREIGN = [
+    *((file, change, "not a complete JSON file") for file in (CLIP, T5, VAE, TOKENS, SETUP)
+      for change in (DEEP, DIGITS, b"", b"\xff\xfe{}", b'{"a": ')),
+    *((file, change, "must be a JSON object") for file in (CLIP, T5, VAE, TOKENS, SETUP)
+      for change in (b"null", b"5", b"[]", b"true")),
+    *((file, {"quantization_config": {"quant_method": "bitsandbytes"}}, "must not be quantized")
+      for file in (CLIP, T5, VAE)),
+    *((CLIP, {key: value}, "text_encoder") for key, value in (
+        ("hidden_act", "nonsense"), ("hidden_act", 5), ("num_attention_heads", 0),
+        ("num_attention_heads", "x"), ("num_hidden_layers", None), ("num_hidden_layers", 10 ** 9),
+        ("vocab_size", 10 ** 15), ("vocab_size", 3), ("hidden_size", []),
+        ("projection_dim", None), ("projection_dim", "32"), ("projection_dim", True),
+        ("projection_dim", -1), ("max_position_embeddings", {}), ("max_position_embeddings", 76),
+        ("layer_norm_eps", "x"))),
+    *((T5, {key: value}, "text_encoder_3") for key, value in (
+        ("d_model", 0), ("d_model", "x"), ("d_kv", None),
+        ("num_layers", 10 ** 7), ("relative_attention_num_buckets", []), ("d_ff", 0))),
+    (T5, {"feed_forward_proj": "nonsense", "dense_act_fn": "nonsense"}, "text_encoder_3"),
+    *((VAE, {key: value}, "vae") for key, value in (
+        ("act_fn", "nonsense"), ("scaling_factor", "x"), ("scaling_factor", None),
+        ("scaling_factor", 0), ("scaling_factor", True), ("shift_factor", []),
+        ("block_out_channels", 5), ("block_out_channels", []), ("down_block_types", ["x"]),
+        ("latent_channels", 4), ("norm_num_groups", 0), ("layers_per_block", 10 ** 6),
+        ("sample_size", "x"), ("in_channels", None))),
+    *((TOKENS, {key: value}, "tokenizer_2") for key, value in (
+        ("model", None), ("model", {"type": "nonsense"}), ("added_tokens", 5), ("decoder", []))),
+    *((SETUP, {key: value}, "_3") for key, value in (
+        ("model_max_length", "x"), ("pad_token", 5), ("pad_token", None),
+        ("added_tokens_decoder", {"0": 5}))),
+    ("text_encoder/model.safetensors", weight("text_model.final_layer_norm.bias", np.nan),
+     "text_encoder: its output must be finite"),
+    ("text_encoder_3/model.safetensors", weight("shared.weight", np.inf), "must be finite"),
+    ("vae/diffusion_pytorch_model.safetensors", weight("decoder.conv_out.bias", np.nan),
+     "vae: its output must be finite"),
+    *((file, Path.unlink, "must") for file in (CLIP, T5, VAE, TOKENS,
+                                               "text_encoder/model.safetensors"))]
+
+
+@pytest.mark.parametrize("case", range(len(FOREIGN)))
+def test_a_folder_that_cannot_be_used_is_named_in_one_line(folder, tmp_path, case):
+    file, change, message = FOREIGN[case]
+    bad = damaged(folder, tmp_path / "bad", file, change)
+    with pytest.raises(InputError, match=message) as error:
+        if file.startswith("vae"):
+            load_vae(bad, CPU)
+        else:
+            sd3_codec(bad, CPU, "device", 8).embed(["a red circle"])
+    assert str(bad) in str(error.value) and "\n" not in str(error.value)
+    if "(got: " in str(error.value):
+        assert error.value.__cause__ is not None
+
+
+def test_a_bad_vae_is_found_before_text_is_encoded(folder, pictures, tmp_path, monkeypatch):
+    bad = damaged(folder, tmp_path / "bad", VAE, {"act_fn": "nonsense"})
+    monkeypatch.setattr(encode, "encode_prompts", lambda *args: pytest.fail("encoded text"))
+    with pytest.raises(InputError, match="vae must hold a complete AutoencoderKL"):
+        command(bad, tmp_path / "out", "--images", str(pictures))
+    assert not (tmp_path / "out").exists()
+
+
 # the cache of text
 
 def test_the_cache_asks_for_each_prompt_once_and_gives_equal_text(tmp_path, folder, encoders,
@@ -242,6 +332,34 @@ def test_the_cache_of_other_encoders_raises_and_survives_a_failure(tmp_path, fol
         embed(8, "a")
 
 
+@pytest.mark.parametrize("name, tensor", [
+    ("context", torch.zeros(85, JOINT)), ("context", torch.zeros(84, JOINT).bfloat16()),
+    ("context", torch.zeros(85, 97).bfloat16()), ("context", torch.zeros(1, 85, 96).bfloat16()),
+    ("context", torch.full((85, JOINT), np.nan).bfloat16()), ("context", torch.zeros(0)),
+    ("pooled", torch.zeros(JOINT).bfloat16()), ("pooled", torch.zeros(POOLED).half()),
+    ("pooled", torch.full((POOLED,), np.inf).bfloat16()), ("pooled", torch.zeros(POOLED).long())])
+def test_text_of_another_form_in_the_cache_is_refused(tmp_path, folder, name, tensor):
+    path = tmp_path / "text.safetensors"
+    embed = lambda: sd3_codec(folder, CPU, "device", 8, path).embed(["a"])
+    embed()
+    tensors, about = read_tensors(path)
+    key = next(key for key in tensors if key.startswith(name))
+    save_file({key: t.clone() for key, t in tensors.items()} | {key: tensor}, path, about)
+    wanted = "85, 96" if name == "context" else "80"
+    with pytest.raises(InputError, match=rf"{key} must be \[{wanted}\] in bf16, finite, "):
+        embed()
+
+
+def test_half_of_a_text_in_the_cache_is_refused(tmp_path, folder):
+    path = tmp_path / "text.safetensors"
+    embed = lambda: sd3_codec(folder, CPU, "device", 8, path).embed(["a"])
+    embed()
+    tensors, about = read_tensors(path)
+    save_file({key: t.clone() for key, t in tensors.items() if key[:7] == "context"}, path, about)
+    with pytest.raises(InputError, match=r"context.* must .* and have its pooled text \(got "):
+        embed()
+
+
 def test_identity_follows_weights_tokenizers_and_t5(folder, tmp_path):
     names = {encoder_identity(folder, t5, n) for t5, n in
              [("device", 256), ("cpu", 256), ("device", 77), ("none", 256)]}
@@ -282,13 +400,6 @@ def test_latents_are_the_librarys_scaled_and_shifted(vae, pipe):
     with torch.no_grad():
         expected = pipe.vae.decode(x0 / 1.5305 + .0609).sample.clamp(-1, 1)
     assert_close("image", decode_latents(vae, x0), expected)
-
-
-def test_images_of_other_shapes_raise(vae):
-    for shape in ((1, 3, 64, 60), (3, 64, 64), (1, 1, 64, 64)):
-        with pytest.raises(InputError, match=r"images must be \[b, 3, H, W\] .*8 ") as error:
-            encode_images(vae, torch.zeros(shape))
-        assert str(error.value).endswith(f"(got {list(shape)})")
 
 
 def test_tiles_are_close_to_the_full_image_without_seams(vae, monkeypatch):
@@ -438,7 +549,7 @@ def test_of_an_animation_the_first_frame_counts(tmp_path):
                            ["2 empty lines skipped", "1 comments skipped"]),
                           ("a.txt", "größe".encode(), ["größe"], []),
                           ("a.jsonl", b'{"prompt": "a", "seed": 3}\n\n{"prompt": ""}\n', ["a", ""],
-                           ["1 empty lines skipped"])])
+                           ["1 empty lines skipped", "1 empty prompts kept"])])
 def test_prompts_are_read_and_what_is_none_is_counted(tmp_path, name, content, prompts, notes):
     (tmp_path / name).write_bytes(content)
     found = read_prompts(tmp_path / name)
@@ -453,7 +564,7 @@ def test_prompts_are_read_and_what_is_none_is_counted(tmp_path, name, content, p
     ("a.jsonl", b'{"prompt": "a"}\n\n["b"]\n',
      "line 3 must be {\"prompt\": \"...\"} \\(got '\\[\"b\"\\]'\\)"),
     ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "b"', "line 2 must be"),
-    ("a.jsonl", b'{"text": "a"}', "line 1 must be"),
+    ("a.jsonl", b'{"title": "a"}', "line 1 must be"),
     ("a.jsonl", b'{"prompt": 3}', "line 1 must be"),
     ("a.jsonl", b'{"prompt": "\\ud800"}', "line 1 must be")])
 def test_bad_lists_of_prompts_are_refused(tmp_path, name, content, message):
@@ -491,7 +602,7 @@ def pictures(tmp_path_factory) -> Path:
     for name in ("cut", "no-image", "empty", "dot"):
         (root / "deep" / f"{name}.txt").write_text("a caption")
     (root / "deep" / "bad-text.txt").write_bytes(b"\xff")
-    (root / "deep" / "bad-json.json").write_text('{"text": "a"}')
+    (root / "deep" / "bad-json.json").write_text('{"title": "a"}')
     return root
 
 
@@ -512,7 +623,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 def digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in folder.rglob("*") if path.is_file()}
+            for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 def test_the_folder_holds_every_image_with_its_caption(done, folder, pictures, vae):
@@ -605,6 +716,135 @@ def test_a_prompt_file_gives_the_text_alone(folder, encoders, tmp_path, capsys, 
     printed = capsys.readouterr().out
     assert "4 prompts, 3 distinct" in printed and "1 comments skipped" in printed
     assert printed.count("1 of 3 prompts are cut to") == 3
+
+
+def test_the_summary_counts_what_is_left_out(folder, tmp_path, capsys):
+    """Also of names that are not UTF-8 or would reach the terminal raw."""
+    root = tmp_path / "pictures"
+    root.mkdir()
+    for name in ("a", "b", "c", "d", "\x1b[31mred\n", "e\udcff"):
+        Image.new("RGB", (64, 64), "red").save(root / f"{name}.png")
+        (root / f"{name}.txt").write_text(name.isascii() * "a cat")
+    (root / "b.txt").write_text(" \n")
+    (root / "c.txt").unlink()
+    (root / "f.caption").write_text("no image")
+    for name in ("d", "\x1b[31mred\n"):
+        (root / f"{name}.png").write_text("no image")
+    command(folder, tmp_path / "out", "--images", str(root))
+    printed = capsys.readouterr().out
+    assert "3 images, 0 of them enlarged, 4 skipped (skipped.json)" in printed
+    assert "skipped: 1 images without a caption, 1 captions without an image, 2 unusable" in printed
+    assert "warning: 2 captions are empty; their images train the empty prompt" in printed
+    assert f"skipped {root}/\\x1b[31mred\\n.png: not a complete image" in printed
+    assert printed.isprintable() or set(printed) - {"\n"} and "\x1b" not in printed
+    assert {Path(name).name for name in read_json(tmp_path / "out" / "skipped.json")} == {
+        "c.png", "d.png", "f.caption", "\x1b[31mred\n.png"}
+    latents = shards.read_folder(tmp_path / "out")
+    assert latents.prompts == ["a cat", ""] and latents.buckets[8, 8][1].tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["0.png", "deep/cut.png", "1.txt", "0.json", "deep/alone.txt"])
+def test_another_content_of_the_same_name_is_refused(folder, pictures, done, tmp_path, name):
+    """Also with the size in pixels and bytes that it had, and of a picture that was skipped."""
+    root, out = tmp_path / "pictures", tmp_path / "out"
+    shutil.copytree(pictures, root)
+    shutil.copytree(done, out)
+    command(folder, out, "--images", str(root))
+    if name.endswith("0.png"):
+        content = bytearray((root / name).read_bytes())
+        Image.fromarray(np.full((64, 64, 3), 7, np.uint8)).save(root / name)
+        padded = (root / name).read_bytes()
+        (root / name).write_bytes(padded + bytes(len(content) - len(padded)))
+        assert images.image_size(root / name) == (64, 64)
+    elif name.endswith("cut.png"):
+        shutil.copyfile(root / "0.png", root / name)
+    else:
+        (root / name).write_text('{"caption": "another"}')
+    before = digests(out)
+    with pytest.raises(InputError, match="made with (list|prompt|images) .*take another folder"):
+        command(folder, out, "--images", str(root))
+    assert digests(out) == before
+
+
+def test_two_commands_do_not_write_one_folder(folder, pictures, tmp_path):
+    with files.locked(tmp_path / "out"):
+        message = rf"out is in use by process {os.getpid()} on .*, since .*; wait until that ends"
+        for more in (["--images", str(pictures)], ["--prompt-file", "nowhere.txt"]):
+            with pytest.raises(InputError, match=message):
+                command(folder, tmp_path / "out", *more)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("function, number, place", [
+    ("mkdir", errno.EROFS, "os"), ("replace", errno.ENOSPC, "os"), ("replace", errno.EDQUOT, "os"),
+    ("fsync", errno.EIO, "os")])
+def test_a_file_system_that_refuses_is_one_line_and_nothing_is_left(folder, pictures, tmp_path,
+                                                                    monkeypatch, function, number,
+                                                                    place):
+    def refuse(*args, **options):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, function, refuse)
+        with pytest.raises(InputError, match=r"cannot be written \(" + os.strerror(number)):
+            command(folder, tmp_path / "deep" / "out", "--images", str(pictures))
+    assert not (tmp_path / "deep").exists()
+
+
+def test_out_may_not_be_a_file_nor_below_one(folder, pictures, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in ("file", "file/out", "a" * 300):
+        with pytest.raises(InputError, match=r"cannot be written \("):
+            command(folder, tmp_path / out, "--images", str(pictures))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_error_while_images_are_encoded_begins_a_line(folder, pictures, tmp_path, monkeypatch,
+                                                         capsys):
+    """A full disk after the first shard; what is complete stays and the command goes on from it."""
+    write = shards.write_tensors
+
+    def full(path, *args):
+        if path.name.startswith("00001"):
+            raise InputError(f"{path}: cannot be written (No space left on device)")
+        write(path, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "write_tensors", full)
+        with pytest.raises(InputError, match="No space left"):
+            command(folder, tmp_path / "out", "--images", str(pictures))
+    assert capsys.readouterr().err.endswith("\n")
+    assert (tmp_path / "out" / "00000-6x10.safetensors").exists()
+
+
+@pytest.mark.parametrize("form", ["metadata.jsonl", "metadata.csv", "caption", "json"])
+def test_the_forms_of_other_programs_give_the_same_latents(folder, tmp_path, form):
+    """Of a folder that is reached by a link."""
+    for name in ("plain", "other"):
+        for i in range(3):
+            pixels = np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8)
+            (tmp_path / name / "sub").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / name / "sub" / f"{i}.png")
+    rows = [{"file_name": f"sub/{i}.png", "text": f"a {i}, b"} for i in range(3)]
+    for i, row in enumerate(rows):
+        (tmp_path / "plain" / "sub" / f"{i}.txt").write_text(row["text"])
+        if form in ("caption", "json"):
+            content = row["text"] if form == "caption" else json.dumps(row)
+            (tmp_path / "other" / "sub" / f"{i}.{form}").write_text(content)
+    if form == "metadata.jsonl":
+        (tmp_path / "other" / form).write_text("\n".join(map(json.dumps, rows)))
+    if form == "metadata.csv":
+        lines = [f'{row["file_name"]},"{row["text"]}"' for row in rows]
+        (tmp_path / "other" / form).write_text("file_name,text\n" + "\n".join(lines))
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "link").symlink_to(tmp_path / "other")
+    command(folder, tmp_path / "a", "--images", str(tmp_path / "plain"))
+    command(folder, tmp_path / "b", "--images", str(tmp_path / "root"))
+    a, b = shards.read_folder(tmp_path / "a"), shards.read_folder(tmp_path / "b")
+    every = torch.arange(3)
+    assert a.prompts == b.prompts and torch.equal(a.context[every], b.context[every])
+    assert all(torch.equal(one[every], two[every]) for one, two in
+               zip(a.buckets[8, 8], b.buckets[8, 8]))
 
 
 # pairs and masks
@@ -726,13 +966,15 @@ def test_masks_follow_from_the_seed_and_the_place_alone(folder, pictures, holes,
     command(folder, tmp_path / "out", *flags, "--seed", "5")
     one, two = (weights(path / "00001-8x8.safetensors") for path in (holes, tmp_path / "out"))
     assert all(torch.equal(one[name], two[name]) for name in one)
-    whole = (root / "0.png").read_bytes()
-    (root / "0.png").write_bytes(whole[:-4000])
+    whole, stat = (root / "0.png").read_bytes(), (root / "0.png").stat()
+    (root / "0.png").write_bytes(whole[:1000] + bytes(4000) + whole[5000:])     # broken pixels
+    os.utime(root / "0.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
     command(folder, tmp_path / "cut", *flags, "--seed", "5", "--batch", "1")
     cut = weights(tmp_path / "cut" / "00001-8x8.safetensors")
     assert torch.equal(cut["image"][:, 0], one["image"][1:, 0])
     assert_close("image", cut["image"], one["image"][1:], 2e-3)
     (root / "0.png").write_bytes(whole)
+    os.utime(root / "0.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
     for more in ([], ["--seed", "6"]):
         with pytest.raises(InputError, match=r"made with seed 5 \(got [06]\)"):
             command(folder, tmp_path / "out", *flags, *more)

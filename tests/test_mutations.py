@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -357,7 +358,11 @@ def test_prompt_files(made, tmp_path, name):
     data = (made / name).read_bytes()
 
     def call(content: bytes) -> None:
-        for ending in (name, name.upper(), "prompts.csv", "prompts.json", "prompts"):
+        for ending in ("prompts.csv", "prompts.json", "prompts"):   # of another form
+            (tmp_path / ending).write_bytes(content)
+            with suppress(InputError):
+                read_prompts(tmp_path / ending)
+        for ending in (name, name.upper()):
             (tmp_path / ending).write_bytes(content)
             read_prompts(tmp_path / ending)
 

@@ -380,6 +380,23 @@ def test_inpainting_keeps_every_pixel_outside_the_mask_and_sees_none_under_it(ta
     assert (record["task"], record["init_image"], record["mask"]) == ("inpaint", "a.png", "m.png")
 
 
+@pytest.mark.parametrize("ending", ["tif", "png"])
+def test_a_turned_picture_and_mask_are_taken_as_displayed(task_runs, tmp_path, ending):
+    save_pixels(tmp_path / "a.png", 0, (48, 80))
+    save_mask(tmp_path / "m.png", (48, 80))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turn = {"tiffinfo": {0x0112: 6}} if ending == "tif" else {"exif": exif}
+    for name in "a", "m":
+        with Image.open(tmp_path / f"{name}.png") as image:
+            image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / f"{name}2.{ending}", **turn)
+    shots = []
+    for a, m, out in (("a.png", "m.png", "1.png"), (f"a2.{ending}", f"m2.{ending}", "2.png")):
+        shots.append(shoot(task_runs["inpaint"], tmp_path / out, "--init-image",
+                           str(tmp_path / a), "--mask", str(tmp_path / m)))
+    assert shots[0].shape[:2] == (48, 80) and (shots[0] == shots[1]).all()
+
+
 def test_strength_starts_from_the_noised_picture(run, tmp_path, capsys):
     init = encode(save_pixels(tmp_path / "a.png", 0))
     shot = lambda name, strength, *flags: shoot(run, tmp_path / name, "--init-image",
@@ -487,6 +504,15 @@ def test_a_real_picture_is_encoded_by_the_vae_that_decodes(tmp_path, monkeypatch
     image = pixels(tmp_path / "of_a.png")
     assert (image == pixels(tmp_path / "of_b.png")).all() and differ(image, source)
     assert (np.where(mask, source, image) == source).all()
+
+    # a VAE that cannot be used is found before anything is sampled
+    config = folder / "vae" / "config.json"
+    config.write_text(config.read_text().replace('"silu"', '"nonsense"'))
+    monkeypatch.setattr(sample, "sample", lambda *args: pytest.fail("sampled"))
+    with pytest.raises(InputError, match="vae must hold a complete AutoencoderKL"):
+        sample.main([*flags, "--init-image", str(tmp_path / "a.png"), "--out",
+                     str(tmp_path / "new" / "o.png")])
+    assert not (tmp_path / "new").exists()
 
 
 # loras

@@ -41,11 +41,9 @@ class Batching(NamedTuple):
 
 def micro_batches(latents: Latents, batching: Batching, config: LaddConfig, index: int,
                   step: int, key: tuple[int, ...]) -> list[MicroBatch]:
-    """Return this process's micro-batches of batch number `index` of the latents.
-
-    Random numbers are functions of `key`; noise levels are those of the student's step `step`. A
-    fraction config.mismatched of the samples, evenly spread, gets a mismatched caption.
-    """
+    """Return this process's micro-batches of batch number `index` of the latents. Random numbers
+    are functions of `key`; noise levels are those of the student's step `step`. A fraction
+    config.mismatched of the samples, evenly spread, gets a mismatched caption."""
     seed, batch, micro, _, _, rank, world = batching
     bucket, chosen = latents.choose(index, batch, seed, latents.holdout)
     # Every process draws the mismatched captions of the full batch and keeps those of its rows:
@@ -73,21 +71,16 @@ def micro_batches(latents: Latents, batching: Batching, config: LaddConfig, inde
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """Return the tensors of nested tuples and lists on `device`.
-
-    The host does not wait for copies from pinned memory. They run in the GPU's stream, after the
-    work that was queued before them.
-    """
+    """Return the tensors of nested tuples and lists on `device`. The host does not wait for copies
+    from pinned memory, which run in the GPU's stream after the work queued before them."""
     return tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), value)
 
 
 class Prefetch:
-    """Iterate over make(*key) on `device`.
+    """Iterate over make(*key) on `device`; `waited` is the seconds that the loop waited for data.
 
     For a GPU, a thread makes and pins the next value meanwhile. On the CPU a thread would take
     the cores of the networks, so each value is made when it is asked for.
-
-    waited: seconds that the loop waited for data.
     """
 
     def __init__(self, make: Callable, keys: Iterable[tuple], device: torch.device):
@@ -99,8 +92,7 @@ class Prefetch:
                 yield self.wait(partial(self.make, *key))
             return
 
-        def pinned(*key) -> Any:
-            """Return make(*key) in pinned (page-locked) memory."""
+        def pinned(*key) -> Any:    # page-locked
             return tree_map_only(Tensor, Tensor.pin_memory, self.make(*key))
 
         with ThreadPoolExecutor(1) as pool:

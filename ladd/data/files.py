@@ -3,6 +3,7 @@
 What must be complete or absent goes through `publish`, every JSON file that is read through
 `read_json`, every tensor through `write_tensors` and `read_tensors`.
 """
+import csv
 import errno
 import fcntl
 import hashlib
@@ -10,11 +11,12 @@ import json
 import math
 import os
 import re
+import reprlib
 import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK,
                errno.EPERM}
 UNKNOWN = "0" * 64      # stands for the checksum while it is computed
+# other names that the files of other programs have for what we call so
+ALIASES = {"prompt": ("text", "caption"), "caption": ("text", "prompt"), "image": ("file_name",)}
 
 
 # --- writing ---
@@ -80,25 +84,33 @@ def sync(path: Path) -> None:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Make a folder and keep other commands out of it until the block ends, where the file system
-    has locks. Raise InputError that says who uses it."""
+    has locks. Raise InputError that says who uses it. A block without any file leaves no folder."""
+    missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a+")
+        file = (folder / ".lock").open("a+b", buffering=0)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             file.seek(0)
-            must(error.errno not in (errno.EAGAIN, errno.EACCES), f"{folder} is in use by "
-                 f"{file.read(200).strip()}; wait until that ends, or take another folder")
+            owner = file.read(200).decode(errors="replace").strip()
+            must(error.errno not in (errno.EAGAIN, errno.EACCES), f"{folder} is in use by {owner}; "
+                 "wait until that ends, or take another folder")
             if error.errno not in UNSUPPORTED:
                 raise
-        with writing(folder):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}, since "
-                       f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-            file.flush()
-        yield
+        try:
+            with writing(folder):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}, since "
+                           f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
+            yield
+        finally:
+            with suppress(OSError):
+                if os.listdir(folder) == [".lock"]:
+                    (folder / ".lock").unlink()
+                    for path in missing:
+                        path.rmdir()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor],
@@ -272,19 +284,38 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
+def text_of(value: Any, key: str) -> str | None:
+    """Return the text that an object has for `key` or one of its ALIASES, None without."""
+    names = (key, *ALIASES.get(key, ())) if isinstance(value, dict) else ()
+    return next((value[name] for name in names if is_text(value.get(name))), None)
+
+
 def read_objects(path: str | Path, keys: Sequence[str]) -> list[dict]:
-    """Return the objects of a .jsonl file without its empty lines; raise InputError that names the
-    first line which has no text for one of `keys`."""
-    objects = []
-    wanted = ", ".join(f'"{key}": "..."' for key in keys)
-    for number, line in enumerate(read_lines(path), 1):
-        if not line:
-            continue
+    """Return the items of a .json list, the rows of a .csv file, or the lines of any other file,
+    JSON each, without empty ones; raise InputError that names the first without a text for one of
+    `keys` or their ALIASES. An item may be the text of the first key alone."""
+    path = Path(path)
+    what = {".json": "item", ".csv": "row"}.get(path.suffix.lower(), "line")
+    found = read_json(path, list) if what == "item" else read_lines(path)
+    if what == "row":
+        rows = csv.reader((line + "\n" for line in found), skipinitialspace=True, strict=True)
         try:
-            value = parse_json(line)
-        except (ValueError, RecursionError):
-            value = None
-        must(isinstance(value, dict) and all(is_text(value.get(key)) for key in keys),
-             f"{path}: line {number} must be {{{wanted}}} (got {line[:60]!r})")
-        objects.append(value)
+            names = [name.strip().lower() for name in next(rows)]
+            found = [dict(zip(names, row, strict=True)) if row else "" for row in rows]
+        except (csv.Error, ValueError) as error:
+            raise InputError(f"{path} must be a CSV file with names in its first row and a cell "
+                             f"for each in the others, in quotes with commas ({error})") from None
+    objects = []
+    for number, shown in enumerate(found, 1):
+        if shown == "" and what != "item":
+            continue
+        value = {keys[0]: shown} if isinstance(shown, str) and what == "item" else shown
+        if what == "line":
+            with suppress(ValueError, RecursionError):
+                value = parse_json(shown)
+        texts = {key: text_of(value, key) for key in keys}
+        wanted = ", ".join(f'"{key}": "..."' for key in keys)
+        must(None not in texts.values(), f"{path}: {what} {number} must be {{{wanted}}} (got "
+             f"{reprlib.repr(shown)})")
+        objects.append(value | texts)
     return objects

@@ -85,8 +85,7 @@ def _brushed(starts: Tensor, ends: Tensor, radius: Tensor, hw: tuple[int, int]) 
 
 
 def _borders(n: int, hw: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Return margins to outpaint, U(1/8, 3/8) of the image wide: each of four with probability 1/2,
-    at least one of them."""
+    """Return 1 to 4 margins to outpaint, each U(1/8, 3/8) wide and there with probability 1/2."""
     margin, present = torch.rand(2, n, 4, generator=generator)
     one = F.one_hot(torch.randint(4, (n,), generator=generator), 4).bool()
     margin = torch.where(one | (present < 0.5), 0.125 + 0.25 * margin, 0)
@@ -94,7 +93,6 @@ def _borders(n: int, hw: tuple[int, int], generator: torch.Generator) -> Tensor:
 
 
 def _everything(n: int, hw: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Return masks that repaint the full image."""
     return torch.ones(n, *hw, dtype=torch.bool)
 
 
@@ -103,8 +101,7 @@ MASKS = {"rectangle": _rectangles, "polygon": _polygons, "strokes": _strokes, "b
 
 
 def masks(n: int, hw: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Return n masks, bool [n, H, W], each of which repaints something; the kinds alternate,
-    starting with a random one."""
+    """Return n masks, bool [n, H, W], none empty; the kinds alternate from a random one on."""
     first = int(torch.randint(len(MASKS), (1,), generator=generator))
     out = torch.empty(n, *hw, dtype=torch.bool)
     for i, draw in enumerate(MASKS.values()):
@@ -116,8 +113,7 @@ def masks(n: int, hw: tuple[int, int], generator: torch.Generator) -> Tensor:
 # --- applying masks ---
 
 def check_mask(mask: Tensor, hw: tuple[int, int]) -> Tensor:
-    """Return a user's mask [b, H, W] (bool, 0 and 1, or 0 and 255) as bool. Raise InputError for
-    another size than the image's, other values, or a mask without white."""
+    """Return a user's mask [b, H, W] (bool, 0 and 1, or 0 and 255) as bool."""
     must(tuple(mask.shape[1:]) == tuple(hw), f"mask must have the image's size, {hw[0]}x{hw[1]} "
          f"pixels (got {'x'.join(map(str, mask.shape[1:]))})")
     white = 255 if mask.numel() and mask.max() > 1 else 1
@@ -132,11 +128,8 @@ def check_mask(mask: Tensor, hw: tuple[int, int]) -> Tensor:
 
 def latent_mask(mask: Tensor) -> Tensor:
     """Return the mask [b, H, W] of latents, float32 [b, 1, H/8, W/8]: 1 where any of the 8 x 8
-    pixels of a latent is repainted.
-
-    No latent that is kept then depends on repainted pixels. A VAE whose receptive field is larger
-    than 8 x 8 also needs `masked` images for this.
-    """
+    pixels of a latent is repainted. No latent that is kept then depends on repainted pixels; a VAE
+    whose receptive field is larger than 8 x 8 also needs `masked` images for this."""
     return F.max_pool2d(mask[:, None].float(), 8)
 
 
@@ -153,16 +146,13 @@ def hatched(images: Tensor, mask: Tensor) -> Tensor:
 
 
 def composite(source: Tensor, result: Tensor, mask: Tensor) -> Tensor:
-    """Return the result [b, 3, H, W] where the mask [b, H, W] repaints, elsewhere the source, bit
-    for bit."""
+    """Return the result [b, 3, H, W] where the mask [b, H, W] repaints, elsewhere the source."""
     return torch.where(mask[:, None], result, source)
 
 
 def image_condition(encode: Callable[[Tensor], Tensor], images: Tensor, mask: Tensor) -> Tensor:
-    """Return the image conditioning [n, 17, h, w] of an inpainting network.
-
-    It holds the latent mask, and the latents that `encode` makes of images [n, 3, H, W] without
-    the pixels that the mask [n, H, W] repaints; latents in the latent mask are 0.
-    """
+    """Return the image conditioning [n, 17, h, w] of an inpainting network: the latent mask, and
+    the latents that `encode` makes of images [n, 3, H, W] without the pixels that the mask [n, H,
+    W] repaints; latents in the latent mask are 0."""
     cells = latent_mask(mask)
     return torch.cat([cells, masked(encode(masked(images, mask)), cells)], 1)

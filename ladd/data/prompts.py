@@ -1,4 +1,5 @@
 """Prompts: read from files, planned as shards of latents, and the codec that encodes them."""
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,20 +14,26 @@ from ladd.data.shards import Latents
 
 
 def read_prompts(path: str | Path) -> tuple[list[str], list[str]]:
-    """Return (prompts, notes) of a .txt file, one prompt per line, or a .jsonl file with lines
-    {"prompt": ...}. Empty lines and, in .txt, lines that begin with # are skipped; notes count
-    them."""
-    lines = read_lines(path)
-    comments = 0
-    if Path(path).suffix == ".jsonl":
-        prompts = [found["prompt"] for found in read_objects(path, ["prompt"])]
-    else:
+    """Return (prompts, notes) of a .txt file, one prompt per line, or a .jsonl, .json or .csv file
+    that read_objects reads. Notes count empty lines, # comments of .txt and empty prompts."""
+    kind = Path(path).suffix.lower()
+    must(kind in (".txt", ".jsonl", ".json", ".csv"), f"{path} must be a .txt file with one prompt "
+         "per line, or .jsonl, .json or .csv with a prompt, text or caption each (got "
+         f"{kind or 'no ending'})")
+    # the last line is what follows the last newline, not an empty line
+    lines = read_lines(path) if kind in (".txt", ".jsonl") else []
+    counts = {"empty lines skipped": lines[:-1].count("")}
+    if kind == ".txt":
+        for number, line in enumerate(lines, 1):
+            must(not re.match(r'[{[]\s*(["{}\[\]]|$)', line), f"{path}: line {number} is JSON, not "
+                 f"a prompt (got {line[:60]!r}); let the file's name end in .jsonl or .json")
         prompts = [line for line in lines if line and line[0] != "#"]
-        comments = sum(line[:1] == "#" for line in lines)
+        counts["comments skipped"] = sum(line[:1] == "#" for line in lines)
+    else:
+        prompts = [found["prompt"] for found in read_objects(path, ["prompt"])]
+        counts["empty prompts kept"] = sum(not prompt.strip() for prompt in prompts)
     must(bool(prompts), f"{path} must have at least one prompt, one per line (got none)")
-    # the last of `lines` is what follows the last newline, not an empty line
-    counts = {"empty lines": lines[:-1].count(""), "comments": comments}
-    return prompts, [f"{path}: {n} {what} skipped" for what, n in counts.items() if n]
+    return prompts, [f"{path}: {n} {what}" for what, n in counts.items() if n]
 
 
 class Codec(NamedTuple):
@@ -63,8 +70,8 @@ class Plan(NamedTuple):
 
 def prompt_plan(prompts: list[str], sizes: Sequence[tuple[int, int]], count: int, shard: int,
                 seed: int) -> Plan:
-    """Return the plan of `count` samples that cycle through `prompts`, from the noise of seed + i.
-    Shards cycle through the image sizes (in pixels)."""
+    """Return the plan of `count` samples, from the noise of seed + i. They cycle through `prompts`,
+    shards through the image sizes (in pixels)."""
     distinct = list(dict.fromkeys(prompts))
     number = {prompt: i for i, prompt in enumerate(distinct)}
     ids = torch.tensor([number[prompts[i % len(prompts)]] for i in range(count)])
@@ -82,9 +89,8 @@ def prompt_plan(prompts: list[str], sizes: Sequence[tuple[int, int]], count: int
 
 
 def pairs_plan(pairs: Latents, count: int, shard: int, seed: int) -> Plan:
-    """Return the plan of `count` samples for the prompts and images of `pairs` (editing or
-    inpainting) but the held-out ones, from the noise of seed + i. Shards cycle through the sizes,
-    and each size through its samples."""
+    """Return the plan of `count` samples for the pairs that are not held out, from the noise of
+    seed + i. Shards cycle through the sizes, and each size through its samples."""
     sizes = list(pairs.buckets)
     shards = []
     first = dict.fromkeys(sizes, 0)
@@ -118,8 +124,7 @@ def given_prompts(sizes: Sequence[tuple[int, int]], captions: list[str]) -> list
 
 
 def held_out(latents: Latents, n: int) -> list[Prompts]:
-    """Return about n of the held-out samples of a folder of pairs, at least one of each size. They
-    never train, but another pair with the same source may."""
+    """Return about n held-out pairs, at least one of each size; others may have their sources."""
     parts = []
     each = max(1, n // len(latents.buckets))
     for (h, w), (x0, prompt_id) in latents.buckets.items():

@@ -31,8 +31,8 @@ from torch import Tensor
 from ladd.cli import must
 from ladd.core import flow
 from ladd.core.mmdit import Text
-from ladd.data.files import (fingerprint, finite_json, read_json, read_tensors, write_json,
-                             write_tensors)
+from ladd.data.files import (fingerprint, finite_json, is_text, read_json, read_tensors,
+                             write_json, write_tensors)
 
 
 class Batch(NamedTuple):
@@ -247,6 +247,7 @@ def read_own(path: Path) -> dict[str, Tensor]:
 def read_prompt_files(folder: str | Path) -> tuple[list[str], dict[str, Tensor]]:
     """Return the content of prompts.json and of prompts.safetensors."""
     prompts = read_json(Path(folder) / "prompts.json", list)
+    must(all(map(is_text, prompts)), f"{Path(folder) / 'prompts.json'} must be a list of texts")
     path = Path(folder) / "prompts.safetensors"
     tensors, _ = read_tensors(path)
     check_tensors(path, tensors, prompt_shapes(prompts))
@@ -280,7 +281,9 @@ def text_files(folder: str | Path) -> list[tuple[Path, Shapes]]:
     """Return (path, shapes) of each file of text that the folder is to hold."""
     folder = Path(folder)
     prompts, tensors = read_prompt_files(folder)
-    rows = read_json(folder / "provenance.json", dict)["rows"]
+    rows = read_json(folder / "provenance.json", dict).get("rows")
+    must(type(rows) is int and rows > 0, f"{folder / 'provenance.json'}: rows must be a whole "
+         f"number above 0 (got {rows!r})")
     files = []
     for i, first in enumerate(range(0, len(prompts), rows)):
         n = min(rows, len(prompts) - first)
