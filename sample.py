@@ -69,7 +69,7 @@ from ladd.toy.scenes import ToyConfig
 CHANNELS = 16       # of the latents, of SD3 and of the toy dataset
 ROLES = "student", "teacher"
 RANGES = dict(num=(1, 10 ** 6), steps=(1, 1000), guidance=(0, 100), image_guidance=(0, 100),
-              seed=(0, 2 ** 62), batch=(1, 4096), shard=(1, 10 ** 6), t5_tokens=(1, 512))
+              seed=(0, 2 ** 62), batch=(1, 4096), shard_size=(1, 10 ** 6), t5_tokens=(1, 512))
 # by the task of a network: the flags that not every task takes, those that it requires
 TASK_FLAGS = {"text": ("prompt", "init_image", "strength"),
               "inpaint": ("prompt", "init_image", "mask"),
@@ -146,8 +146,8 @@ def make_parser() -> Parser:
     flag("--no-metadata", action="store_true", help="write PNGs without their parameters")
     flag("--save-latents", metavar="FOLDER", help="write the teacher's latents instead of images, "
          "for train.py --data")
-    flag("--shard", metavar="N", type=int, default=64, help="latents per file of --save-latents "
-         "(default: 64)")
+    flag("--shard-size", metavar="N", type=int, default=64, help="latents per file of "
+         "--save-latents (default: 64)")
     return parser
 
 
@@ -168,8 +168,8 @@ def parse(argv: list[str]) -> Namespace:
          f"--sigmas (got {args.steps})")
     extra = [name for name in ("checkpoint", "model", "steps", "sigmas", "grid")
              if getattr(args, name)]
-    must(not args.compare or not extra, "--compare must be used with --run alone (got "
-         f"{flags(extra)})")
+    must(not args.compare or not extra, "--compare excludes --checkpoint, --model, --steps, "
+         f"--sigmas and --grid (got {flags(extra)})")
     of_images = ("out", "compare", "grid", "sigmas", "tiled", "text_cache", "graph", "init_image",
                  "lora")
     extra = [name for name in of_images if getattr(args, name)]
@@ -277,7 +277,7 @@ def image_sizes(args: Namespace, recipe: Recipe, source: Source | None) -> list[
 
 # --- networks ---
 
-class Networks(NamedTuple):
+class Checkpoints(NamedTuple):
     """Hold what --run or --checkpoint names."""
     recipe: Recipe
     files: dict[str, Path]      # of each role that is asked for
@@ -305,7 +305,7 @@ def published_recipe(path: Path) -> Recipe:
                      f"{', '.join(known)}")
 
 
-def find_checkpoint(args: Namespace) -> Networks:
+def find_checkpoint(args: Namespace) -> Checkpoints:
     """Return recipe, file and encoders of --checkpoint."""
     path = Path(args.checkpoint)
     must(path.exists(), f"--checkpoint: {path} does not exist")
@@ -323,10 +323,10 @@ def find_checkpoint(args: Namespace) -> Networks:
         recipe = read_recipe(header, path)
     must(role in ROLES, f"{path}: role must be {' or '.join(ROLES)} (got {role!r})")
     must(args.model in (None, role), f"--model must be {role} for {path} (got {args.model})")
-    return Networks(recipe, {role: path}, args.encoders or "")
+    return Checkpoints(recipe, {role: path}, args.encoders or "")
 
 
-def find_run(args: Namespace) -> Networks:
+def find_run(args: Namespace) -> Checkpoints:
     """Return recipe, files and encoders of --run."""
     run = Path(args.run)
     stored = run / "config.json"
@@ -344,18 +344,18 @@ def find_run(args: Namespace) -> Networks:
         hint = " (never with --steps 0: --model teacher)" if config.get("steps") == 0 else ""
         must(files[role].exists(), f"{files[role]} does not exist; train.py writes it when that "
              f"stage is done{hint}")
-    return Networks(recipe, files, args.encoders or encoders)
+    return Checkpoints(recipe, files, args.encoders or encoders)
 
 
-def load(path: Path, args: Namespace, networks: Networks, sizes: list[tuple[int, int]]) -> MMDiT:
+def load(path: Path, args: Namespace, found: Checkpoints, sizes: list[tuple[int, int]]) -> MMDiT:
     """Return the network, memory-mapped on the CPU; raise InputError unless it has the channels of
     its task, takes these sizes, and, of the toy dataset, reads text of its width."""
     model = checkpoint.load_mmdit(path, pick_kernels(args.kernels, args.device))
-    c, recipe = model.config, networks.recipe
+    c, recipe = model.config, found.recipe
     widths = c.in_channels, c.out_channels, c.context_dim, c.pooled_dim
     wanted = (CHANNELS + image_channels(recipe.task), CHANNELS, recipe.text_dim, recipe.text_dim)
     # the width of real text is checked against the encoders
-    if networks.encoders:
+    if found.encoders:
         widths, wanted = widths[:2], wanted[:2]
     must(widths == wanted, f"{path}: channels (in, out, text, pooled) must be {wanted} for task "
          f"{recipe.task} (got {widths})")
@@ -367,21 +367,21 @@ def load(path: Path, args: Namespace, networks: Networks, sizes: list[tuple[int,
     return model
 
 
-def load_codec(args: Namespace, networks: Networks, device: torch.device,
+def load_codec(args: Namespace, found: Checkpoints, device: torch.device,
                models: dict[str, MMDiT]) -> Codec:
     """Return encoders and decoder; raise InputError where their text has another width than the
     networks read."""
-    if networks.toy:
-        return toy_codec(networks.toy)
+    if found.toy:
+        return toy_codec(found.toy)
     cache = Path(args.text_cache) if args.text_cache else None
-    trained = networks.recipe.t5_tokens
+    trained = found.recipe.t5_tokens
     tokens = args.t5_tokens or trained
     if tokens != trained:
         print(f"note: --t5-tokens {tokens}, not the {trained} that the network was trained with")
-    codec = sd3_codec(networks.encoders, device, args.t5, tokens, cache, args.tiled)
+    codec = sd3_codec(found.encoders, device, args.t5, tokens, cache, args.tiled)
     for role, model in models.items():
         wanted = model.config.context_dim, model.config.pooled_dim
-        must(codec.widths == wanted, f"--encoders {networks.encoders}: text must have widths "
+        must(codec.widths == wanted, f"--encoders {found.encoders}: text must have widths "
              f"{wanted} (tokens, pooled), which the {role} reads (got {codec.widths})")
     if not args.save_latents:
         codec.decode(torch.zeros(1, CHANNELS, 8, 8))    # loads the VAE, before anything is sampled
@@ -533,13 +533,13 @@ def make_sheet(args: Namespace, prompts: list[str], seeds: list[int], source: So
 
 # --- main ---
 
-def save_latents(args: Namespace, networks: Networks, prompts: list[str],
+def save_latents(args: Namespace, found: Checkpoints, prompts: list[str],
                  sizes: list[tuple[int, int]], model: MMDiT, codec: Codec,
                  device: torch.device) -> None:
     """Write latents that the teacher generates, --num for each prompt."""
     count = len(prompts) * args.num
-    plan = prompt_plan(prompts, sizes, count, args.shard, args.seed)
-    toy, recipe = networks.toy, networks.recipe
+    plan = prompt_plan(prompts, sizes, count, args.shard_size, args.seed)
+    toy, recipe = found.toy, found.recipe
     if toy:
         codes = [captions.parse(prompt, toy.objects) for prompt in plan.prompts]
         plan = plan._replace(codes=torch.tensor(codes))
@@ -561,21 +561,21 @@ def main(argv: list[str]) -> None:
     """Sample what the flags ask for; raise InputError before anything is written."""
     # 1. read and check everything that is given
     args = parse(argv)
-    networks = find_run(args) if args.run is not None else find_checkpoint(args)
-    recipe = networks.recipe
+    found = find_run(args) if args.run is not None else find_checkpoint(args)
+    recipe = found.recipe
     check_task(args, recipe.task)
-    prompts = read_texts(args, networks.toy)
+    prompts = read_texts(args, found.toy)
     source = read_source(args)
     sizes = image_sizes(args, recipe, source)
-    models = {role: load(path, args, networks, sizes) for role, path in networks.files.items()}
+    models = {role: load(path, args, found, sizes) for role, path in found.files.items()}
     for model in models.values():
         lora_files.merge(model, args.lora)
     device = pick_device(args.device)
     must(not args.graph or device.type == "cuda", f"--graph requires a GPU (got {device})")
-    codec = load_codec(args, networks, device, models)
+    codec = load_codec(args, found, device, models)
     if args.save_latents:
         must("teacher" in models, "--save-latents requires --model teacher (got a student)")
-        return save_latents(args, networks, prompts, sizes, models["teacher"], codec, device)
+        return save_latents(args, found, prompts, sizes, models["teacher"], codec, device)
     hw = sizes[0]
     prompts = [prompt for prompt in prompts for _ in range(args.num)]
     seeds = [args.seed + i for i in range(len(prompts))]
@@ -584,7 +584,7 @@ def main(argv: list[str]) -> None:
     paths = output_paths(args, len(prompts))
     sampling = {}
     if not args.no_metadata:
-        sampling = describe_sampling(args, recipe, columns.values(), networks.files, hw, device)
+        sampling = describe_sampling(args, recipe, columns.values(), found.files, hw, device)
 
     # 2. encode text and source image
     codec.embed(["", *prompts])

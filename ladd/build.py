@@ -5,16 +5,17 @@ from pathlib import Path
 
 import torch
 
+import kernels
 from ladd.cli import must
 from ladd.config import Config, from_json
-from ladd.core.discriminator import DiscriminatorConfig
-from ladd.core.mmdit import MMDiTConfig
+from ladd.core.discriminator import Discriminator, DiscriminatorConfig
+from ladd.core.mmdit import MMDiT, MMDiTConfig, shrunk
 from ladd.data.batches import Batching
 from ladd.data.files import read_json
 from ladd.engine import parallel
 from ladd.engine.inputs import Needs
 from ladd.engine.memory import memory_plan
-from ladd.engine.networks import (Compute, LoraConfig, OnMeta, make_compute, on_meta,
+from ladd.engine.networks import (Compute, LoraConfig, OnMeta, add_lora, make_compute,
                                   uses_triton)
 from ladd.engine.run import pick_device
 from ladd.toy.prompts import tokens_of
@@ -76,8 +77,15 @@ def batching_of(c: Config) -> Batching:
 
 
 def networks_on_meta(c: Config, teacher: MMDiTConfig, dtype: torch.dtype) -> OnMeta:
-    """Return the networks of a step without memory, for plans and counts."""
-    return on_meta(teacher, dtype, c.student_depth, student_lora(c), heads_of(c, teacher))
+    """Return the networks of a step without memory, for plans and counts: the teacher in the
+    compute dtype, student and heads in fp32."""
+    ops, adapter = kernels.load("torch"), student_lora(c)
+    with torch.device("meta"):
+        frozen = MMDiT(teacher, ops, dtype).to(dtype).requires_grad_(False)
+        student = MMDiT(shrunk(frozen, c.student_depth)[0], ops, dtype)
+        if adapter:
+            add_lora(student.to(dtype), adapter)
+        return OnMeta(frozen, student, Discriminator(heads_of(c, teacher), ops))
 
 
 def plan_of(c: Config, networks: OnMeta, compute: Compute,

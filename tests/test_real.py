@@ -224,7 +224,7 @@ def test_compare_and_tiled_decoding(home, tmp_path):
     assert abs(pixels(tmp_path / "a.png") - pixels(tmp_path / "b.png")).max() <= 1
 
 
-SAVE = ("--run runs/real --model teacher --prompt-file prompts.txt --guidance 3 --shard 6 "
+SAVE = ("--run runs/real --model teacher --prompt-file prompts.txt --guidance 3 --shard-size 6 "
         f"--batch 4 {CPU}")
 
 

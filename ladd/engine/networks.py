@@ -14,7 +14,7 @@ import kernels
 from kernels import Kernels
 from ladd.cli import InputError, must
 from ladd.core import flow, lora
-from ladd.core.discriminator import Discriminator, DiscriminatorConfig
+from ladd.core.discriminator import Discriminator
 from ladd.core.lora import Factors, Lora
 from ladd.core.mmdit import MMDiT, MMDiTConfig, shrunk
 from ladd.engine import parallel
@@ -241,18 +241,6 @@ class OnMeta(NamedTuple):
     teacher: MMDiT
     student: MMDiT
     heads: Discriminator
-
-
-def on_meta(sizes: MMDiTConfig, dtype: torch.dtype, depth: int, adapter: LoraConfig | None,
-            heads: DiscriminatorConfig) -> OnMeta:
-    """Return teacher in the compute dtype, student in fp32 and heads, without memory."""
-    ops = kernels.load("torch")
-    with torch.device("meta"):
-        teacher = MMDiT(sizes, ops, dtype).to(dtype).requires_grad_(False)
-        student = MMDiT(shrunk(teacher, depth)[0], ops, dtype)
-        if adapter:
-            add_lora(student.to(dtype), adapter)
-        return OnMeta(teacher, student, Discriminator(heads, ops))
 
 
 def uses_triton(ops: Kernels) -> bool:
