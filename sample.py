@@ -49,7 +49,7 @@ from ladd.core.mmdit import MMDiT, image_channels
 from ladd.core.sampler import (UNGUIDED, Recipe, evaluations, image_noise, read_recipe, sample,
                                step_counts)
 from ladd.data import masks
-from ladd.data.files import read_json
+from ladd.data.files import fingerprint, read_json
 from ladd.data.images import displayed, image_size, read_image
 from ladd.data.prompts import Codec, null_text, prompt_plan, read_prompts
 from ladd.engine import generate
@@ -60,7 +60,7 @@ from ladd.engine.run import (Stopper, commit, compute_dtype, device_name, memory
                              progress, versions)
 from ladd.report import sheets
 from ladd.report.speed import wait
-from ladd.sd3 import checkpoint
+from ladd.sd3 import checkpoint, lora_files
 from ladd.sd3.encoders import sd3_codec
 from ladd.toy import captions, edits
 from ladd.toy.prompts import toy_codec
@@ -95,10 +95,12 @@ def make_parser() -> Parser:
     flag("--encoders", metavar="FOLDER", help="SD3's text encoders and VAE; default: the run's")
     flag("--t5", choices=("device", "cpu", "none"), default="device",
          help="where T5 runs; none: its tokens are zeros (default: device)")
-    flag("--t5-tokens", metavar="N", type=int, default=256, help="T5 tokens per prompt (default: "
-         "256)")
+    flag("--t5-tokens", metavar="N", type=int, help="T5 tokens per prompt; default: as the network "
+         "was trained")
     flag("--text-cache", metavar="FILE", help="keep encoded text, so that known prompts load no "
          "encoder")
+    flag("--lora", metavar="FILE[:WEIGHT]", action="append", default=[], help="add this LoRA to "
+         "the network; may be repeated")
     flag = parser.add_argument_group("what to sample").add_argument
     flag("--prompt", metavar="TEXT", action="append", help="caption, may be repeated; "
          '"": the null prompt, for any image')
@@ -168,12 +170,14 @@ def parse(argv: list[str]) -> Namespace:
              if getattr(args, name)]
     must(not args.compare or not extra, "--compare must be used with --run alone (got "
          f"{flags(extra)})")
-    of_images = "out", "compare", "grid", "sigmas", "tiled", "text_cache", "graph", "init_image"
+    of_images = ("out", "compare", "grid", "sigmas", "tiled", "text_cache", "graph", "init_image",
+                 "lora")
     extra = [name for name in of_images if getattr(args, name)]
     must(not args.save_latents or not extra, "--save-latents must be used without the options of "
          f"images (got {flags(extra)})")
     must(bool(args.out or args.save_latents), "--out must be a .png for one image or a folder for "
          "several (got nothing)")
+    args.lora = lora_files.read_flags(args.lora)
     return args
 
 
@@ -370,7 +374,11 @@ def load_codec(args: Namespace, networks: Networks, device: torch.device,
     if networks.toy:
         return toy_codec(networks.toy)
     cache = Path(args.text_cache) if args.text_cache else None
-    codec = sd3_codec(networks.encoders, device, args.t5, args.t5_tokens, cache, args.tiled)
+    trained = networks.recipe.t5_tokens
+    tokens = args.t5_tokens or trained
+    if tokens != trained:
+        print(f"note: --t5-tokens {tokens}, not the {trained} that the network was trained with")
+    codec = sd3_codec(networks.encoders, device, args.t5, tokens, cache, args.tiled)
     for role, model in models.items():
         wanted = model.config.context_dim, model.config.pooled_dim
         must(codec.widths == wanted, f"--encoders {networks.encoders}: text must have widths "
@@ -472,10 +480,13 @@ def describe_sampling(args: Namespace, recipe: Recipe, columns: Iterable[Column]
         for part in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
             with part.open("rb") as file:
                 digest = hashlib.file_digest(file, lambda: digest)
-        name = f"{Path(args.run).resolve().name}-{role}" if args.run else path.stem
-        models[role] = {"model": name, "model_hash": digest.hexdigest()[:10]}
+        name = f"{Path(args.run).resolve().name}-{role}" if args.run else path.name
+        models[role] = {"model": name.removesuffix(".safetensors"),
+                        "model_hash": digest.hexdigest()[:10]}
     given = {name: Path(getattr(args, name)).name for name in ("init_image", "mask")
              if getattr(args, name)}
+    given["loras"] = [{"lora": path.name, "weight": weight, "fingerprint": fingerprint(path)}
+                      for path, weight, _ in args.lora]
     return {"task": recipe.task, **given, "height": hw[0], "width": hw[1], "shift": recipe.shift,
             "device": device_name(device), "commit": commit(), "versions": versions(),
             "columns": [c._asdict() | models[c.role] for c in columns]}
@@ -484,7 +495,7 @@ def describe_sampling(args: Namespace, recipe: Recipe, columns: Iterable[Column]
 def png_text(args: Namespace, prompts: list[str], seeds: list[int],
              sampling: dict) -> dict[str, str]:
     """Return the text chunks of a PNG: "parameters" in the form that other programs read, which has
-    room for one column and one seed, and "ladd", all of it as JSON. None with --no-metadata."""
+    room for one column and one seed, and "ladd", all of it as JSON. Empty with --no-metadata."""
     if not sampling:
         return {}
     c = sampling["columns"][0]
@@ -494,6 +505,8 @@ def png_text(args: Namespace, prompts: list[str], seeds: list[int],
         line += f"Image CFG scale: {c['image_guidance']:g}, "
     line += (f"Seed: {seeds[0]}, Size: {sampling['width']}x{sampling['height']}, "
              f"Model hash: {c['model_hash']}, Model: {c['model']}")
+    for lora in sampling["loras"]:
+        line += f", Lora: {lora['lora']} x {lora['weight']:g}"
     if args.strength is not None:
         line += f", Denoising strength: {c['strength']:g}"
     return {"parameters": "\n".join([*dict.fromkeys(prompts), line]),
@@ -555,6 +568,8 @@ def main(argv: list[str]) -> None:
     source = read_source(args)
     sizes = image_sizes(args, recipe, source)
     models = {role: load(path, args, networks, sizes) for role, path in networks.files.items()}
+    for model in models.values():
+        lora_files.merge(model, args.lora)
     device = pick_device(args.device)
     must(not args.graph or device.type == "cuda", f"--graph requires a GPU (got {device})")
     codec = load_codec(args, networks, device, models)

@@ -43,11 +43,11 @@ from ladd.engine import generate, parallel, state
 from ladd.engine.inputs import Needs, load_data, load_teacher, start_of, teacher_sizes
 from ladd.engine.networks import (Compute, check_lora, distribute, inference, checkpoint_tensors,
                                   network, refresh, save_network, trainable)
-from ladd.engine.parallel import Watch, any_rank, ranks
+from ladd.engine.parallel import Watch, any_rank, barrier, ranks
 from ladd.engine.run import (Health, Log, Stopped, Stopper, device_name, memory_gb, open_run,
                              progress, read_seconds, write_seconds)
 from ladd.engine.step import (CLIP, Optim, calibrate, ladd_step, make_networks, rate_factor,
-                              step_keys, step_parts)
+                              step_parts)
 from ladd.report import compare, evaluate, speed
 from ladd.sd3 import checkpoint, encoders
 from ladd.sd3.encoders import sd3_codec
@@ -97,7 +97,7 @@ def train_teacher(config: Config, run: Path, needs: Needs, pairs: Latents | None
         return ({"model": checkpoint_tensors(model, model)},
                 {"opt": (optimizer, trainable(model))})
 
-    saver = state.Saver(run / "checkpoints" / "teacher", rank, world, any_rank)
+    saver = state.Saver(run / "checkpoints" / "teacher", rank, world, barrier)
     start = 0
     if saved := state.open_state(saver.folder):
         start = saved.step
@@ -116,7 +116,7 @@ def train_teacher(config: Config, run: Path, needs: Needs, pairs: Latents | None
         n = len(batch.x0)
         g = flow.generator(config.seed, 1, step)
         dropped = torch.rand(n, generator=g)
-        sigma = flow.logit_normal_mixture(n, config.teacher_means, 1.0, g)
+        sigma = flow.logit_normal(n, config.teacher_means, g)
         eps = torch.randn(batch.x0.shape, generator=g)
         return [t[mine] for t in (batch.x0, eps, sigma, dropped, *batch.text) if t is not None]
 
@@ -204,10 +204,10 @@ def make_data(config: Config, run: Path, teacher: MMDiT, pairs: Latents | None, 
 
 # --- stage 3: distillation ---
 
-def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: list[Prompts],
+def distill(config: Config, run: Path, teacher: MMDiT, latents: Latents, shown: list[Prompts],
             codec: Codec, compute: Compute, stopper: Stopper) -> None:
-    """Distill a student of the teacher `base`; write checkpoints/student.safetensors, the best by
-    FD at 1 step plus FD at all steps, the last one for real prompts, which have no metric. `shown`:
+    """Distill a student of `teacher`; write checkpoints/student.safetensors, the best by FD at
+    1 step plus FD at all steps, the last one for real prompts, which have no metric. `shown`:
     prompts of the sample grids."""
     out = run / "checkpoints" / "student.safetensors"
     device = compute.device
@@ -217,16 +217,16 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
     torch.manual_seed(config.seed + 1)                          # the heads' initial weights
     dc, recipe = config.ladd, config.recipe
     batching, optim = batching_of(config), config.group(Optim)
-    p = make_networks(base, compute, optim, heads_of(config, base.config), config.student_depth,
-                      student_lora(config), config.teacher_fp8)
-    _, untrained = shrunk(base, config.student_depth or base.config.depth)
+    p = make_networks(teacher, compute, optim, heads_of(config, teacher.config),
+                      config.student_depth, student_lora(config), config.teacher_fp8)
+    _, untrained = shrunk(teacher, config.student_depth)
     origin = config.teacher_file.name
     if config.student_depth:
         origin += f", {config.student_depth} of its blocks taken evenly"
 
     # resume: every random number is a function of the step, so that weights, optimizers and the
     # metrics in `meta` are all that a checkpoint needs
-    saver = state.Saver(run / "checkpoints" / "distill", rank, world, any_rank)
+    saver = state.Saver(run / "checkpoints" / "distill", rank, world, barrier)
     start = 0
     # the best score so far and the metrics of the first evaluation
     meta = {"best": math.inf, "first": {}}
@@ -241,7 +241,7 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
     if toy:
         prompts = draw_prompts(toy, config.eval_n, BEST)
         reference = evaluate.make_reference(toy, prompts, config.eval_n, VALIDATION)
-    # a sharded EMA is evaluated as it is, otherwise a copy in the compute dtype
+    # one process evaluates a copy of the EMA in the compute dtype, several the EMA itself
     eval_model = p.ema if compute.mesh else inference(p.ema, compute)
     # the first iterations train only the heads
     first = config.heads_first
@@ -251,10 +251,11 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
     evals = Log(run, "eval", start - 1, config.tensorboard)
     health = Health()
     bar = progress("distill", total, start, quiet=rank)
-    pace = speed.Pace(config.batch, device, world, partial(bench.step_flops, config, base.config,
-                                                           compute.dtype))
+    pace = speed.Pace(config.batch, device, world,
+                      partial(bench.step_flops, config, teacher.config, compute.dtype))
     stream = Prefetch(partial(step_parts, dc, batching, latents),
-                      step_keys(start, total, config.heads_steps), device)
+                      ((it, j) for it in range(start, total) for j in range(config.heads_steps)),
+                      device)
     batches = iter(stream)
 
     def evaluate_student(it: int) -> None:
@@ -287,10 +288,10 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
 
     with Watch("distill", config.timeout) as watch, saver, bar:
         for it in range(start, total + 1):
-            # 1. once in a while: evaluate. Log, files and messages count iterations; `step` counts
-            # the student's steps and is negative while only the discriminator trains
-            step = it - first
-            if config.eval_every and (step >= 0 and step % config.eval_every == 0 or it == total):
+            # 1. once in a while: evaluate. Log, files and messages count iterations, `done` the
+            # student's steps before this iteration
+            warm, done = it >= first, max(it - first, 0)
+            if config.eval_every and (warm and done % config.eval_every == 0 or it == total):
                 try:
                     with pace.paused():
                         evaluate_student(it)
@@ -303,12 +304,12 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
                 profiler.start()
 
             # 2. discriminator steps, each with its own batch; the last one updates the student too
-            p.opt_g.param_groups[0]["lr"] = config.lr * rate_factor(optim, step, max(step, 0))
-            p.opt_d.param_groups[0]["lr"] = config.heads_lr * rate_factor(optim, step, it)
+            p.opt_g.param_groups[0]["lr"] = config.lr * rate_factor(optim, done, done)
+            p.opt_d.param_groups[0]["lr"] = config.heads_lr * rate_factor(optim, done, it)
             for j in range(config.heads_steps):
                 parts = next(batches)
                 watch.heartbeat(it)
-                update_student = step >= 0 and j == config.heads_steps - 1
+                update_student = warm and j == config.heads_steps - 1
                 stats, norms = ladd_step(dc, p, parts, config.ema, update_student)
 
             # 3. once in a while: log, save
@@ -322,7 +323,7 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
                          in norms.items()}
                 line = parallel.mean(line) | evaluate.batch_metrics(stats)
                 line |= pace.line(stream.waited, config.log_every)
-                warnings = evaluate.collapse_warnings(line) if step >= 0 else []
+                warnings = evaluate.collapse_warnings(line) if warm else []
                 log.write(it + 1, **line, **warnings_column(warnings))
                 bar.set_postfix({k: f"{line[k]:.2f}" for k in ("loss_d", "loss_g") if k in line},
                                 gb=f"{line['gb']:.1f}")
@@ -344,7 +345,7 @@ def distill(config: Config, run: Path, base: MMDiT, latents: Latents, shown: lis
         for end in ("_lora", ""):
             if (made := out.with_name(f"{chosen}{end}.safetensors")).exists():
                 os.replace(made, out.with_name(f"student{end}.safetensors"))
-    any_rank()
+    barrier()
 
 
 def warnings_column(warnings: list[str]) -> dict[str, list[str]]:
@@ -361,14 +362,14 @@ def warn(bar, it: int, warnings: list[str]) -> None:
 
 # --- stage 4: report ---
 
-def write_report(config: Config, run: Path, base: MMDiT, shown: list[Prompts], codec: Codec,
+def write_report(config: Config, run: Path, teacher: MMDiT, shown: list[Prompts], codec: Codec,
                  compute: Compute, seconds: dict[str, float]) -> None:
     """Write report.json and report.png: the student next to its teacher and the untrained
     student."""
     start = time.perf_counter()
     student = checkpoint.load_mmdit(run / "checkpoints" / "student.safetensors", compute.ops)
-    weights = ((base.config, base.state_dict()), (student.config, student.state_dict()),
-               shrunk(base, student.config.depth))
+    weights = ((teacher.config, teacher.state_dict()), (student.config, student.state_dict()),
+               shrunk(teacher, student.config.depth))
     networks = [network(*pair, compute, compute.dtype, sharded=compute.shard_teacher)
                 for pair in weights]
     with Watch("report", config.timeout) as watch:
@@ -451,7 +452,7 @@ def main(argv: list[str]) -> None:
     device = compute.device
     if device.type == "cuda" and not any(a.startswith("--preset") for a in argv):
         say("preset tiny: the default on every device; --preset shapes is the larger one for a GPU")
-    config.micro(world)
+    config.micro(world)         # raises where the processes cannot share --batch
     must(world % config.replicas == 0, f"--replicas must divide the number of processes, {world} "
          f"(got {config.replicas})")
     if (not config.real or config.base) and not config.teacher:
@@ -515,7 +516,7 @@ def run_stages(config: Config, compute: Compute, needs: Needs, sizes: MMDiTConfi
             codec.embed(["", *(c for p in shown for c in p.captions)])
             codec.release()
         # wait until the first process has made the run folder
-        any_rank()
+        barrier()
         say(f"{run}: {device_name(compute.device)}, {compute.dtype}")
         seconds = read_seconds(run)
 

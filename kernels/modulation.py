@@ -1,22 +1,23 @@
 """Adaptive layer norm of a DiT block and the gated residual between two matrix products.
 
-    modulate(x)    = n (1 + scale) + shift,  n = (x - mean x) rstd,  rstd = 1 / sqrt(var x + eps)
+    modulate(x)     = hat (1 + scale) + shift,  hat = (x - mean x) rstd,
+                      rstd = 1 / sqrt(var x + eps)
     gate(x, branch) = x + gate branch
-    gate_modulate  = (x', modulate(x'))  with x' = x + gate branch
-    modulate2      = two modulations of one normalised row (the second attention of MMDiT-X)
+    gate_modulate   = (z, modulate(z))  with z = x + gate branch
+    modulate2       = two modulations of one normalised row (the second attention of MMDiT-X)
 
-Gradient, with dy that of a modulated row, w = dy (1 + scale) (modulate2: summed over both) and
-means over the width of a row:
+Gradient, with dy that of a modulated row, w = dy (1 + scale) (modulate2: summed over both), z = x
+where there is no gate, and means over the width of a row:
 
-    dx'    = rstd (w - mean w - n mean(w n)) + what reaches x' as the residual
-    dx     = dx',  dbranch = gate dx'
-    dscale = sum dy n,  dshift = sum dy,  dgate = sum dx' branch   sums over the tokens of a sample
+    dz     = rstd (w - mean w - hat mean(w hat)) + what reaches z as the residual
+    dx     = dz,  dbranch = gate dz
+    dscale = sum dy hat,  dshift = sum dy,  dgate = sum dz branch  sums over the tokens of a sample
 
 x, branch [b, l, d], d a multiple of 64, any batch and token stride; shift, scale, gate [b, d],
 views of the modulation chunks with any row stride (0 too), read in place. What has no unit stride
 over the width is copied once. One dtype for all: bf16, fp16, fp32 or fp64; arithmetic and sums in
 fp32 (fp64 for fp64), one rounding a stored tensor. The kernels keep mean and rstd (8 bytes a row)
-and recompute n, from x' as it was stored.
+and recompute hat, from z as it was stored.
 
 Bytes, in tensors of b l d, forward / backward: modulate 2 / 3, modulate2 3 / 4, gate 3 / 3,
 gate_modulate 4 / 6; about 10 / 20 FLOPs an element: bound by memory. One kernel each way; what

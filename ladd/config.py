@@ -10,7 +10,7 @@ from typing import Any
 from ladd.cli import InputError, Parser, describe, must, parse_size, parse_value
 from ladd.core.losses import LaddConfig
 from ladd.core.mmdit import MMDiTConfig, image_channels
-from ladd.core.sampler import SAMPLERS, Recipe
+from ladd.core.sampler import SAMPLERS, TASKS, Recipe
 
 # where an option is shown: in --help, only in --help-all, or as a name for --set, since the preset
 # decides it
@@ -41,7 +41,7 @@ class Config:
                            "nothing", MAIN)
     # --- task and data ---
     task: str = option("text", "text: text-to-image; edit: instruction-based editing; inpaint: "
-                       "fill the masked area", MAIN, ("text", "edit", "inpaint"))
+                       "fill the masked area", MAIN, TASKS)
     encoders: str = option("", "folder with SD3's text encoders and VAE; default: the toy dataset",
                            MAIN)
     prompts: str = option("", "prompts to generate training data from: .txt, one per line, or "
@@ -336,8 +336,7 @@ def parse_flags(argv: list[str], description: str) -> dict[str, Any]:
         must(not known or FIELDS[name].metadata["show"] != PRESET,
              f"{flag} is a value of the preset; use --set {name}=VALUE")
     found = vars(make_parser(description, "--help-all" in words).parse(words))
-    texts = {name: (f"--{name.replace('_', '-')}", text) for name, text in found.items()
-             if name != "set"}
+    texts = {name: text for name, text in found.items() if name != "set"}
     for pair in found.get("set", []):
         name, equals, text = pair.partition("=")
         known = name in FIELDS
@@ -346,14 +345,14 @@ def parse_flags(argv: list[str], description: str) -> dict[str, Any]:
              f"--{name.replace('_', '-')}")
         must(known and bool(equals), "--set must be NAME=VALUE with a name that --help-all lists "
              f"(got {pair!r})")
-        texts[name] = f"--set {name}", text
+        texts[name] = text
     given = {}
-    for name, (flag, text) in texts.items():
+    for name, text in texts.items():
         try:
             given[name] = parse_value(text, FIELDS[name].type)
         except (ValueError, KeyError):
             kind = describe(FIELDS[name].type)
-            raise InputError(f"{flag} must be {kind} (got {text!r})") from None
+            raise InputError(f"{flag_of(name)} must be {kind} (got {text!r})") from None
     return given
 
 
@@ -409,13 +408,14 @@ def check_real(c: Config) -> None:
     """Raise InputError unless all that a run of real images needs is given."""
     needed = {"--encoders": c.encoders, "--teacher": c.teacher or c.base}
     if c.task == "text":
-        needed |= {"--prompts": c.prompts or c.data, "--eval-prompts": c.prompts or c.eval_prompts}
+        needed |= {"--prompts": c.prompts or c.data,
+                   "--eval-prompts": not c.data or c.prompts or c.eval_prompts}
     else:
         needed["--pairs"] = c.pairs
     missing = [name for name, found in needed.items() if not found]
     must(not missing, "a run of real images requires --encoders, --teacher (or --base), and "
          "--prompts (or --data with --eval-prompts; --pairs for --task edit and inpaint); missing: "
-         f"{' '.join(missing)} (got none); only --dry-run works without")
+         f"{' '.join(missing)}; only --dry-run works without")
 
 
 def validated(c: Config) -> Config:

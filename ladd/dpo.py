@@ -9,7 +9,7 @@ student.
     python -m ladd.dpo --run runs/sd3.5-medium --preferences pairs.jsonl --rank 256 --steps 3000
 
 A line of pairs.jsonl: {"prompt": "...", "chosen": "a.png", "rejected": "b.png"}, with paths
-relative to the file. Writes lora.safetensors (ComfyUI's names) and, for the toy dataset,
+relative to the file. Writes lora.safetensors (diffusers' names) and, for the toy dataset,
 report.json and samples.png: teacher and student with and without the delta. The same command again
 resumes from OUT/checkpoints.
 Source: Wallace et al. 2024 (Diffusion-DPO), Eq. 14; Sauer et al. 2024, Sec. 4.
@@ -205,7 +205,7 @@ def train(args: Namespace, means: tuple[float, ...], model: MMDiT, reference: MM
     saver = state.Saver(out / "checkpoints")
     start = 0
     if saved := state.open_state(saver.folder):
-        state.check_recipe(saved, recipe)
+        state.check_meta(saved, recipe)
         start = saved.step
         state.restore(saved, *parts)
 
@@ -214,7 +214,7 @@ def train(args: Namespace, means: tuple[float, ...], model: MMDiT, reference: MM
         batch = latents.batch(step, args.batch, args.seed)
         g = flow.generator(args.seed, 7, step)
         chosen, rejected = batch.x0.chunk(2, 1)
-        sigma = flow.logit_normal_mixture(len(chosen), means, 1.0, g)
+        sigma = flow.logit_normal(len(chosen), means, g)
         eps = torch.randn(chosen.shape, generator=g)
         return chosen, rejected, eps, sigma, *batch.text[:2]
 
@@ -296,7 +296,7 @@ def main(argv: list[str]) -> None:
     if stopper:
         return print(f"{stopper.signal}: saved in {out / 'checkpoints'}; the same command resumes")
     path = out / "lora.safetensors"
-    lora_files.save(path, factors(model), model.config, "comfyui",
+    lora_files.save(path, factors(model), model.config,
                     {"run": run.name, "beta": str(args.beta), "steps": str(args.steps)})
     pairs = sum(len(x0) for x0, _ in latents.buckets.values())
     print(f"{path}: rank {args.rank} on {len(lora.of_kind(model, lora.Lora))} layers, from {pairs} "

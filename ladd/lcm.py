@@ -149,7 +149,7 @@ def train(config: Config, path_steps: int, base: MMDiT, teacher: MMDiT, compute:
 
     start = 0
     if saved := state.open_state(saver.folder):
-        state.check_recipe(saved, recipe)
+        state.check_meta(saved, recipe)
         start = saved.step
         state.restore(saved, *to_checkpoint())
     levels = flow.euler_sigmas(path_steps, config.shift).to(device)

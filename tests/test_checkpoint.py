@@ -1,4 +1,7 @@
 """Networks on disk: exact round trips, strict loading."""
+import json
+import time
+
 import pytest
 import torch
 from conftest import VARIANTS, assert_close, tiny, tiny_inputs
@@ -6,7 +9,9 @@ from safetensors.torch import load_file, save_file
 
 import kernels
 from ladd.cli import InputError
+from ladd.export import export_mmdit
 from ladd.sd3.checkpoint import fingerprint, load_metadata, load_mmdit, save_mmdit
+from ladd.sd3.formats import INDEX
 
 # networks
 
@@ -113,6 +118,14 @@ def having(**sizes: tuple[int, ...]):
     return lambda t: t | {globals().get(k, k): torch.zeros(size) for k, size in sizes.items()}
 
 
+def spoiled(value: float):
+    def change(tensors):
+        tensors[QKV] = tensors[QKV].clone()
+        tensors[QKV][5, 7] = value
+        return tensors
+    return change
+
+
 def needs(name: str, rank: int, got: str = "none among") -> str:
     return f"{name} of an MMDiT must be a tensor of rank {rank} (got {got}"
 
@@ -120,7 +133,16 @@ def needs(name: str, rank: int, got: str = "none among") -> str:
 BLOCKS = "a width that is a multiple of 64 and tensors named joint_blocks.* (got width "
 BAD = {
     "missing":    (without(QKV), f"1 missing: {QKV}"),
-    "hole":       (without("joint_blocks.1."), "20 missing: joint_blocks.1.context_block."),
+    "hole":       (without("joint_blocks.1."), "without a gap, at most 256 (got 2 blocks, no block "
+                   "1)"),
+    "far block":  (having(**{"joint_blocks.100000.x_block.a": (1,)}), "(got 4 blocks, no block 3)"),
+    "digits":     (having(**{f"joint_blocks.{6000 * '8'}.a": (1,)}), "1 unknown: joint_blocks.8"),
+    "many blocks": (having(**{f"joint_blocks.{i}.a": (1,) for i in range(3, 300)}),
+                    "at most 256 (got 300 blocks, no block 300)"),
+    "empty":      (having(**{"joint_blocks.0.a": (0, 9)}),
+                   "must have values (got 1 of size 0: joint_blocks.0.a)"),
+    "nan":        (spoiled(float("nan")), f"m.safetensors: {QKV} must be finite (got NaN or inf)"),
+    "inf":        (spoiled(-float("inf")), f"m.safetensors: {QKV} must be finite (got NaN or inf)"),
     "unknown":    (having(lora=(2,)), "1 unknown: lora"),
     "misshapen":  (having(QKV=(384, 64)), f"(got 1 misshapen: {QKV} [384, 64], not [384, 128])"),
     "both":       (having(lora=(2,), QKV=(3,)), f"1 unknown: lora; 1 misshapen: {QKV} [3]"),
@@ -146,10 +168,36 @@ def test_another_network_raises_one_line_that_names_the_tensor(tmp_path, bad):
     change, message = BAD[bad]
     path = tmp_path / "m.safetensors"
     save_file(change(dict(tiny("plain", torch.float32).state_dict())), path)
+    start = time.perf_counter()
     with pytest.raises(InputError) as error:
         load_mmdit(path)
     text = str(error.value)
+    assert time.perf_counter() - start < 2
     assert message in text and str(path) in text and "\n" not in text
+
+
+def test_a_part_of_a_folder_that_is_not_finite_is_named(tmp_path):
+    """q, k and v of diffusers are separate, in files of their own."""
+    model = tiny("qk_norm", torch.float32)
+    export_mmdit(model, tmp_path / "d", "diffusers", max_shard_bytes=400_000)
+    name = "transformer_blocks.1.attn.to_k.weight"
+    index = json.loads((tmp_path / "d" / INDEX).read_text())
+    file = tmp_path / "d" / index["weight_map"][name]
+    tensors = load_file(file)
+    tensors[name][3, 3] = float("inf")
+    save_file(tensors, file)
+    with pytest.raises(InputError) as error:
+        load_mmdit(tmp_path / "d")
+    assert str(error.value) == f"{file}: {name} must be finite (got NaN or inf)"
+
+
+def test_export_never_writes_what_is_not_finite(tmp_path):
+    model = tiny("plain", torch.float32)
+    model.get_submodule(QKV.removesuffix(".weight")).weight.data[1, 1] = float("nan")
+    for layout in ("single", "diffusers"):
+        with pytest.raises(InputError, match="attn.*weight must be finite"):
+            export_mmdit(model, tmp_path / "out", layout)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("act", [

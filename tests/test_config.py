@@ -352,7 +352,7 @@ BAD = {"--stepz 5": ("'--stepz'", "--steps"), "--heads-learning-rate 1": ("--hea
        "--pairs p": ("--pairs requires --task edit or inpaint", "got text"),
        "--task edit --pairs p": ("--pairs requires --encoders FOLDER", "got none"),
        "--task edit --prompts p": ("--prompts requires --task text", "got edit", "--pairs"),
-       "--preset sd3-medium --task inpaint": ("missing: --encoders --teacher --pairs ", "got none",
+       "--preset sd3-medium --task inpaint": ("missing: --encoders --teacher --pairs;",
                                               "--dry-run"), "--preset sd3-medium --base b "
        "--dry-run": ("--base must be left out", "whose teacher is loaded", "edit and inpaint",
                      "got b"), "--preset sd3-medium --task edit --teacher t --teacher-lr 1 "
@@ -363,9 +363,9 @@ BAD = {"--stepz 5": ("'--stepz'", "--steps"), "--heads-learning-rate 1": ("--hea
                                                                                "not exist"),
        "--prompts p.txt": ("--prompts requires --encoders FOLDER", "got none"),
        "--t5 none": ("--t5 requires --encoders FOLDER", "got none"),
-       "--preset sd3-medium": ("missing: --encoders --teacher --prompts --eval-prompts ",
-                               "got none", "--dry-run"), "--preset sd3.5-large --encoders e "
-       "--teacher t --data d": ("missing: --eval-prompts ", "got none", "--dry-run"),
+       "--preset sd3-medium": ("missing: --encoders --teacher --prompts;", "--dry-run"),
+       "--preset sd3.5-large --encoders e --teacher t --data d":
+           ("missing: --eval-prompts;", "--dry-run"),
        "--preset sd3-medium --dry-run --teacher-steps 5": ("--teacher-steps must be left out",
                                                            "whose teacher is loaded",
                                                            "edit and inpaint", "got 5"),

@@ -276,11 +276,12 @@ def test_processes_take_the_shards_that_were_chosen(monkeypatch, capsys):
     plan = lambda shard, teacher_shard: {"sum": (40 // shard + 20 // teacher_shard) * 2 ** 30}
     assert distribute(compute, "auto", 1, plan) is compute and not capsys.readouterr().out
     monkeypatch.setattr(parallel, "mesh", lambda device, replicas: (device, replicas))
-    one = "replicated on every GPU"
+    one = "replicated in every process"
     cases = (("auto", 1, 4, False, f"student {one}, teacher {one}"),
              ("none", 1, 4, False, f"student {one}, teacher {one}"),
-             ("student", 1, 1, False, f"student sharded over 4 GPUs, teacher {one}"),
-             ("all", 2, 2, True, "student sharded over 2 GPUs, teacher sharded over 2 GPUs"))
+             ("student", 1, 1, False, f"student sharded over 4 processes, teacher {one}"),
+             ("all", 2, 2, True,
+              "student sharded over 2 processes, teacher sharded over 2 processes"))
     for rank in (0, 1):
         monkeypatch.setattr(parallel, "ranks", lambda rank=rank: (rank, 4))
         for shard, replicas, copies, teacher, said in cases:

@@ -21,8 +21,8 @@ def pair(dtype=torch.float64):
                                                                        generator=rng(2)).to(dtype)
 
 
-def logit_normal_quantiles(mean: float, std: float) -> torch.Tensor:
-    return torch.tensor([1 / (1 + math.exp(-NormalDist(mean, std).inv_cdf(q))) for q in QUANTILES])
+def logit_normal_quantiles(mean: float) -> torch.Tensor:
+    return torch.tensor([1 / (1 + math.exp(-NormalDist(mean).inv_cdf(q))) for q in QUANTILES])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -61,24 +61,22 @@ def test_shift_adds_ln_a_to_the_logit_and_keeps_the_ends():
     assert torch.equal(flow.shift(sigma, 1.0), sigma)
 
 
-@pytest.mark.parametrize("mean, std", [(0.0, 1.0), (1.0, 1.0), (-0.5, 0.4)])
-def test_logit_normal_quantiles(mean, std):
-    sigma = flow.logit_normal(N, mean, std, rng())
+@pytest.mark.parametrize("mean", [0.0, 1.0, -0.5])
+def test_logit_normal_quantiles(mean):
+    sigma = flow.logit_normal(N, (mean,), rng())
     assert sigma.shape == (N,) and sigma.dtype == torch.float32
     assert sigma.min() > 0 and sigma.max() < 1
-    error = sigma.quantile(torch.tensor(QUANTILES)) - logit_normal_quantiles(mean, std)
+    error = sigma.quantile(torch.tensor(QUANTILES)) - logit_normal_quantiles(mean)
     assert error.abs().max() < 5e-3
 
 
 def test_logit_normal_mixture_has_equal_strata():
     means = (0.0, 1.3, -1.0)
-    sigma = flow.logit_normal_mixture(N, means, 0.8, rng())
+    sigma = flow.logit_normal(N, means, rng())
     assert sigma.shape == (N,)
     for i, mean in enumerate(means):
         got = sigma[i::3].quantile(torch.tensor(QUANTILES))
-        assert (got - logit_normal_quantiles(mean, 0.8)).abs().max() < 8e-3, f"stratum {i}"
-    one = flow.logit_normal_mixture(7, (1.0,), 1.0, rng())
-    assert torch.equal(one, flow.logit_normal(7, 1.0, 1.0, rng()))
+        assert (got - logit_normal_quantiles(mean)).abs().max() < 8e-3, f"stratum {i}"
 
 
 def test_student_levels_have_the_stated_frequencies():
@@ -109,8 +107,8 @@ def test_euler_levels():
                  torch.tensor([1, 0.9, 0.75, 0.5, 0]), 1e-6)
 
 
-@pytest.mark.parametrize("draw", [lambda g: flow.logit_normal(9, 1.0, 1.0, g),
-                                  lambda g: flow.logit_normal_mixture(9, (0.0, 1.3), 1.0, g),
+@pytest.mark.parametrize("draw", [lambda g: flow.logit_normal(9, (1.0,), g),
+                                  lambda g: flow.logit_normal(9, (0.0, 1.3), g),
                                   lambda g: flow.student_levels(9, LEVELS, (0.25,) * 4, g)],
                          ids=["logit_normal", "mixture", "student_levels"])
 def test_draws_depend_on_the_generator_alone(draw):

@@ -5,13 +5,16 @@
     python tests/test_formats.py memory DIR    loads and exports an 8B network in DIR (33 GB): its
                                                peaks
 """
+import ast
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +30,10 @@ from torch import Tensor
 
 import kernels
 from ladd import export
-from ladd.cli import InputError
+from ladd.cli import InputError, run_script
 from ladd.core import sampler
 from ladd.core.mmdit import MMDiT, MMDiTConfig
+from ladd.core.sampler import Recipe
 from ladd.data import files
 from ladd.export import export_mmdit
 from ladd.sd3 import checkpoint, formats
@@ -37,9 +41,11 @@ from ladd.sd3.checkpoint import load_metadata, load_mmdit
 
 ROOT = Path(__file__).parents[1]
 EXPECTED = ROOT / "tests" / "results" / "diffusers.json"
-STUDENT = {"role": "student", "levels": "1.0,0.75,0.5,0.25", "shift": "3.0", "sampler": "euler",
-           "sizes": "48x80,80x48"}
-SCHEDULER = "scheduler/scheduler_config.json"
+RECIPE = Recipe("text", ("48x80", "80x48"), (1.0, 0.75, 0.5, 0.25), 3.0, "euler", 28, 5.0, 1.0, 1,
+                64, 256)
+STUDENT = RECIPE.metadata("student", True)
+HINT = {"modelspec.usage_hint": "ComfyUI: nodes Load Diffusion Model, KSampler (steps 4, cfg 1.0, "
+        "sampler euler, scheduler simple)"}
 PUBLISHED = dict(context_dim=sd3.JOINT, pooled_dim=sd3.POOLED, in_channels=16, out_channels=16)
 
 
@@ -221,10 +227,12 @@ def test_the_header_holds_modelspec_and_the_students_levels(tmp_path):
             "modelspec.prediction_type": "velocity",
             "modelspec.implementation": "https://github.com/Stability-AI/sd3.5"}
     found = load_metadata(tmp_path / "red.safetensors")
-    assert found == spec | STUDENT
+    assert found == spec | STUDENT | HINT
     export_mmdit(model, tmp_path / "d", "diffusers", {**found, "modelspec.title": "A red one"})
-    assert load_metadata(tmp_path / "d") == spec | STUDENT | {
+    assert load_metadata(tmp_path / "d") == spec | STUDENT | HINT | {
         "modelspec.title": "A red one", "modelspec.implementation": "diffusers"}
+    export_mmdit(model, tmp_path / "teacher", metadata={"role": "teacher"})
+    assert "modelspec.usage_hint" not in load_metadata(tmp_path / "teacher")
     large = MMDiTConfig(depth=38, width=2432, context_dim=4096, pooled_dim=2048, qk_norm=True)
     said = formats.header(large, "single", "", {})
     assert said["modelspec.architecture"] == "stable-diffusion-v3.5-large"
@@ -416,37 +424,166 @@ def test_the_command_writes_each_layout_and_raises_one_line(tmp_path, capsys):
             export.main([str(run), "--out", str(out / "n"), *argv])
 
 
+@pytest.mark.parametrize("layout", ["single", "diffusers"])
+def test_a_dot_in_a_name_is_no_ending(tmp_path, layout):
+    export_mmdit(tiny("plain", torch.float32), tmp_path / "sd3.5-turbo", layout)
+    assert load_metadata(tmp_path / "sd3.5-turbo")["modelspec.title"] == "sd3.5-turbo"
+
+
+def test_a_lora_is_exported_with_the_network(tmp_path):
+    model = tiny("dual", torch.float32)
+    checkpoint.save_mmdit(model, tmp_path / "m.safetensors", STUDENT)
+    g, name = torch.Generator().manual_seed(0), "joint_blocks.0.x_block.mlp.fc2"
+    a, b = torch.randn(2, 512, generator=g), torch.randn(128, 2, generator=g)
+    save_file({f"diffusion_model.{name}.lora_A.weight": a,
+               f"diffusion_model.{name}.lora_B.weight": b}, tmp_path / "style.safetensors")
+    lora = f"{tmp_path}/style.safetensors"
+    export.main([str(tmp_path / "m.safetensors"), "--out", str(tmp_path / "out.safetensors"),
+                 "--lora", f"{lora}:0.5", "--lora", f"{lora}:-2"])
+    written, expected = load_mmdit(tmp_path / "out.safetensors").state_dict(), model.state_dict()
+    expected[f"{name}.weight"] = (expected[f"{name}.weight"].double()
+                                  - 1.5 * b.double() @ a.double()).float()
+    assert_close("merged", written[f"{name}.weight"], expected[f"{name}.weight"], 1e-6)
+    assert same(written, expected | {f"{name}.weight": written[f"{name}.weight"]})
+    said = load_metadata(tmp_path / "out.safetensors")["lora"]
+    assert said == "style.safetensors:0.5, style.safetensors:-2"
+
+
+def test_control_characters_never_reach_the_terminal(tmp_path, monkeypatch, capsys):
+    red, name = "\x1b[31m", "context_embedder"
+    model = tiny("plain", torch.float32)
+    lora = {f"{name}.lora_A.weight": torch.zeros(1, 24),
+            f"{name}.lora_B.weight": torch.zeros(128, 1)}
+    for file, tensors in {
+            "m": model.state_dict(), "text": {**lora, f"text_encoder.{red}": torch.zeros(1)},
+            "unknown": {**lora, f"{red}.alpha": torch.zeros(1)},
+            "kind": {**lora, f"{red}\n.hada_w1": torch.zeros(1)},
+            "net": {**model.state_dict(), f"{red}\r": torch.zeros(1)},
+            "empty": {**model.state_dict(), f"{red}\r": torch.zeros(0)}}.items():
+        save_file(tensors, tmp_path / f"{file}.safetensors")
+    for source, lora, code in (("m", "text", 0), ("m", "unknown", 2), ("m", "kind", 2),
+                               ("net", None, 2), ("empty", None, 2)):
+        left, flags = [], ["--lora", f"{tmp_path}/{lora}.safetensors"] if lora else []
+        monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / f"{source}.safetensors"), "--out",
+                                          str(tmp_path / "out"), *flags])
+        run_script("ladd.export", export.main, left.append)
+        said = capsys.readouterr()
+        assert left == [2] * (code == 2) and said.err.count("\n") == len(left)
+        assert "\x1b" not in said.out + said.err and (r"\x1b[31m" in said.err) == (code == 2)
+
+
+# other programs
+
+@pytest.mark.parametrize("recipe, lines", [
+    (RECIPE, [HINT["modelspec.usage_hint"],
+              "--steps 4 --cfg-scale 1 --sampling-method euler --scheduler simple", "256 T5"]),
+    (replace(RECIPE, sampler="renoise", shift=1.5, levels=(1.0, 0.5), t5_tokens=77), [
+        "Load Diffusion Model, ModelSamplingSD3 (shift 1.5), KSampler (steps 2, cfg 1.0, sampler "
+        "lcm, scheduler simple)", "--sampling-method lcm --sigmas 1,0.6,0", "77 T5"]),
+    (replace(RECIPE, levels=(1.0, 0.5, 0.25)), [
+        "Load Diffusion Model, SamplerCustom (steps 3, cfg 1.0, sampler euler, 1,0.75,0.5,0)",
+        "--sampling-method euler --sigmas 1,0.75,0.5,0", "256 T5"])])
+def test_the_settings_for_other_programs(tmp_path, capsys, recipe, lines):
+    path = tmp_path / "m.safetensors"
+    checkpoint.save_mmdit(tiny("plain", torch.float32), path, recipe.metadata("student", True))
+    export.main([str(path), "--out", str(tmp_path / "o.safetensors")])
+    said = capsys.readouterr().out
+    assert all(line in said for line in lines) and "sd3_infer.py" in said, said
+    hint = load_metadata(tmp_path / "o.safetensors")["modelspec.usage_hint"]
+    assert lines[0] in hint and hint in said
+
+
+@pytest.mark.parametrize("shift, sampler", [(3.0, "euler"), (1.5, "renoise")])
+def test_the_workflow_samples_at_the_students_levels(tmp_path, shift, sampler):
+    recipe = replace(RECIPE, shift=shift, sampler=sampler)
+    path = tmp_path / "m.safetensors"
+    checkpoint.save_mmdit(tiny("plain", torch.float32), path, recipe.metadata("student", True))
+    command = [str(path), "--out", str(tmp_path / "sd3.5-turbo.safetensors"), "--workflow"]
+    export.main(command)
+    nodes = json.loads((tmp_path / "sd3.5-turbo.json").read_text())
+    links = [(node["class_type"], nodes[value[0]]["class_type"]) for node in nodes.values()
+             for value in node["inputs"].values() if isinstance(value, list)]
+    assert set(links) == {("ModelSamplingSD3", "UNETLoader"),
+                          ("CLIPTextEncode", "TripleCLIPLoader"),
+                          ("KSampler", "ModelSamplingSD3"), ("KSampler", "CLIPTextEncode"),
+                          ("KSampler", "EmptySD3LatentImage"), ("VAEDecode", "KSampler"),
+                          ("VAEDecode", "VAELoader"), ("SaveImage", "VAEDecode")}
+    by_class = {node["class_type"]: node["inputs"] for node in nodes.values()}
+    settings = by_class["KSampler"]
+    assert by_class["UNETLoader"]["unet_name"] == "sd3.5-turbo.safetensors"
+    assert by_class["EmptySD3LatentImage"] == {"width": 80, "height": 48, "batch_size": 1}
+    assert (settings["cfg"], settings["denoise"]) == (1, 1)
+    assert settings["sampler_name"] == {"euler": "euler", "renoise": "lcm"}[sampler]
+    # ComfyUI's scheduler "simple": every 250th of 1,000 levels of its shift
+    every = [by_class["ModelSamplingSD3"]["shift"] * t / (1000 + (shift - 1) * t)
+             for t in range(1, 1001)]
+    levels = [every[-1 - int(i * 1000 / settings["steps"])] for i in range(settings["steps"])]
+    assert settings["scheduler"] == "simple"
+    assert levels == pytest.approx(recipe.sigmas(4)[:-1].tolist(), abs=1e-6)
+    (tmp_path / "sd3.5-turbo.safetensors").unlink()
+    with pytest.raises(InputError, match="sd3.5-turbo.json: already exists"):
+        export.main(command)
+    (tmp_path / "sd3.5-turbo.json").unlink()
+    for metadata, flags, message in (
+            (recipe.metadata("teacher", True), [], "--workflow requires a .*role teacher, task "),
+            ({}, [], r"--workflow requires a text-to-image student .*\(got role None"),
+            (STUDENT, ["--layout", "diffusers"], "--layout diffusers"),
+            ({**STUDENT, "levels": "1,0.5,0.25"}, [], "with evenly spaced .*levels 1,0.5,0.25, ")):
+        checkpoint.save_mmdit(tiny("plain", torch.float32), path, metadata)
+        with pytest.raises(InputError, match=message):
+            export.main([*command, *flags])
+        assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
 # a pipeline
 
 def snippet(folder: Path) -> str:
-    code, = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    card = (folder / "README.md").read_text()
+    code, = re.findall(r"^```python\n(.*?)^```$", card, re.S | re.M)
     return code
 
 
-@pytest.mark.parametrize("name, variant, base_shift, sigmas",
-                         [("euler", "dual", 3.0, "[1.0, 0.75, 0.5, 0.25]"),
-                          ("renoise", "plain", 3.0, "[1.0, 0.75, 0.5, 0.25]"),
-                          ("euler", "qk_norm", 1.0, "[1.0, 0.9, 0.75, 0.5]")])
-def test_the_cards_code_generates_our_samplers_image(tmp_path, monkeypatch, name, variant,
-                                                     base_shift, sigmas):
+PIPELINES = {
+    "euler": ("dual", RECIPE),
+    "renoise": ("plain", replace(RECIPE, sampler="renoise")),
+    "euler, another shift, two levels": (
+        "qk_norm", replace(RECIPE, levels=(1.0, 0.5), shift=1.7, t5_tokens=77)),
+    "renoise, no shift, three levels": (
+        "plain", replace(RECIPE, levels=(1.0, 0.6667, 0.3333), shift=1.0, sampler="renoise")),
+    "renoise, a large shift, eight levels": (
+        "plain", replace(RECIPE, levels=tuple(1 - i / 8 for i in range(8)), shift=6.5,
+                         sampler="renoise")),
+    "one level": ("plain", replace(RECIPE, levels=(1.0,), sampler="renoise")),
+    "euler, uneven": ("plain", replace(RECIPE, levels=(1.0, 0.8, 0.3, 0.1))),
+    "renoise, uneven": ("plain", replace(RECIPE, levels=(1.0, 0.3), sampler="renoise")),
+}
+
+
+@pytest.mark.parametrize("case", PIPELINES)
+def test_the_cards_code_generates_our_samplers_image(tmp_path, monkeypatch, case):
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
+    variant, recipe = PIPELINES[case]
     base = sd3.make_folder(tmp_path / "base", variant)
-    config = base / "scheduler" / "scheduler_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"shift": base_shift}))
+    # replaced, whatever it is
+    config = {"_class_name": "DDIMScheduler", "use_karras_sigmas": True}
+    (base / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
     (base / "teacher.safetensors").write_bytes(b"not copied")
     student = tiny(variant, torch.float32, seed=4, **PUBLISHED)
-    export_mmdit(student, tmp_path / "my-student", "pipeline", {**STUDENT, "sampler": name},
-                 base=base)
+    folder = tmp_path / "my.student's"
+    export_mmdit(student, folder, "pipeline", recipe.metadata("student", True), base=base)
     kept = [p.relative_to(base) for p in base.rglob("*") if p.is_file()]
+    new = "transformer", "scheduler", "teacher.safetensors", "model_index.json"
     for path in kept:
-        if path.parts[0] not in ("transformer", "teacher.safetensors"):
-            assert (tmp_path / "my-student" / path).read_bytes() == (base / path).read_bytes()
-    assert not (tmp_path / "my-student" / "teacher.safetensors").exists() and len(kept) > 15
-    code = snippet(tmp_path / "my-student")
-    assert f"sigmas={sigmas}" in code
+        if path.parts[0] not in new:
+            assert (folder / path).read_bytes() == (base / path).read_bytes()
+    assert not (folder / "teacher.safetensors").exists() and len(kept) > 15
+    code, card = snippet(folder), (folder / "README.md").read_text()
+    even = "uneven" not in case
+    assert ("sigmas=" in code) != even and (f"num_inference_steps={len(recipe.levels)}," in code
+                                            ) == even
     assert "guidance_scale=0" in code and "height=48, width=80" in code
-    assert f'sampler "{name}"' in (tmp_path / "my-student" / "README.md").read_text()
+    assert f"max_sequence_length={recipe.t5_tokens}" in code
 
     decoded = []
     decode = diffusers.AutoencoderKL.decode
@@ -457,70 +594,174 @@ def test_the_cards_code_generates_our_samplers_image(tmp_path, monkeypatch, name
     space = {}
     exec(code, space)
 
-    pipe, levels = space["pipe"], torch.tensor([1, 0.9, 0.75, 0.5, 0])
-    torch.testing.assert_close(pipe.scheduler.sigmas, levels, rtol=0, atol=1e-6)
+    pipe, n = space["pipe"], len(recipe.levels)
     prompt = re.search(r'pipe\("(.*?)"', code)[1]
-    context, _, pooled, _ = pipe.encode_prompt(prompt, None, None,
-                                               do_classifier_free_guidance=False)
-    g = torch.Generator().manual_seed(0)
+    context, _, pooled, _ = pipe.encode_prompt(
+        prompt, None, None, do_classifier_free_guidance=False,
+        max_sequence_length=recipe.t5_tokens)
+    assert context.shape[1] == 77 + recipe.t5_tokens
+    g = torch.Generator()
     # one stream: the noise, then renoise's
     draw = lambda *_: torch.randn(1, 16, 6, 10, generator=g)
     monkeypatch.setattr(sampler, "image_noise", draw)
     student.kernels = kernels.load("torch")
-    x0 = sampler.sample(student, draw(), (context, pooled), levels, name, [0])
-    z = x0 / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-    assert_close("latents", decoded[0], z, 1e-4)
+
+    def ours(levels: Tensor) -> Tensor:
+        g.manual_seed(0)
+        x0 = sampler.sample(student, draw(), (context, pooled), levels, recipe.sampler, [0])
+        return x0 / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+
+    levels = recipe.sigmas(n)
+    # the levels 0.6667 and 0.3333 are rounded
+    tol = 1e-4 if "three" in case else 1e-6
+    torch.testing.assert_close(pipe.scheduler.sigmas.float(), levels, rtol=0, atol=tol)
+    z = ours(levels)
+    assert_close("latents", decoded[0], z, 3e-3 if "three" in case else 1e-4)
     with torch.no_grad():
-        pixels = ((decode(pipe.vae, z).sample / 2 + 0.5).clamp(0, 1) * 255).round()[0].permute(1, 2,
-                                                                                               0)
+        pixels = (decode(pipe.vae, z).sample / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0) * 255
     image = torch.tensor(np.asarray(Image.open("image.png")).astype("float32"))      # [48, 80, 3]
-    assert (image - pixels).abs().max() <= 1 and pixels.std() > 1
-    # the scheduler's own
-    other = sampler.sample(student, torch.randn(1, 16, 6, 10, generator=g.manual_seed(0)),
-                           (context, pooled), torch.tensor([1, 0.858, 0.602, 0.0089, 0]), name, [0])
-    assert (other - x0).abs().max() > 1e-2                           # the levels matter here
+    assert (image - pixels.round()).abs().max() <= (2 if "three" in case else 1)
+    assert pixels.std() > 1
+    if n == 4:
+        # the base's own scheduler
+        assert (ours(torch.tensor([1, 0.858, 0.602, 0.0089, 0])) - z).abs().max() > 1e-2
+
+    # fewer steps, as the card says
+    by_count = even and (recipe.sampler == "euler" or n == 1)
+    assert ("diffusers 0.39" in card) == by_count == ("only `torch.manual_seed`" not in card)
+    if not by_count:
+        exec(re.search(r"`(pipe\.scheduler = .*?)`", card, re.S)[1], space)
+    call = dict(guidance_scale=0.0, height=48, width=80, max_sequence_length=recipe.t5_tokens)
+    for count in sampler.step_counts(recipe.levels):
+        steps = {"num_inference_steps": count}
+        if not by_count and count < n:
+            lists = re.findall(r"`(\[.*?\])`", card)
+            steps = {"sigmas": next(found for found in map(json.loads, lists)
+                                    if len(found) == count)}
+        elif not by_count:
+            continue
+        pipe(prompt, **steps, **call, generator=torch.manual_seed(0))
+        assert_close(f"{count} steps", decoded[-1], ours(recipe.sigmas(count)), 1e-4)
+
+
+BASE = {"model_index.json": {"_class_name": "StableDiffusion3Pipeline", "vae": ["diffusers", "A"]},
+        "scheduler/scheduler_config.json": {"_class_name": "DDIMScheduler"},
+        "transformer/config.json": dict(in_channels=16, out_channels=16, joint_attention_dim=96,
+                                        pooled_projection_dim=80),
+        "vae/config.json": {"vae": 1}}
+
+
+def write_base(base: Path, **changes: dict) -> Path:
+    for name, values in BASE.items():
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_text(json.dumps(values | changes.get(name, {})))
+    return base
+
+
+def export_to(out: Path, base: Path, **changes: str | None) -> None:
+    facts = {k: v for k, v in {**STUDENT, **changes}.items() if v is not None}
+    export_mmdit(tiny("plain", torch.float32, **PUBLISHED), out, "pipeline", facts, base=base)
+
+
+CODE = "48x80\n```\nimport os; os.system('x')\n```"
 
 
 @pytest.mark.parametrize("file, changes, metadata, message", [
-    (SCHEDULER, {"use_dynamic_shifting": True}, {},
-     "must shift by a constant only (got use_dynamic_shifting)"),
-    (SCHEDULER, {"use_karras_sigmas": True}, {},
-     "must shift by a constant only (got use_karras_sigmas)"),
-    (SCHEDULER, {"_class_name": "DDIMScheduler"}, {},
-     "must be FlowMatchEulerDiscreteScheduler (got DDIMScheduler)"),
     ("model_index.json", {"_class_name": "FluxPipeline"}, {},
      "must be StableDiffusion3Pipeline (got FluxPipeline)"),
     ("transformer/config.json", {"joint_attention_dim": 7}, {},
      "joint_attention_dim must be the student's 96 (got 7)"),
-    ("model_index.json", {}, {"levels": None},
-     "metadata must have levels, shift and sampler (got no levels)"),
-    ("model_index.json", {}, {"levels": "1,x"},
-     "metadata: levels and shift must be numbers (got '1,x' and '3.0')"),
-    ("model_index.json", {}, {"sampler": "ddim"},
-     "metadata: sampler must be euler or renoise (got 'ddim')"),
+    ("", {}, {"levels": None}, "metadata: no levels; it must be written by train.py"),
+    ("", {}, {"levels": "1,x"}, "metadata: levels must be numbers separated by commas (got '1,x')"),
+    ("", {}, {"sampler": "ddim"}, "metadata: sampler must be one of euler, renoise (got 'ddim')"),
+    ("", {}, {"sizes": CODE}, "metadata: sizes must be HxW in pixels"),
+    ("", {}, {"levels": f"1,0.5\n{CODE}"}, "metadata: levels must be numbers"),
+    ("", {}, {"shift": "3.0)\nimport os"}, "metadata: shift must be a number"),
+    ("", {}, {"shift": "nan"}, "metadata: shift must be a finite number"),
+    ("", {}, {"t5_tokens": "0"}, "metadata: t5_tokens must be 1 to 512 (got 0)"),
+    ("", {}, {"role": "teacher"}, "requires a text-to-image student (got role teacher, task text"),
+    ("", {}, {"task": "edit"}, "requires a text-to-image student (got role student, task edit"),
+    ("", {}, {"role": None}, "requires a text-to-image student (got role None, task text, levels"),
 ])
-def test_a_base_that_cannot_sample_the_student_raises(tmp_path, file, changes, metadata, message):
-    network = dict(in_channels=16, out_channels=16, joint_attention_dim=96,
-                   pooled_projection_dim=80)
-    files = {"model_index.json": {"_class_name": "StableDiffusion3Pipeline"},
-             SCHEDULER: {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
-             "transformer/config.json": {"_class_name": "SD3Transformer2DModel", **network}}
-    for name, values in files.items():
-        (tmp_path / "base" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "base" / name).write_text(json.dumps(values
-                                                         | (changes if name == file else {})))
-    facts = {k: v for k, v in {**STUDENT, **metadata}.items() if v is not None}
-    model = tiny("plain", torch.float32, **PUBLISHED)
+def test_a_base_or_metadata_that_do_not_fit_raise(tmp_path, file, changes, metadata, message):
+    base = write_base(tmp_path / "base", **{file: changes})
     with pytest.raises(InputError) as error:
-        export_mmdit(model, tmp_path / "out", "pipeline", facts, base=tmp_path / "base")
-    assert message in str(
-        error.value) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
-    (tmp_path / "base" / "model_index.json").write_text("[]")
+        export_to(tmp_path / "out", base, **metadata)
+    assert message in str(error.value) and not (tmp_path / "out").exists()
+    assert "\n" not in str(error.value).replace(CODE, "")
+    (base / "model_index.json").write_text("[]")
     with pytest.raises(InputError, match=r"model_index.json must be a JSON object \(got list\)"):
-        export_mmdit(model, tmp_path / "out", "pipeline", facts, base=tmp_path / "base")
-    (tmp_path / "base" / "model_index.json").unlink()
+        export_to(tmp_path / "out", base)
+    (base / "model_index.json").unlink()
     with pytest.raises(InputError, match="model_index.json: not a complete JSON file"):
-        export_mmdit(model, tmp_path / "out", "pipeline", facts, base=tmp_path / "base")
+        export_to(tmp_path / "out", base)
+
+
+@pytest.mark.parametrize("name", ["it's \"quoted\"", "a\nimport os", "{name}", "back\\slash",
+                                  "```", "\x1b[31mred"])
+def test_a_name_stays_a_string_of_the_cards_code(tmp_path, name):
+    base = write_base(tmp_path / f"{name} base")
+    export_to(tmp_path / name, base)
+    loaded = []
+    tree = ast.parse(snippet(tmp_path / name))
+    loaded = [node.args[0].value for node in ast.walk(tree) if isinstance(node, ast.Call)
+              and getattr(node.func, "attr", "") == "from_pretrained"]
+    assert loaded == [name] and len(tree.body) == 6
+    facts = (tmp_path / name / "README.md").read_text().split("---\n")[1].splitlines()
+    assert f"base_model: {json.dumps(f'{name} base')}" in facts and len(facts) == 5
+    assert "\x1b" not in (tmp_path / name / "README.md").read_text()
+
+
+def test_the_card_has_the_hubs_lines(tmp_path):
+    base = write_base(tmp_path / "models--stabilityai--stable-diffusion-3.5-medium/snapshots/abc")
+    (base / "README.md").write_text("---\nlicense: other\nlicense_name: stabilityai-ai-community\n"
+                                    "license_link: LICENSE.md\ninference: true\n"
+                                    "extra: 'license: mit'\n---\nlicense: mit\n")
+    (base / "LICENSE.md").write_text("terms")
+    export_to(tmp_path / "out", base)
+    assert (tmp_path / "out" / "README.md").read_text().startswith(
+        '---\nlibrary_name: diffusers\npipeline_tag: text-to-image\n'
+        'base_model: "stabilityai/stable-diffusion-3.5-medium"\n'
+        "license: other\nlicense_name: stabilityai-ai-community\nlicense_link: LICENSE.md\n"
+        "tags: [ladd, few-step, adversarial-distillation]\n---\n")
+    assert (tmp_path / "out" / "LICENSE.md").read_text() == "terms"
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert index == {**BASE["model_index.json"],
+                     "scheduler": ["diffusers", "FlowMapEulerDiscreteScheduler"]}
+
+
+def test_links_out_of_a_base_are_not_followed(tmp_path):
+    (tmp_path / "secret").write_text("key")
+    (tmp_path / "more").mkdir()
+    for i, (link, target) in enumerate((("vae/id", tmp_path / "secret"), ("id", "../secret"),
+                                        ("vae/etc", tmp_path / "more"), ("loop", "."),
+                                        ("gone", "nowhere"))):
+        base = write_base(tmp_path / f"base{i}")
+        (base / link).symlink_to(target)
+        with pytest.raises(InputError) as error:
+            export_to(tmp_path / "out", base)
+        assert f"{base / link} must be a file, or a link to one in the same folder" in str(
+            error.value)
+        assert not list(tmp_path.glob("*out*"))
+    base = write_base(tmp_path / "inside")
+    (base / "vae/copy.json").symlink_to("config.json")
+    # what is not copied may be a link
+    (base / "all.safetensors").symlink_to(tmp_path / "secret")
+    export_to(tmp_path / "out", base)
+    assert json.loads((tmp_path / "out/vae/copy.json").read_text()) == {"vae": 1}
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+
+
+def test_a_base_in_the_cache_of_the_hub_is_links_to_its_blobs(tmp_path):
+    repository = tmp_path / "models--a--b"
+    base = write_base(repository / "snapshots/abc")
+    (repository / "blobs").mkdir()
+    for i, path in enumerate([p for p in base.rglob("*") if p.is_file()]):
+        path.rename(repository / f"blobs/{i}")
+        path.symlink_to(os.path.relpath(repository / f"blobs/{i}", path.parent))
+    export_to(tmp_path / "out", base)
+    assert json.loads((tmp_path / "out/vae/config.json").read_text()) == {"vae": 1}
+    assert 'base_model: "a/b"' in (tmp_path / "out/README.md").read_text()
 
 
 # memory

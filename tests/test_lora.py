@@ -1,6 +1,7 @@
 """LoRA: what it computes, what trains, merging, files of other programs, shards; also what
 processes run."""
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -43,8 +44,8 @@ def adapted(variant: str = "dual", dtype: torch.dtype = torch.float64, targets=l
     return drawn(model)
 
 
-def save_lora(path: Path, model: MMDiT, layout: str, *rest, **named) -> None:
-    lora_files.save(path, factors(model), model.config, layout, *rest, **named)
+def save_lora(path: Path, model: MMDiT, *metadata) -> None:
+    lora_files.save(path, factors(model), model.config, *metadata)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -297,18 +298,7 @@ DIFFUSERS = """context_embedder proj_out norm_out.linear time_text_embed.timeste
         1: """attn.to_q attn.to_k attn.to_v attn.to_out.0
               attn.add_q_proj attn.add_k_proj attn.add_v_proj
               ff.net.0.proj ff.net.2 norm1.linear norm1_context.linear"""})
-COMFYUI = """context_embedder final_layer_linear final_layer_adaLN_modulation_1 t_embedder_mlp_0
-    t_embedder_mlp_2 y_embedder_mlp_0 y_embedder_mlp_2""".split() + blocks("joint_blocks_{}_{}", {
-        0: """x_block_attn_qkv x_block_attn_proj x_block_attn2_qkv x_block_attn2_proj
-              x_block_mlp_fc1 x_block_mlp_fc2 x_block_adaLN_modulation_1
-              context_block_attn_qkv context_block_attn_proj
-              context_block_mlp_fc1 context_block_mlp_fc2 context_block_adaLN_modulation_1""",
-        1: """x_block_attn_qkv x_block_attn_proj x_block_mlp_fc1 x_block_mlp_fc2
-              x_block_adaLN_modulation_1 context_block_attn_qkv
-              context_block_adaLN_modulation_1"""})
-KEYS = {"diffusers": {f"transformer.{name}.lora_{x}.weight" for name in DIFFUSERS for x in "AB"},
-        "comfyui": {f"lora_unet_{name}.{x}" for name in COMFYUI
-                    for x in ("lora_down.weight", "lora_up.weight", "alpha")}}
+KEYS = {f"transformer.{name}.lora_{x}.weight" for name in DIFFUSERS for x in "AB"}
 
 
 def everywhere(dtype: torch.dtype = torch.float32) -> MMDiT:
@@ -316,72 +306,71 @@ def everywhere(dtype: torch.dtype = torch.float32) -> MMDiT:
     return adapted("dual", dtype, ("*",), depth=2, dual_blocks=(0,))
 
 
-@pytest.mark.parametrize("layout", KEYS)
-def test_files_have_the_names_that_others_load(tmp_path, layout):
-    save_lora(tmp_path / "turbo.safetensors", everywhere(), layout, {"base": "sd3.5-medium"})
-    with safe_open(tmp_path / "turbo.safetensors", "pt") as file:
+def test_files_have_the_names_that_others_load(tmp_path):
+    path = tmp_path / "sd3.5-turbo.safetensors"
+    save_lora(path, everywhere(), {"base": "sd3.5-medium"})
+    with safe_open(path, "pt") as file:
         about = file.metadata()
-    assert load_file(tmp_path / "turbo.safetensors").keys() == KEYS[layout]
+    assert load_file(path).keys() == KEYS
     assert about["modelspec.architecture"] == "stable-diffusion-v3/lora"
-    assert about["modelspec.title"] == "turbo"
-    assert (about["rank"], about["alpha"], about["base"]) == ("4", "6", "sd3.5-medium")
+    assert (about["modelspec.title"], about["base"]) == ("sd3.5-turbo", "sd3.5-medium")
+    peft = json.loads(about["lora_adapter_metadata"])
+    assert (peft["transformer.r"], peft["transformer.lora_alpha"]) == (RANK, RANK)
+    assert peft["transformer.rank_pattern"] == peft["transformer.alpha_pattern"] == {}
+    assert sorted(peft["transformer.target_modules"]) == sorted(DIFFUSERS)
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("layout", KEYS)
-def test_a_file_read_and_written_again_is_the_same(tmp_path, layout, dtype):
-    """comfyui keeps A, B and alpha; diffusers A and alpha / rank B, in one rounding."""
-    model, kept = everywhere(), dtype or torch.float32
-    save_lora(tmp_path / "1.safetensors", model, layout, dtype=dtype)
+def test_a_file_read_and_written_again_is_the_same(tmp_path):
+    """It holds A and alpha / rank B, in one rounding."""
+    model = everywhere()
+    save_lora(tmp_path / "1.safetensors", model)
     loaded = lora_files.load(tmp_path / "1.safetensors")
     assert loaded.keys() == lora.of_kind(model, lora.Lora).keys()
     for name, layer in lora.of_kind(model, lora.Lora).items():
-        scale, alpha = (1.5, RANK) if layout == "diffusers" else (1.0, ALPHA)
         a, b = layer.lora_a.detach(), layer.lora_b.detach()
-        assert loaded[name].alpha == alpha and loaded[name].a.equal(a.to(kept)), name
-        assert loaded[name].b.equal((scale * b.double()).to(kept)), name
+        assert loaded[name].alpha == RANK and loaded[name].a.equal(a), name
+        assert loaded[name].b.equal((1.5 * b.double()).float()), name
     twin = tiny("dual", torch.float32, depth=2, dual_blocks=(0,))
     lora.apply(twin, loaded)
-    save_lora(tmp_path / "2.safetensors", twin, layout, dtype=dtype)
+    save_lora(tmp_path / "2.safetensors", twin)
     assert same(load_file(tmp_path / "1.safetensors"), load_file(tmp_path / "2.safetensors"))
-    tol = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}[kept]
     inputs = tiny_inputs(dtype=torch.float32)
-    assert_close("v", twin(*inputs), model(*inputs), tol)
-
-
-def test_both_layouts_say_the_same(tmp_path):
-    for layout in KEYS:
-        save_lora(tmp_path / layout, everywhere(), layout)
-    one, two = (lora_files.load(tmp_path / layout) for layout in KEYS)
-    for name in two:
-        assert_close(name, product(one[name]), product(two[name]), 1e-6)
+    assert_close("v", twin(*inputs), model(*inputs), 1e-5)
 
 
 def product(f: lora.Factors) -> Tensor:
     return (f.alpha / len(f.a)) * f.b.double() @ f.a.double()
 
 
-def test_comfyuis_rule_of_names_places_every_tensor(tmp_path):
+@pytest.mark.parametrize("alpha", [0.5, None])
+def test_kohyas_names_and_comfyuis_rule_place_every_tensor(tmp_path, alpha):
     """The key of a weight is lora_unet_ and its name in the single file with _ for each dot;
     W becomes W + alpha / rank up down."""
     model = everywhere()
-    save_lora(tmp_path / "l.safetensors", model, "comfyui")
+    held = {}
+    for name, f in factors(model).items():
+        key = "lora_unet_" + name.replace(".", "_")
+        held |= pair(key, f.a, f.b, ("lora_down", "lora_up"))
+        held |= {} if alpha is None else {f"{key}.alpha": torch.tensor(alpha)}
     export_mmdit(lora_free(), tmp_path / "m.safetensors")
-    held, weights = load_file(tmp_path / "l.safetensors"), load_file(tmp_path / "m.safetensors")
+    weights = load_file(tmp_path / "m.safetensors")
+    found = lora_files.load(write(tmp_path / "l.safetensors", held))
     for name, weight in weights.items():
         if name.endswith(".weight"):
-            key = name.removeprefix("model.diffusion_model.").removesuffix(".weight").replace(".",
-                                                                                              "_")
-            if f"lora_unet_{key}.lora_up.weight" in held:
-                up, down, alpha = (held.pop(f"lora_unet_{key}.{end}").double()
-                                   for end in ("lora_up.weight", "lora_down.weight", "alpha"))
-                weights[name] = (weight + alpha / len(down) * up @ down).float()
+            key = name.removeprefix("model.diffusion_model.").removesuffix(".weight")
+            key = f"lora_unet_{key.replace('.', '_')}"
+            if f"{key}.lora_up.weight" in held:
+                up, down = (held.pop(f"{key}.{end}.weight").double()
+                            for end in ("lora_up", "lora_down"))
+                scale = held.pop(f"{key}.alpha", torch.tensor(RANK)).double() / len(down)
+                weights[name] = (weight + scale * up @ down).float()
     assert not held
     save_file(weights, tmp_path / "patched.safetensors")
-    lora.merge(model)
-    inputs = tiny_inputs(dtype=torch.float32)
+    twin, inputs = lora_free(), tiny_inputs(dtype=torch.float32)
+    lora.apply(twin, found)
+    lora.merge(twin)
     assert load_mmdit(tmp_path / "patched.safetensors",
-                      kernels.load("torch"))(*inputs).equal(model(*inputs))
+                      kernels.load("torch"))(*inputs).equal(twin(*inputs))
 
 
 def lora_free() -> MMDiT:
@@ -427,7 +416,7 @@ def test_three_matrices_of_q_k_v_become_one_lora_of_the_same_product(tmp_path):
     assert_close("no k", product(f), torch.cat([blocks[0], nothing, blocks[2]]), 1e-6)
     model = tiny("dual", torch.float32)
     lora.apply(model, loaded)
-    save_lora(tmp_path / "again", model, "diffusers")
+    save_lora(tmp_path / "again", model)
     again = load_file(tmp_path / "again")
     for x, block in zip("qkv", (blocks[0], nothing, blocks[2])):
         key = f"transformer.transformer_blocks.1.attn.add_{x}_proj.lora_"
@@ -505,14 +494,14 @@ KNOWN = "must hold lora_A and lora_B, or lora_down, lora_up and alpha, of SD3's 
 
 
 @pytest.mark.parametrize("tensors, line", [
-    ({}, KNOWN + r"\(got 0 tensors, 0 unknown: \)$"),
+    ({}, KNOWN + r"\(got 0 tensors and 0 of text encoders, 0 unknown: \)$"),
     ({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": A, **pair(OUT, A, B)},
-     KNOWN + r"\(got 3 tensors, 1 unknown: "
+     KNOWN + r"\(got 3 tensors and 0 of text encoders, 1 unknown: "
      r"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight\)$"),
     (pair(OUT, A, B) | {f"{OUT}.lora_magnitude_vector": B},
-     rf"1 unknown: {OUT}.lora_magnitude_vector\)$"),
+     rf"must be a plain LoRA of matrices A and B \(got DoRA: {OUT}.lora_magnitude_vector\)$"),
     (pair("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", A, B),
-     "2 unknown: text_enc"),
+     r"\(got 0 tensors and 2 of text encoders, 0 unknown: \)$"),
     (pair("transformer.transformer_blocks.0.attn.norm_q", A, B),
      r"^LoRA of joint_blocks.0.x_block.attn.ln_q: this network \(.*\) has no such linear layer$"),
     ({f"{OUT}.lora_A.weight": A}, rf"{OUT} must have both matrices A and B \(got no B\)$"),
@@ -565,18 +554,13 @@ def test_what_does_not_fit_the_network_is_refused_and_changes_nothing():
 
 def test_what_cannot_be_written_leaves_the_former_file(tmp_path):
     path, model = tmp_path / "l.safetensors", everywhere()
-    save_lora(path, model, "comfyui")
+    save_lora(path, model)
     before = path.read_bytes()
     for line, attempt in (
-            (r"^layout must be diffusers or comfyui \(got 'kohya'\)$",
-             lambda: save_lora(path, model, "kohya")),
             (r"l\.safetensors: the network must have a LoRA \(got none\)$",
-             lambda: save_lora(path, lora_free(), "comfyui")),
-            (r"^lora_unet_.*_qkv.lora_up.weight: values must be finite in torch.float16 "
-             r"\(got NaN or inf\)$",
-             lambda: save_lora(path, spoiled(model, 1e5), "comfyui", dtype=torch.float16)),
-            (r"values must be finite in torch.float32 \(got NaN or inf\)$",
-             lambda: save_lora(path, spoiled(model, float("nan")), "diffusers"))):
+             lambda: save_lora(path, lora_free())),
+            (r"to_q.lora_B.weight must be finite \(got nan\)$",
+             lambda: save_lora(path, spoiled(model, float("nan"))))):
         with pytest.raises(InputError, match=line):
             attempt()
         assert path.read_bytes() == before
@@ -585,6 +569,182 @@ def test_what_cannot_be_written_leaves_the_former_file(tmp_path):
 def spoiled(model: MMDiT, value: float) -> MMDiT:
     model.get_submodule(QKV).lora_b.data[5, 1] = value
     return model
+
+
+def merged_by_hand(model: MMDiT, *terms: tuple[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a network with these products added, in float64."""
+    weights = {name: weight.double() for name, weight in model.state_dict().items()}
+    for name, product in terms:
+        weights[f"{name}.weight"] = weights[f"{name}.weight"] + product.view_as(
+            weights[f"{name}.weight"])
+    return weights
+
+
+def check_merged(files: list[str], *terms: tuple[str, Tensor], **changes) -> None:
+    model = tiny("dual", torch.float32, **changes)
+    expected = merged_by_hand(model, *terms)
+    lora_files.merge(model, lora_files.read_flags(files))
+    for name, weight in model.state_dict().items():
+        assert weight.equal(expected[name].float()), name
+
+
+def text_encoders() -> dict[str, Tensor]:
+    module = "text_model_encoder_layers_0_self_attn_q_proj"
+    names = (f"lora_te1_{module}", f"lora_te2_{module}", "lora_te3_encoder_block_0_layer_0_k")
+    tensors = {f"{names[0]}.alpha": torch.tensor(1.0), f"{names[0]}.dora_scale": A}
+    for name in names:
+        tensors |= pair(name, A, B, ("lora_down", "lora_up"))
+    return tensors
+
+
+def patch_matrices(seed: int = 7) -> tuple[Tensor, Tensor]:
+    g = rng(seed)
+    return torch.randn(2, 4, 2, 2, generator=g), torch.randn(128, 2, 1, 1, generator=g)
+
+
+WRITERS = {   # name of a layer's module by each program; matrices, alpha and its place
+    "kohya": ("lora_unet_joint_blocks_1_x_block_mlp_fc1", "du", "lora_unet_x_embedder_proj"),
+    "OneTrainer": ("lora_transformer_transformer_blocks_1_ff_net_0_proj", "du",
+                   "lora_transformer_pos_embed_proj"),
+    "OneTrainer, original": ("transformer.joint_blocks.1.x_block.mlp.fc1", "du",
+                             "transformer.x_embedder.proj"),
+    "diffusers": ("transformer.transformer_blocks.1.ff.net.0.proj", "AB",
+                  "transformer.pos_embed.proj"),
+    "PEFT": ("base_model.model.transformer_blocks.1.ff.net.0.proj", "AB",
+             "base_model.model.pos_embed.proj"),
+    "LyCORIS": ("lycoris_transformer_blocks_1_ff_net_0_proj", "du", "lycoris_pos_embed_proj")}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_loras_of_each_program_are_merged_with_their_patch_convolution(tmp_path, capsys, writer):
+    module, ends, patches = WRITERS[writer]
+    ends = {"AB": ("lora_A", "lora_B"), "du": ("lora_down", "lora_up")}[ends]
+    (a, b), (pa, pb) = matrices(512, 128, 2, 1), patch_matrices()
+    tensors = pair(module, a, b, ends) | pair(patches, pa, pb, ends) | text_encoders()
+    scale, path = 1.0, tmp_path / "C:\\style.safetensors"
+    if ends[0] == "lora_down":
+        tensors |= {f"{name}.alpha": torch.tensor(0.5) for name in (module, patches)}
+        scale = 0.25
+    write(path, tensors)
+    small = scale * (b.double() @ a.double())
+    patch = scale * torch.einsum("drxy,rcpq->dcpq", pb.double(), pa.double())
+    layers = "joint_blocks.1.x_block.mlp.fc1", "x_embedder.proj"
+    check_merged([str(path)], (layers[0], small), (layers[1], patch))
+    assert capsys.readouterr().out == f"note: {path}: 8 tensors of text encoders are left out\n"
+    check_merged([f"{path}:0.5", f"{path}:-2"], (layers[0], -1.5 * small),
+                 (layers[1], -1.5 * patch))
+
+
+def test_onetrainer_and_peft_say_alpha_in_their_own_way(tmp_path):
+    """OneTrainer numbers q, k and v of the original names; PEFT writes a file of its own."""
+    three = [matrices(128, 128, 2, 5 + i) for i in range(3)]
+    tensors = {key: t for i, ab in enumerate(three) for key, t in pair(
+        f"transformer.joint_blocks.0.x_block.attn.qkv.{i}", *ab, ("lora_down", "lora_up")).items()}
+    check_merged([str(write(tmp_path / "l.safetensors", tensors))],
+                 (QKV, torch.cat([b.double() @ a.double() for a, b in three])))
+    path = write(tmp_path / "adapter_model.safetensors", pair(f"base_model.model.{OUT[12:]}", A, B))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(
+        {"r": 2, "lora_alpha": 8, "alpha_pattern": {}, "use_rslora": False}))
+    check_merged([str(path)],
+                 ("joint_blocks.0.x_block.attn.proj", 4 * (B.double() @ A.double())))
+
+
+@pytest.mark.parametrize("name", ["a:b.safetensors", "C:\\x\\y", "style:2", ":", "x:", "a b:1e",
+                                  "é:½", "nan"])
+def test_a_colon_in_a_name_is_no_weight(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / name, pair(OUT, A, B))
+    for flag, weight in ((name, 1), (f"{name}:0.5", 0.5), (f"./{name}:-1e-2", -0.01)):
+        (path, found, layers), = lora_files.read_flags([flag])
+        assert (path, found) == (Path(flag.rpartition(":")[0] if weight != 1 else name), weight)
+
+
+@pytest.mark.parametrize("flag, message", [
+    ("nowhere.safetensors", r"(got 'nowhere.safetensors')"),
+    ("l.safetensors:strong", "must be FILE or FILE:WEIGHT, an existing file and a number (got "
+     "'l.safetensors:strong')"),
+    ("l.safetensors:", "(got 'l.safetensors:')"),
+    ("l.safetensors:1:2", "(got 'l.safetensors:1:2')"),
+    ("l.safetensors:nan", "l.safetensors: the weight must be finite (got nan)"),
+    ("l.safetensors:-inf", "l.safetensors: the weight must be finite (got -inf)"),
+    ("l.safetensors:1e999", "l.safetensors: the weight must be finite (got 1e999)"),
+    (".", "(got '.')"), ("", "(got '')"), (":1", "(got ':1')"), (300 * "x", "(got 'xxx"),
+    ("text.txt", "text.txt: not a complete safetensors file"),
+    ("wide.safetensors", "wide.safetensors must be of this network, 3 blocks of width 128, whose "
+     "joint_blocks.1.x_block.attn.proj has size [128, 128] (got [256, 256])"),
+    ("deep.safetensors", "deep.safetensors must be of this network, 3 blocks of width 128, whose "
+     "joint_blocks.3.x_block.attn.proj has size [] (got [128, 128])"),
+    ("norm.safetensors", "norm.safetensors must be of this network"),
+    ("flux.safetensors", "flux.safetensors must hold lora_A"),
+    ("dora.safetensors", "dora.safetensors must be a plain LoRA of matrices A and B (got DoRA: "),
+    ("l.safetensors:1e39", "joint_blocks.0.x_block.attn.proj with the LoRA added must be finite in "
+     "torch.float32 (got NaN or inf)")])
+def test_a_flag_that_cannot_be_used_is_named(tmp_path, monkeypatch, flag, message):
+    monkeypatch.chdir(tmp_path)
+    wide, name = matrices(256, 256, 2, 1), "diffusion_model.joint_blocks.{}.x_block.attn.proj"
+    flux = "transformer.single_transformer_blocks.0.attn.to_q"
+    (tmp_path / "text.txt").write_text("no tensors")
+    for file, tensors in {
+            "l": pair(OUT, A, B), "wide": pair(name.format(1), *wide),
+            "deep": pair(name.format(3), A, B), "flux": pair(flux, A, B),
+            "norm": pair("transformer.transformer_blocks.0.attn.norm_q", A[:, :1], B[:64]),
+            "dora": pair(OUT, A, B) | {f"{OUT}.dora_scale": A}}.items():
+        write(tmp_path / f"{file}.safetensors", tensors)
+    with pytest.raises(InputError) as error:
+        lora_files.merge(tiny("qk_norm", torch.float32), lora_files.read_flags([flag]))
+    text = str(error.value)
+    assert text.startswith("--lora ") and message in text and "\n" not in text
+
+
+@pytest.mark.parametrize("kind, key, shape", [
+    ("DoRA", "lora_magnitude_vector.weight", (128,)), ("DoRA", "dora_scale", (128, 1)),
+    ("LoKr", "lokr_w1", (4, 4)), ("LoKr", "lokr_w2_a", (4, 2)), ("LoHa", "hada_w1_a", (4, 2)),
+    ("OFT", "oft_blocks", (2, 4, 4)), ("OFT", "oft_R.weight", (2, 6)), ("OFT", "boft_R", (2, 6))])
+def test_what_is_no_plain_lora_is_refused_by_its_name(tmp_path, kind, key, shape):
+    path = write(tmp_path / "l.safetensors", pair(OUT, A, B) | {f"{OUT}.{key}": torch.ones(shape)})
+    with pytest.raises(InputError) as error:
+        lora_files.load(path)
+    assert str(error.value) == (f"{path} must be a plain LoRA of matrices A and B (got {kind}: "
+                                f"{OUT}.{key})")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("key", ["lora_down.weight", "lora_up.weight", "alpha"])
+def test_nan_and_inf_are_refused_with_the_tensors_name(tmp_path, key, value):
+    tensors = pair(OUT, A, B, ("lora_down", "lora_up")) | {f"{OUT}.alpha": torch.tensor(1.0)}
+    tensors[f"{OUT}.{key}"] = tensors[f"{OUT}.{key}"].clone()
+    tensors[f"{OUT}.{key}"].view(-1)[-1] = value
+    path = write(tmp_path / "l.safetensors", tensors)
+    with pytest.raises(InputError) as error:
+        lora_files.load(path)
+    assert str(error.value) == f"{path}: {OUT}.{key} must be finite (got NaN or inf)"
+
+
+@pytest.mark.parametrize("a, b, alpha", [
+    (torch.tensor(1.0), B, None), (A, torch.tensor(1.0), None), (A[:0], B[:, :0], None),
+    (A[0], B, None), (A.to(torch.float8_e4m3fn), B, None), (A.to(torch.int32), B, None),
+    (A, B, torch.ones(0)), (A[None, None], B[..., None, None], None)])
+def test_matrices_of_another_form_are_one_line(tmp_path, a, b, alpha):
+    tensors = pair(OUT, a, b) | ({} if alpha is None else {f"{OUT}.alpha": alpha})
+    path = write(tmp_path / "l.safetensors", tensors)
+    with pytest.raises(InputError) as error:
+        lora_files.load(path)
+    assert f"{path}: {OUT}" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("about", [
+    {"alpha_pattern": {"(a+)+$": 1}}, {"alpha_pattern": {"(.*)*x": 2, "to_q": 1}},
+    {"alpha_pattern": {"to_q": float("nan")}}, {"lora_alpha": float("inf")}, {"lora_alpha": [1]},
+    {"lora_alpha": 10 ** 400}, [], 5, None, {"alpha_pattern": [1]}, "DEEP"])
+def test_a_header_that_is_not_as_diffusers_writes_it_is_one_line(tmp_path, about):
+    text = json.dumps(about) if about != "DEEP" else 10 ** 5 * "["
+    path = tmp_path / "l.safetensors"
+    save_file(pair(OUT, A, B), path, {"lora_adapter_metadata": text})
+    start = time.perf_counter()
+    with pytest.raises(InputError) as error:
+        lora_files.load(path)
+    assert f"{path}: lora_adapter_metadata must be as diffusers writes it" in str(error.value)
+    assert "\n" not in str(error.value) and time.perf_counter() - start < 2
 
 
 # diffusers itself
@@ -596,7 +756,7 @@ def test_diffusers_network_with_the_files_products_is_ours(tmp_path, variant):
     theirs.save_pretrained(tmp_path / "t")
     model = load_mmdit(tmp_path / "t", kernels.load("torch"))
     lora.add(model, RANK, ALPHA, ("*",), rng(2))
-    save_lora(tmp_path / "l.safetensors", drawn(model), "diffusers")
+    save_lora(tmp_path / "l.safetensors", drawn(model))
     held = diffusers.StableDiffusion3Pipeline.lora_state_dict(str(tmp_path),
                                                               weight_name="l.safetensors")
     assert all("lora" in key for key in held)                  # or its loader refuses the file
@@ -630,7 +790,7 @@ def test_diffusers_loads_our_file_and_we_load_its_own(tmp_path, variant):
     model = load_mmdit(tmp_path / "t", kernels.load("torch"))
     compare(theirs, model)
     lora.add(model, RANK, ALPHA, ("*",), rng(2))
-    save_lora(tmp_path / "l.safetensors", drawn(model), "diffusers")
+    save_lora(tmp_path / "l.safetensors", drawn(model))
     theirs.load_lora_adapter(str(tmp_path / "l.safetensors"), prefix="transformer")
     compare(theirs, model)
     theirs.delete_adapters("default_0")
@@ -647,6 +807,36 @@ def test_diffusers_loads_our_file_and_we_load_its_own(tmp_path, variant):
     loaded = lora_files.load(tmp_path / "own" / "pytorch_lora_weights.safetensors")
     lora.apply(model, loaded)
     compare(theirs, model)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_pipeline_with_our_file_is_the_merged_network(tmp_path, several):
+    """load_lora_weights says nothing of a file that it does not understand. It takes alpha from the
+    header."""
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    folder = sd3.make_folder(tmp_path / "base", "dual")
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(folder)
+    model = load_mmdit(folder, kernels.load("torch"))
+    compare(pipe.transformer, model)
+    lora.add(model, RANK, ALPHA, lora.ALL, rng(2))
+    made = factors(drawn(model))
+    if several:      # one layer of another rank
+        f = made[f"{QKV[:-3]}proj"]
+        made[f"{QKV[:-3]}proj"] = f._replace(a=f.a[:3], b=f.b[:, :3])
+    lora_files.save(tmp_path / "l.safetensors", made, model.config)
+    pipe.load_lora_weights(str(tmp_path), weight_name="l.safetensors")
+    assert pipe.get_list_adapters() == {"transformer": ["default_0"]}
+    merged = load_mmdit(folder, kernels.load("torch"))
+    lora_files.merge(merged, lora_files.read_flags([str(tmp_path / "l.safetensors")]))
+    compare(pipe.transformer, merged)
+    expected = load_mmdit(folder, kernels.load("torch"))
+    lora.apply(expected, made)
+    compare(pipe.transformer, expected)
+    pipe.set_adapters("default_0", 0.25)
+    merged = load_mmdit(folder, kernels.load("torch"))
+    lora_files.merge(merged, lora_files.read_flags([f"{tmp_path / 'l.safetensors'}:0.25"]))
+    compare(pipe.transformer, merged)
 
 
 # two processes
@@ -691,8 +881,8 @@ def play(case: dict, folder: Path) -> dict[str, Tensor]:
         optimizer.step()
         torch._foreach_lerp_(list(lora.parameters(ema).values()), list(trains.values()), 0.3)
     made = factors(ema)                                                # all processes gather them
-    for layout in KEYS if rank == 0 else ():
-        lora_files.save(folder / f"{layout}{world}.safetensors", made, ema.config, layout)
+    if rank == 0:
+        lora_files.save(folder / f"lora{world}.safetensors", made, ema.config)
     # each process the same sample
     with torch.no_grad():
         out["trained.v"] = model(*tiny_inputs(seed=9,
@@ -733,8 +923,8 @@ def test_two_processes_equal_one(tmp_path, name):
             assert got[key].dtype == value.dtype, key
     assert base.keys() == {key.removeprefix("merged.") for key in got if key.startswith("merged.")}
     assert not got[f"merged.{QKV}.weight"].equal(base[f"{QKV}.weight"])
-    for layout in KEYS if name == "float64" else ():
-        one, two = (load_file(tmp_path / f"{layout}{world}.safetensors") for world in (1, 2))
+    if name == "float64":
+        one, two = (load_file(tmp_path / f"lora{world}.safetensors") for world in (1, 2))
         assert one.keys() == two.keys()
         for key in one:
-            assert_close(f"{layout}: {key}", two[key], one[key])
+            assert_close(key, two[key], one[key])

@@ -412,9 +412,10 @@ def test_shrunk_takes_the_right_blocks(full, depth, keep):
 
 
 def test_shrunk_refuses_a_depth_out_of_range():
-    for depth in (0, 4):
+    for depth in (-1, 4):
         with pytest.raises(ValueError, match=rf"depth must be 1 to .*3 \(got {depth}\)"):
             shrunk(tiny(), depth)
+    assert shrunk(tiny(), 0)[0] == shrunk(tiny(), 3)[0] == tiny().config
 
 
 # --- precision and input ---

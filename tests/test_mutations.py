@@ -153,7 +153,7 @@ def made(tmp_path_factory) -> Path:
     saver.finish()
     factors = Factors(torch.ones(2, 64), torch.ones(192, 2), 2.0)
     layers = {"joint_blocks.0.x_block.attn.qkv": factors}
-    lora_files.save(home / "lora.safetensors", layers, network(0).config, "diffusers")
+    lora_files.save(home / "lora.safetensors", layers, network(0).config)
     null = torch.zeros(3, 4), torch.zeros(5)
     shards.open_folder(home / "data", {"seed": 1}, ["a", "b"], torch.zeros(2, 1), null, 2)
     shards.write_text(home / "data", 0, torch.ones(2, 3, 4), torch.ones(2, 5))

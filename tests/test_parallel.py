@@ -209,7 +209,7 @@ def worker(job: str, folder: Path = Path()) -> None:
 def small(rank: int, world: int) -> None:
     """Check any_rank, means and rows against values written by hand."""
     assert parallel.any_rank((rank == 1, False, True, rank == 0)) == (True, False, True, True)
-    assert parallel.any_rank(rank == 1) is True and parallel.any_rank() is False
+    assert parallel.any_rank(rank == 1) is True and parallel.any_rank(False) is False
     assert parallel.mean({"a": float(rank), "b": 2.5}) == {"a": (world - 1) / 2, "b": 2.5}
     mesh = parallel.mesh(CPU, 1)
     for rows in (5, 1, 2):                       # the last process has fewer rows, or none

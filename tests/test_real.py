@@ -18,6 +18,7 @@ import test_torchrun
 import test_train
 from conftest import assert_close, rng, run_ranks
 from PIL import Image
+from safetensors.torch import save_file
 from sd3 import JOINT, POOLED, make_folder
 from test_train import log_of, refused, rows_of, weights
 
@@ -27,6 +28,7 @@ import train
 from ladd import encode, export
 from ladd.build import needs_of
 from ladd.config import parse_config
+from ladd.core.lora import Factors
 from ladd.core.mmdit import MMDiT
 from ladd.core.sampler import image_noise
 from ladd.data.prompts import prompt_plan
@@ -34,7 +36,7 @@ from ladd.data.shards import open_folder, read_folder, write_shard, write_text
 from ladd.engine import inputs
 from ladd.report import sheets
 from ladd.report.sheets import contact_sheet
-from ladd.sd3 import encoders
+from ladd.sd3 import encoders, lora_files
 from ladd.sd3.checkpoint import load_metadata, load_mmdit, save_mmdit
 from ladd.sd3.encoders import decode_latents, encode_prompts, load_encoders, load_vae, sd3_codec
 
@@ -484,19 +486,65 @@ def test_a_run_from_real_images_goes_on_after_a_stop_in_each_stage(folders, task
 
 
 def test_the_exported_student_generates_the_same_image_in_diffusers(home, tmp_path):
-    """The end of the chain: the image of sample.py, from the exported folder, by diffusers."""
+    """The end of the chain: the image of sample.py, from the exported folder, by diffusers, without
+    noise levels."""
     from diffusers import StableDiffusion3Pipeline
     call(home, export.main, f"runs/real --layout pipeline --base sd3 --out {tmp_path / 'turbo'}")
+    assert "max_sequence_length=6," in (tmp_path / "turbo" / "README.md").read_text()
     pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "turbo", local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    image = pipe(PROMPTS[0], height=32, width=64, num_inference_steps=4, sigmas=[1, .75, .5, .25],
-                 guidance_scale=0, latents=image_noise([3], (16, 4, 8)), max_sequence_length=6,
+    for steps in (4, 2, 1):
+        image = pipe(PROMPTS[0], height=32, width=64, num_inference_steps=steps, guidance_scale=0,
+                     latents=image_noise([3], (16, 4, 8)), max_sequence_length=6,
+                     output_type="np").images[0]
+        out = tmp_path / f"{steps}.png"
+        # the T5 tokens are the checkpoint's
+        flags = f"--run runs/real --steps {steps} --seed 3 --size 32x64 --out {out} --device cpu"
+        call(home, sample.main, [*flags.split(), "--prompt", PROMPTS[0]])
+        difference = abs(pixels(out) - 255 * image)
+        assert difference.max() < 4 and difference.mean() < .6      # our text is stored in bf16
+
+
+def test_a_lora_of_the_teacher_is_sampled_and_exported(home, tmp_path):
+    """load_lora_weights of diffusers and --lora of both commands."""
+    pytest.importorskip("peft")
+    from diffusers import StableDiffusion3Pipeline
+    model, lora = load_mmdit(home / "sd3"), tmp_path / "style.safetensors"
+    g = torch.Generator().manual_seed(0)
+    layers = {f"joint_blocks.{i}.x_block.attn.qkv": Factors(
+        torch.randn(4, 128, generator=g), torch.randn(384, 4, generator=g), 2.0)
+        for i in range(3)}
+    lora_files.save(lora, layers, model.config)
+    call(home, export.main, f"runs/real --lora {lora}:0.5 --out {tmp_path / 'merged.safetensors'}")
+    call(home, export.main, f"runs/real --layout pipeline --base sd3 --out {tmp_path / 'turbo'}")
+    pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "turbo", local_files_only=True)
+    pipe.load_lora_weights(str(tmp_path), weight_name=lora.name)
+    pipe.set_adapters("default_0", 0.5)
+    image = pipe(PROMPTS[0], height=32, width=64, num_inference_steps=4, guidance_scale=0,
+                 latents=image_noise([3], (16, 4, 8)), max_sequence_length=6,
                  output_type="np").images[0]
-    out = tmp_path / "ours.png"
-    flags = f"--run runs/real --steps 4 --seed 3 --size 32x64 --out {out} {CPU}"
-    call(home, sample.main, [*flags.split(), "--prompt", PROMPTS[0]])
-    difference = abs(pixels(out) - 255 * image)
-    assert difference.max() < 4 and difference.mean() < .6          # our text is stored in bf16
+    flags = "--seed 3 --size 32x64 --device cpu --prompt".split() + [PROMPTS[0], "--out"]
+    for name, source in (("a", f"--run runs/real --lora {lora}:0.5"), ("plain", "--run runs/real"),
+                         ("b", f"--checkpoint {tmp_path}/merged.safetensors --encoders sd3")):
+        call(home, sample.main, [*source.split(), *flags, str(tmp_path / f"{name}.png")])
+    assert (pixels(tmp_path / "a.png") == pixels(tmp_path / "b.png")).all()
+    difference = abs(pixels(tmp_path / "a.png") - 255 * image)
+    assert difference.max() < 4 and difference.mean() < .6
+    assert abs(pixels(tmp_path / "a.png") - pixels(tmp_path / "plain.png")).mean() > 2
+
+
+def test_a_teacher_that_is_not_finite_is_named_before_a_run_is_made(home, folders):
+    shutil.copytree(home / "sd3", home / "nan", ignore=shutil.ignore_patterns("text*", "vae"))
+    file = next((home / "nan/transformer").glob("*.safetensors"))
+    tensors, name = weights(file), "transformer_blocks.1.ff.net.2.weight"
+    tensors[name][7, 7] = float("nan")
+    save_file(tensors, file)
+    for flags in (f"{FLAGS} --name nan {GIVEN}".replace("teacher sd3", "teacher nan"),
+                  f"{FLAGS} --name nan {LEARN.format('edit')}".replace("base sd3", "base nan")):
+        with refused(rf"transformer/{file.name}: {name} must be finite \(got NaN or inf\)$"):
+            call(home, train.main, flags)
+        assert not (home / "runs/nan").exists()
+    shutil.rmtree(home / "nan")
 
 
 # bad input

@@ -515,7 +515,80 @@ def test_a_real_picture_is_encoded_by_the_vae_that_decodes(tmp_path, monkeypatch
     assert not (tmp_path / "new").exists()
 
 
+# loras
+
+
+def lora_of(path: Path, seed: int, layer: str = "joint_blocks.1.x_block.mlp.fc1",
+            size: tuple[int, int] = (256, 64)) -> torch.Tensor:
+    """A LoRA of one layer with a text encoder's tensor; its product."""
+    g = torch.Generator().manual_seed(seed)
+    b, a = torch.randn(size[0], 4, generator=g), torch.randn(4, size[1], generator=g) / 4
+    name = f"lora_unet_{layer.replace('.', '_')}"
+    save_file({f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b,
+               f"{name}.alpha": torch.tensor(8.0), "lora_te1_x.lora_up.weight": a.clone()}, path)
+    return 2 * b @ a
+
+
+@pytest.mark.parametrize("role", sample.ROLES)
+def test_loras_are_added_with_their_weights(run, tmp_path, capsys, role):
+    one, two = (lora_of(tmp_path / f"{name}.safetensors", i) for i, name in enumerate(("a:1", "b")))
+    model = load_mmdit(run / f"checkpoints/{role}.safetensors")
+    with torch.no_grad():
+        model.joint_blocks[1].x_block.mlp.fc1.weight += 0.5 * one - two
+    save_mmdit(model, tmp_path / "m.safetensors", describe(CONFIG, role))
+    sample.main(["--checkpoint", str(tmp_path / "m.safetensors"), "--prompt", RED, "--out",
+                 str(tmp_path / "m.png")])
+    capsys.readouterr()
+    flags = ["--lora", f"{tmp_path}/a:1.safetensors:0.5", "--lora", f"{tmp_path}/b.safetensors:-1"]
+    image = shoot(run, tmp_path / "l.png", "--model", role, *flags)
+    assert_same(image, pixels(tmp_path / "m.png"))
+    assert differ(image, shoot(run, tmp_path / "n.png", "--model", role))
+    said = capsys.readouterr().out
+    assert said.count("b.safetensors: 1 tensors of text encoders are left out\n") == 1
+    parameters, record = text(tmp_path / "l.png")
+    assert parameters.endswith(", Lora: a:1.safetensors x 0.5, Lora: b.safetensors x -1")
+    assert [(x["lora"], x["weight"]) for x in record["loras"]] == [("a:1.safetensors", .5),
+                                                                   ("b.safetensors", -1)]
+    assert len({x["fingerprint"] for x in record["loras"]}) == 2
+    assert text(tmp_path / "n.png")[1]["loras"] == []
+
+
+def test_compare_adds_a_lora_to_both_networks(run, tmp_path, sheets, capsys):
+    lora_of(tmp_path / "a.safetensors", 0)
+    flags = "--lora", f"{tmp_path}/a.safetensors"
+    shoot(run, tmp_path / "c.png", "--compare", *flags)
+    assert capsys.readouterr().out.count("text encoders") == 1
+    for title, more in (("student 2", ("--steps", "2")), ("teacher 6 x 2", ("--model", "teacher"))):
+        alone = shoot(run, tmp_path / f"{title}.png", *flags, *more)
+        assert_same(sheets[0][0][title][0], alone)
+
+
 # text
+
+
+def test_the_t5_tokens_are_those_of_the_checkpoint(run, tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def codec(folder, device, t5, tokens, *rest):
+        seen.append(tokens)
+        raise InputError("enough")
+    monkeypatch.setattr(sample, "sd3_codec", codec)
+    header = describe(replace(CONFIG, encoders="sd3", t5_tokens=77), "student")
+    older = {name: value for name, value in header.items() if name != "t5_tokens"}
+    for i, metadata in enumerate((header, older)):
+        save_mmdit(network(0), tmp_path / f"{i}.safetensors", metadata)
+        for flags in ([], ["--t5-tokens", "128"], ["--t5-tokens", "77"]):
+            with pytest.raises(InputError, match="enough"):
+                sample.main(["--checkpoint", str(tmp_path / f"{i}.safetensors"), "--encoders",
+                             "sd3", "--prompt", "red", "--out", str(tmp_path / "o.png"), *flags])
+    assert seen == [77, 128, 77, 256, 128, 77]
+    note = "note: --t5-tokens {}, not the {} that the network was trained with"
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
+    assert notes == [note.format(*n) for n in ((128, 77), (128, 256), (77, 256))]
+    save_mmdit(network(0), tmp_path / "bad.safetensors", {**header, "t5_tokens": "513"})
+    with pytest.raises(InputError, match=r"t5_tokens must be 1 to 512 \(got 513\)"):
+        sample.main(["--checkpoint", str(tmp_path / "bad.safetensors"), "--encoders", "sd3",
+                     "--prompt", "red", "--out", str(tmp_path / "o.png")])
 
 
 def test_what_a_png_says(run, tmp_path, capsys):
@@ -802,6 +875,18 @@ BAD = {  # name: (flags or a function of a folder that gives them, what the mess
                    r"^--mask m.png must be black and white \(got transparency\)$"),
     "coloured mask": (from_picture("INPAINT", mask=PURPLE),
                       r"^--mask m.png must be black and white \(got colours\)$"),
+    "no lora": (GOOD + ["--lora", "nowhere.safetensors"],
+                r"^--lora must be FILE or FILE:WEIGHT, .* \(got 'nowhere.safetensors'\)$"),
+    "lora of another network": (
+        lambda f: lora_of(f / "l.safetensors", 0, size=(64, 64)) is not None and GOOD
+        + ["--lora", "l.safetensors:0.5"],
+        r"^--lora l.safetensors must be of this network, 2 blocks of width 64, whose .*fc1 has "
+        r"size \[256, 64\] \(got \[64, 64\]\)$"),
+    "lora's weight": (lambda f: lora_of(f / "l.safetensors", 0) is not None and GOOD
+                      + ["--lora", "l.safetensors:nan"],
+                      r"^--lora l.safetensors: the weight must be finite \(got nan\)$"),
+    "latents with a lora": (GOOD + ["--save-latents", "o", "--lora", "x"],
+                            r"^--save-latents must be used without .* \(got --lora\)$"),
     "latents of an edit": (EDIT + ["--save-latents", "o"],
                            r"^--save-latents requires a text-to-image network "
                            r"\(got task edit\); train.py "),

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import weakref
 from collections import Counter
+from itertools import product
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def test_features_are_freed_when_nobody_needs_them(monkeypatch, flags):
     """Alive at once at most the real ones and the fakes of one micro-batch; none when a micro-batch
     starts, and none after the step."""
     config, dc, networks, parts = setting(flags)
-    alive, held, tapped = weakref.WeakSet(), [], losses.__dict__["taps_of"]
+    alive, held, tapped = weakref.WeakSet(), [], losses.__dict__["tapped_features"]
 
     class Tag:
         """Lives as long as the tensor it hangs on."""
@@ -81,7 +82,7 @@ def test_features_are_freed_when_nobody_needs_them(monkeypatch, flags):
         alive.add(feats[0].tag)
         held.append(len(alive))                         # 1: the fakes; 2: the real ones as well
         return feats
-    monkeypatch.setitem(losses.__dict__, "taps_of", noted)
+    monkeypatch.setitem(losses.__dict__, "tapped_features", noted)
     gc.disable()
     try:
         for _ in range(2):
@@ -131,7 +132,7 @@ def test_levels_count_the_students_steps_and_data_the_heads(monkeypatch):
     config, seen = dataclasses.replace(config, heads_first=2), []
     monkeypatch.setattr(step, "micro_batches", lambda latents, batching, dc, index, count, key:
                         seen.append((index, count)))
-    for it, j in step.step_keys(0, 4, 2):
+    for it, j in product(range(4), range(2)):
         step.step_parts(dc, batching_of(config), None, it, j)
     assert seen == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (5, 0), (6, 1), (7, 1)]
 
@@ -139,10 +140,11 @@ def test_levels_count_the_students_steps_and_data_the_heads(monkeypatch):
 def test_processes_and_micro_batches_share_the_calibration(monkeypatch):
     one, dc, networks, _ = setting()
     config, heads, teacher = setting("--micro-batch 2")[0], networks.heads, networks.teacher
-    rows, own, tapped = [], [], losses.taps_of
+    rows, own, tapped = [], [], losses.tapped_features
     step.calibrate(dc, batching_of(one), teacher, heads, latents())
     whole = heads.feat_mean.clone(), heads.feat_std.clone()
-    monkeypatch.setattr(step, "taps_of", lambda *args: rows.append(len(args[2])) or tapped(*args))
+    monkeypatch.setattr(step, "tapped_features",
+                        lambda *args: rows.append(len(args[2])) or tapped(*args))
     monkeypatch.setattr(parallel, "averaged", lambda moments: own.append(moments) or moments)
     for rank in (0, 1):
         monkeypatch.setattr(parallel, "ranks", lambda rank=rank: (rank, 2))

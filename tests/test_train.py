@@ -407,7 +407,7 @@ def save_teacher(folder: Path, seed: int = 0, **changes) -> Path:
 
 
 def test_accumulation_equals_the_whole_batch(home, base, monkeypatch):
-    monkeypatch.setattr(step, "DECAY", 0)
+    monkeypatch.setattr(step, "COOLDOWN", 0)
     start = {f"student.{k}": v for k, v in weights(save_teacher(home)).items() if k != "pos_embed"}
     states = {}
     for count in (1, 2, 4):
@@ -441,9 +441,10 @@ def test_learning_rates_rise_stay_and_fall_and_are_never_negative():
     """The heads warm up in their own first steps: counted by the student's, these steps were
     negative, and so was the rate."""
     optim = step.Optim(1e-3, 1e-3, 0.9, steps=100, warmup=20)
-    heads = [train.rate_factor(optim, it - 40, it) for it in range(140)]     # heads_first: 40
+    # heads_first: 40
+    heads = [train.rate_factor(optim, max(it - 40, 0), it) for it in range(140)]
     student = [train.rate_factor(optim, step, step) for step in range(100)]
-    assert step.DECAY == 0.4
+    assert step.COOLDOWN == 0.4
     assert heads[:20] == pytest.approx([(i + 1) / 20 for i
                                         in range(20)]) and set(heads[20:100]) == {1}
     assert student[:20] == pytest.approx([(i + 1) / 20 for i
@@ -468,7 +469,7 @@ def test_each_network_is_given_its_own_learning_rate(home, base, monkeypatch):
     """heads_first 2, warm-up over 4 steps, no decay: the heads' rate rises from their own first
     step."""
     seen, ladd_step = {"d": [], "g": []}, train.ladd_step
-    monkeypatch.setattr(step, "DECAY", 0)
+    monkeypatch.setattr(step, "COOLDOWN", 0)
 
     def spied(dc, p, parts, ema_decay, update_student):
         seen["d"].append(p.opt_d.param_groups[0]["lr"])

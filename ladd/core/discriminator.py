@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kernels import Kernels
 from kernels.heads import GROUP_SIZE, HeadParams
-from ladd.core.mmdit import FREQUENCIES, Linear, mlp, sinusoid
+from ladd.core.mmdit import SINUSOID_WIDTH, Linear, mlp, sinusoid
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Discriminator(nn.Module):
         super().__init__()
         self.config, self.kernels = config, kernels
         k, d, c, e = len(config.taps), config.feat_dim, config.width, config.cond_dim
-        self.level_embedder = mlp(FREQUENCIES, e, e)
+        self.level_embedder = mlp(SINUSOID_WIDTH, e, e)
         self.text_embedder = Linear(config.pooled_dim, e)
         shapes = HeadParams(w_in=(k, d, c), b_in=(k, c), gamma1=(k, c), beta1=(k, c),
                             w_conv=(k, 3, 3, c, c), b_conv=(k, c), gamma2=(k, c), beta2=(k, c),

@@ -12,9 +12,10 @@ from torch import Tensor
 def generator(*key) -> torch.Generator:
     """Return a generator on the CPU that is a function of `key` (numbers, strings, tuples) alone.
 
-    What a step draws from it needs no saved state and is the same on every machine. Keys begin with
-    a run's seed and the number of a purpose: 1 the teacher's training, 2 steps of LADD and of
-    consistency distillation, 3 calibration of the heads, 7 preferences, 8 a LoRA's matrices.
+    What a step draws from it needs no saved state and is the same on every machine. Keys of
+    training begin with the run's seed and the number of a purpose: 1 the teacher's training,
+    2 steps of LADD and of consistency distillation, 3 calibration of the heads, 7 preferences,
+    8 a LoRA's matrices.
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -50,22 +51,14 @@ def shift(sigma: Tensor, a: float) -> Tensor:
     return a * sigma / (1 + (a - 1) * sigma)
 
 
-def logit_normal(n: int, mean: float, std: float, generator: torch.Generator) -> Tensor:
-    """Return n levels sigmoid(u), u ~ N(mean, std^2), on the CPU in fp32 (SD3, Sec. 3.1).
+def logit_normal(n: int, means: tuple[float, ...], generator: torch.Generator) -> Tensor:
+    """Return n levels on the CPU in fp32, level i sigmoid(u), u ~ N(means[i mod len(means)], 1).
 
-    LADD renoises with (mean, std) = (1, 1) (Sec. 3.2).
-    """
-    return torch.sigmoid(mean + std * torch.randn(n, generator=generator))
-
-
-def logit_normal_mixture(n: int, means: tuple[float, ...], std: float,
-                         generator: torch.Generator) -> Tensor:
-    """Return n levels, level i from LogitNormal(means[i mod len(means)], std).
-
-    This is a stratified mixture with equal parts (our choice).
+    That is the logit-normal of SD3, Sec. 3.1, or a stratified mixture of several with equal parts
+    (our choice). LADD renoises with mean 1 (Sec. 3.2).
     """
     centres = torch.tensor(means).repeat(-(-n // len(means)))[:n]
-    return torch.sigmoid(centres + std * torch.randn(n, generator=generator))
+    return torch.sigmoid(centres + torch.randn(n, generator=generator))
 
 
 def student_levels(n: int, levels: tuple[float, ...], probs: tuple[float, ...],
@@ -78,12 +71,12 @@ def student_levels(n: int, levels: tuple[float, ...], probs: tuple[float, ...],
     return torch.tensor(levels)[drawn]
 
 
-def student_probs(step: int, probs: tuple[float, ...], warmup_steps: int) -> tuple[float, ...]:
+def student_probs(step: int, probs: tuple[float, ...], easy_steps: int) -> tuple[float, ...]:
     """Return the probabilities of the levels, largest level first, at `step` (LADD, Sec. 4).
 
-    During the warm-up they are uniform over the easier half, the levels of low noise.
+    In the first `easy_steps` they are uniform over the easier half, the levels of low noise.
     """
-    if step >= warmup_steps:
+    if step >= easy_steps:
         return probs
     hard = len(probs) // 2
     easy = len(probs) - hard

@@ -1,8 +1,8 @@
 """The losses of latent adversarial diffusion distillation, as pure functions.
 
     x0_hat     = student's prediction from (1 - sigma_s) x0 + sigma_s eps
-    feats_fake = features of the frozen teacher at renoise(x0_hat, sigma_d)    with gradient
-    feats_real = features of the frozen teacher at renoise(x0, sigma_d')       without gradient
+    feats_fake = features of the frozen teacher at noised(x0_hat, sigma_d)     with gradient
+    feats_real = features of the frozen teacher at noised(x0, sigma_r)         without gradient
     loss_d     = mean relu(1 - D(feats_real)) + mean relu(1 + D(feats_fake.detach()))
     loss_g     = - mean D(feats_fake)
 
@@ -31,8 +31,8 @@ R1_SIGMA = 0.05      # size of the perturbation of R1. Our choice
 class LaddConfig:
     """The options of one step. Noise levels are unshifted; `draw` shifts the student's."""
     levels: tuple[float, ...]      # noise levels of the student, largest first
-    probs: tuple[float, ...]       # how often each one is trained, after the warm-up
-    easy_steps: int                # warm-up steps, on the smaller half of the levels only
+    probs: tuple[float, ...]       # how often each one is trained, after the easy steps
+    easy_steps: int                # first steps, on the smaller half of the levels only
     shift: float                   # resolution shift of the student's levels
     d_mean: float                  # sigma_d ~ LogitNormal(d_mean, 1); `shift` does not apply to it
     mismatched: float              # fraction of the real samples that are also shown with a
@@ -78,7 +78,7 @@ def draw(x0: Tensor, step: int, config: LaddConfig, key: Sequence[int], first: i
     n, part, g = batch or len(x0), slice(first, first + len(x0)), flow.generator(*key)
     probs = flow.student_probs(step, config.probs, config.easy_steps)
     sigma_s = flow.shift(flow.student_levels(n, config.levels, probs, g), config.shift)[part]
-    sigma_d, sigma_r = (flow.logit_normal(n, config.d_mean, 1.0, g)[part] for _ in range(2))
+    sigma_d, sigma_r = (flow.logit_normal(n, (config.d_mean,), g)[part] for _ in range(2))
     count = 4 if config.r1_weight else 3
     eps = torch.stack([torch.randn(count, *x0.shape[1:], generator=flow.generator(*key, i))
                        for i in range(first, first + len(x0))], 1)
@@ -97,7 +97,7 @@ def predict_x0(model: MMDiT, xt: Tensor, sigma: Tensor, text: Text) -> Tensor:
     return flow.to_x0(xt, model(xt, sigma, *text), sigma)
 
 
-def taps_of(teacher: MMDiT, heads: Discriminator, xt: Tensor, sigma: Tensor,
+def tapped_features(teacher: MMDiT, heads: Discriminator, xt: Tensor, sigma: Tensor,
             text: Text) -> list[Tensor]:
     """Return the features that the heads read; the teacher stops after the last of them."""
     return teacher(xt, sigma, *text, taps=heads.config.taps, stop_at_last_tap=True)[1]
@@ -107,12 +107,12 @@ def fake_pass(student: MMDiT, teacher: MMDiT, heads: Discriminator, x0: Tensor, 
               draws: Draws, config: LaddConfig) -> Fake:
     """Run the student, renoise its prediction, run the frozen teacher on that.
 
-    There is no no_grad here: the features carry the student's gradient.
+    Gradients flow through the frozen teacher; the caller decides whether they are recorded.
     """
     x0_hat = predict_x0(student, flow.noised(x0, draws.eps_s, draws.sigma_s), draws.sigma_s, text)
     xt = flow.noised(x0_hat, draws.eps_d, draws.sigma_d)
     if not config.distill_weight:
-        return Fake(x0_hat, taps_of(teacher, heads, xt, draws.sigma_d, text), None)
+        return Fake(x0_hat, tapped_features(teacher, heads, xt, draws.sigma_d, text), None)
     v, feats = teacher(xt, draws.sigma_d, *text, taps=heads.config.taps)
     # The target is a constant: no gradient reaches the student through it.
     return Fake(x0_hat, feats, flow.to_x0(xt, v, draws.sigma_d).detach())
@@ -156,7 +156,7 @@ def heads_loss(teacher: MMDiT, heads: Discriminator, x0: Tensor, text: Text,
     xts, sigmas, texts = zip(*passes)
     sigma, together = torch.cat(sigmas), cat(texts)
     with torch.no_grad():
-        feats = taps_of(teacher, heads, torch.cat(xts), sigma, together)
+        feats = tapped_features(teacher, heads, torch.cat(xts), sigma, together)
 
     logits = heads(feats, sigma, together.pooled, grid)
     # The features are detached: the discriminator loss must not move the student.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kernels import Kernels
 
 HEAD_DIM = 64
-FREQUENCIES = 256        # width of the sinusoidal embedding of the noise level
+SINUSOID_WIDTH = 256        # width of the sinusoidal embedding of the noise level
 BASE_GRID = 64           # positions span [0, 64) whatever the size of the stored table
 LEAST_SIGMA = 0.02       # smallest divisor where a network predicts x0 and v is computed from it
 
@@ -224,12 +224,12 @@ class FinalLayer(nn.Module):
         return self.linear(self.kernels.modulate(x, shift, scale))
 
 
-def sinusoid(sigma: Tensor, dim: int = FREQUENCIES) -> Tensor:
-    """Return [cos, sin] of 1000 sigma f_i, f_i = 10000^(-i / (dim / 2)), in fp32 or better.
+def sinusoid(sigma: Tensor) -> Tensor:
+    """Return [cos, sin] of 1000 sigma f_i, f_i = 10000^(-i / 128), in fp32 or better.
 
-    sigma [b] -> [b, dim].
+    sigma [b] -> [b, 256].
     """
-    half = dim // 2
+    half = SINUSOID_WIDTH // 2
     acc = torch.float64 if sigma.dtype == torch.float64 else torch.float32
     f = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=acc, device=sigma.device))
     angle = 1000 * sigma.to(acc)[:, None] * f
@@ -268,7 +268,7 @@ class MMDiT(nn.Module):
         d = config.width
         self.register_buffer("pos_embed", position_table(config.pos_grid, d))
         self.x_embedder = PatchEmbed(config.patch, config.in_channels, d)
-        self.t_embedder = Embedder(FREQUENCIES, d)
+        self.t_embedder = Embedder(SINUSOID_WIDTH, d)
         self.y_embedder = Embedder(config.pooled_dim, d)
         self.context_embedder = Linear(config.context_dim, d)
         self.joint_blocks = nn.ModuleList(
@@ -351,12 +351,14 @@ class MMDiT(nn.Module):
 
 
 def shrunk(teacher: MMDiT, depth: int) -> tuple[MMDiTConfig, dict[str, Tensor]]:
-    """Return (sizes, weights by name) of a student that starts as `depth` blocks of the teacher.
+    """Return (sizes, weights by name) of a student that starts as `depth` blocks of the teacher
+    (0: all).
 
     The blocks are taken evenly, the first and the last among them. The tensors are the teacher's
     own.
     """
     full, dual = teacher.config.depth, teacher.config.dual_blocks
+    depth = depth or full
     if not 1 <= depth <= full:
         raise ValueError(f"student depth must be 1 to the teacher's, {full} (got {depth})")
     keep = [full - 1]

@@ -40,6 +40,7 @@ class Recipe:
     image_guidance: float          # the teacher's, by the source image
     objects: int                   # toy dataset: objects in a scene
     text_dim: int                  # toy dataset: width of a text token
+    t5_tokens: int = 256           # SD3: T5 tokens per prompt; older checkpoints do not say it
 
     def metadata(self, role: str, real: bool) -> dict[str, str]:
         """Return the header of a checkpoint of this role, student or teacher."""
@@ -72,7 +73,8 @@ def read_recipe(stored: Any, where: Path) -> Recipe:
     Raise InputError where train.py cannot have written it.
     """
     kinds = Recipe.__annotations__
-    missing = [name for name in kinds if not isinstance(stored, dict) or name not in stored]
+    stored = {"t5_tokens": Recipe.t5_tokens, **stored} if isinstance(stored, dict) else {}
+    missing = [name for name in kinds if name not in stored]
     must(not missing, f"{where}: no {', '.join(missing)}; it must be written by train.py")
     values = {}
     for name, kind in kinds.items():
@@ -96,7 +98,8 @@ def read_recipe(stored: Any, where: Path) -> Recipe:
         "guidance": (0 <= r.guidance < math.inf, "a finite number, at least 0"),
         "image_guidance": (0 <= r.image_guidance < math.inf, "a finite number, at least 0"),
         "objects": (r.objects in (1, 2), "1 or 2"),
-        "text_dim": (r.text_dim >= 1, "at least 1")}
+        "text_dim": (r.text_dim >= 1, "at least 1"),
+        "t5_tokens": (1 <= r.t5_tokens <= 512, "1 to 512")}
     for name, (ok, what) in accepted.items():
         must(ok, f"{where}: {name} must be {what} (got {values[name]!r})")
     for size in r.sizes:

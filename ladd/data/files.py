@@ -1,6 +1,6 @@
 """Files of JSON and safetensors that are complete or absent: written elsewhere, then renamed.
 
-Every file that this project writes goes through `publish`, every JSON file that it reads through
+What must be complete or absent goes through `publish`, every JSON file that is read through
 `read_json`, every tensor through `write_tensors` and `read_tensors`.
 """
 import csv

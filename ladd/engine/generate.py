@@ -15,7 +15,7 @@ from ladd.core.mmdit import MMDiT, Text
 from ladd.core.sampler import image_noise, sample
 from ladd.data import shards
 from ladd.data.prompts import Codec, Plan
-from ladd.engine.parallel import any_rank, ranks
+from ladd.engine.parallel import any_rank, barrier, ranks
 from ladd.engine.run import Stopper, progress
 
 
@@ -51,9 +51,9 @@ def generate_latents(folder: Path, plan: Plan, weights: MMDiT, prepare: Callable
                 **plan.provenance, "teacher": weights_sha(weights), **codec.provenance()}
         shards.open_folder(folder, made, plan.prompts, plan.codes,
                            (null.context[0], null.pooled[0]), rows)
-    any_rank()      # wait for the folder
+    barrier()      # wait for the folder
     missing = shards.missing_text(folder)
-    any_rank()      # every process has the same list before one of them writes
+    barrier()      # every process has the same list before one of them writes
     mine = missing[rank::world]
     with progress("text", len(mine) * rows, quiet=rank or not mine) as bar:
         for done, i in enumerate(mine):
@@ -67,7 +67,7 @@ def generate_latents(folder: Path, plan: Plan, weights: MMDiT, prepare: Callable
     if any_rank(bool(stopper)):
         return False
     missing = shards.missing_shards(folder, [shard.hw for shard in plan.shards])
-    any_rank()
+    barrier()
     mine = missing[rank::world]
     if mine:
         model, text = prepare(weights), Text(*shards.read_text(folder))

@@ -25,12 +25,13 @@ class Needs(NamedTuple):
 
 def load_teacher(path: Path, needs: Needs, ops: Kernels) -> MMDiT:
     """Return the teacher in `path`; raise InputError if it does not fit the run."""
-    return checked(path, checkpoint.load_mmdit(path, ops), needs)
+    teacher = checkpoint.load_mmdit(path, ops)
+    check_fit(path, teacher.config, needs)
+    return teacher
 
 
-def checked(path: Path, teacher: MMDiT, needs: Needs) -> MMDiT:
-    """Return `teacher`, which was loaded from `path`; raise InputError if it does not fit."""
-    c = teacher.config
+def check_fit(path: Path, c: MMDiTConfig, needs: Needs) -> None:
+    """Raise InputError unless a teacher of the sizes `c`, loaded from `path`, fits the run."""
     hints = {"in_channels": f" (--task {needs.task}; --base widens a text-to-image network)",
              "context_dim": " (--set text_dim)", "pooled_dim": " (--set text_dim)"}
     text = () if needs.any_text else ("context_dim", "pooled_dim")
@@ -42,7 +43,6 @@ def checked(path: Path, teacher: MMDiT, needs: Needs) -> MMDiT:
     must(needs.taps[-1] < c.depth and needs.student_depth <= c.depth, f"{path}: --taps "
          f"{','.join(map(str, needs.taps))} and --student-depth {needs.student_depth} must fit a "
          f"teacher of depth {c.depth}")
-    return teacher
 
 
 def start_of(needs: Needs, base: str, seed: int,
@@ -64,8 +64,7 @@ def start_of(needs: Needs, base: str, seed: int,
     must(network.config.in_channels in (16, want.in_channels), f"{path}: in_channels must be 16 or "
          f"{want.in_channels} for --task {needs.task} (got {network.config.in_channels})")
     sizes, tensors = widened(network, want.in_channels)
-    with torch.device("meta"):
-        checked(path, MMDiT(sizes, ops), needs)
+    check_fit(path, sizes, needs)
     return sizes, tensors
 
 

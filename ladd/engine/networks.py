@@ -163,7 +163,7 @@ def check_lora(sizes: MMDiTConfig, depth: int, teacher_lora: LoraConfig | None,
         return
     with torch.device("meta"):
         teacher = MMDiT(sizes, kernels.load("torch"))
-        student = MMDiT(shrunk(teacher, depth or sizes.depth)[0], teacher.kernels)
+        student = MMDiT(shrunk(teacher, depth)[0], teacher.kernels)
     for flag, adapter, model in (("--teacher-lora", teacher_lora, teacher),
                                  ("--lora", student_lora, student)):
         if adapter:
@@ -179,7 +179,7 @@ def make_student(base: MMDiT, teacher: MMDiT, compute: Compute, depth: int,
     (0: all). With an `adapter` each is a LoRA on the frozen weights of `teacher`, which all three
     share in one process."""
     source = teacher if adapter and not compute.mesh else base
-    sizes, tensors = shrunk(source, depth or base.config.depth)
+    sizes, tensors = shrunk(source, depth)
     student, ema = (network(sizes, tensors, compute, torch.float32, trains=trains, adapter=adapter)
                     for trains in (True, False))
     return student, ema
@@ -201,36 +201,37 @@ def checkpoint_tensors(model: MMDiT, learner: MMDiT) -> dict[str, Tensor]:
     return {name: tensors[name] for name in trainable(learner)}
 
 
-def merged(model: MMDiT, start: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def merged(model: MMDiT, initial: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) of the weights used for inference. A LoRA is added in fp32 to the
-    replicated weights `start` that it was trained on; then only process 0 gets the values, and all
+    replicated weights `initial`, as they are stored; then only process 0 gets the values, and all
     processes must call it."""
     new = lora.parameters(model)
     if not new:
         return iter(model.state_dict().items())
     also = parallel.full({name: p for name, p in trainable(model).items() if name not in new})
-    return lora.merged({**start, **{name: p for name, p in also if p is not None}}, factors(model))
+    weights = {**initial, **{name: p for name, p in also if p is not None}}
+    return lora.merged(weights, factors(model))
 
 
-def refresh(eval_model: MMDiT, model: MMDiT, start: Mapping[str, Tensor]) -> None:
+def refresh(eval_model: MMDiT, model: MMDiT, initial: Mapping[str, Tensor]) -> None:
     """Copy to `eval_model` the weights of `model` used for inference."""
     targets = eval_model.state_dict()
-    for name, tensor in merged(model, start):
+    for name, tensor in merged(model, initial):
         targets[name].copy_(tensor)
 
 
-def save_network(model: MMDiT, start: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str],
-                 base: str) -> None:
+def save_network(model: MMDiT, initial: Mapping[str, Tensor], path: Path,
+                 metadata: Mapping[str, str], origin: str) -> None:
     """Write the weights used for inference, and a LoRA also alone as ..._lora.safetensors, where
-    `base` names the network it belongs to. All processes must call it."""
-    tensors = dict(parallel.full(dict(merged(model, start))))
+    `origin` names the network it belongs to. All processes must call it."""
+    tensors = dict(parallel.full(dict(merged(model, initial))))
     adapters = factors(model)
     if parallel.ranks()[0] == 0:
         checkpoint.save_mmdit(model, path, metadata, tensors)
         if adapters:
             lora_files.save(path.with_name(f"{path.stem}_lora.safetensors"), adapters, model.config,
-                            "comfyui", {**metadata, "base": base})
-    parallel.any_rank()
+                            {**metadata, "base": origin})
+    parallel.barrier()
 
 
 # --- what is sharded ---
@@ -248,7 +249,7 @@ def on_meta(sizes: MMDiTConfig, dtype: torch.dtype, depth: int, adapter: LoraCon
     ops = kernels.load("torch")
     with torch.device("meta"):
         teacher = MMDiT(sizes, ops, dtype).to(dtype).requires_grad_(False)
-        student = MMDiT(shrunk(teacher, depth or sizes.depth)[0], ops, dtype)
+        student = MMDiT(shrunk(teacher, depth)[0], ops, dtype)
         if adapter:
             add_lora(student.to(dtype), adapter)
         return OnMeta(teacher, student, Discriminator(heads, ops))
@@ -287,8 +288,8 @@ def distribute(compute: Compute, shard: str, replicas: int,
     memory = torch.cuda.get_device_properties(device).total_memory if cuda else math.inf
     student, teacher, planned = choose_shards(memory, world, replicas, plan, shard)
     if rank == 0:
-        where = {n: "replicated on every GPU" if n == 1 else f"sharded over {n} GPUs"
+        where = {n: "replicated in every process" if n == 1 else f"sharded over {n} processes"
                  for n in (student, teacher)}
         print(f"{world} processes: student {where[student]}, teacher {where[teacher]}; planned "
-              f"memory {planned['sum'] / 2 ** 30:.1f} GiB per GPU")
+              f"memory {planned['sum'] / 2 ** 30:.1f} GiB each")
     return compute._replace(mesh=parallel.mesh(device, world // student), shard_teacher=teacher > 1)

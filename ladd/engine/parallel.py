@@ -41,13 +41,13 @@ ATTENTION = [torch.ops.ladd.joint_attention_forward.default,
 def ranks() -> tuple[int, int]:
     """Return (rank of this process, number of processes), as torchrun sets them. Without
     WORLD_SIZE there is one process, whatever else is left in the environment."""
-    world = variable("WORLD_SIZE", 1)
-    rank = variable("RANK", 0) if "WORLD_SIZE" in os.environ else 0
+    world = env_number("WORLD_SIZE", 1)
+    rank = env_number("RANK", 0) if "WORLD_SIZE" in os.environ else 0
     must(rank < max(world, 1), f"environment: RANK must be below WORLD_SIZE, {world} (got {rank})")
     return rank, max(world, 1)
 
 
-def variable(name: str, default: int) -> int:
+def env_number(name: str, default: int) -> int:
     """Return the number in an environment variable."""
     text = os.environ.get(name, str(default))
     must(text.isascii() and text.isdecimal() and len(text) < 10,
@@ -95,13 +95,18 @@ def finish() -> None:
     Do not call it after an error: other processes may never arrive, and torchrun ends them.
     """
     if dist.is_initialized():
-        any_rank()
+        barrier()
         dist.destroy_process_group()
         leave(0)
 
 
-def any_rank(flags: bool | tuple[bool, ...] = False) -> bool | tuple[bool, ...]:
-    """Return the logical OR of each flag over all processes; also a barrier. It needs no GPU."""
+def barrier() -> None:
+    """Wait until all processes are here. It needs no GPU."""
+    any_rank(False)
+
+
+def any_rank(flags: bool | tuple[bool, ...]) -> bool | tuple[bool, ...]:
+    """Return the logical OR of each flag over all processes; also a barrier."""
     if ranks()[1] == 1:
         return flags
     if not dist.is_initialized():
@@ -115,13 +120,12 @@ def mean(values: dict[str, float]) -> dict[str, float]:
     """Return each value's mean over the processes, which must give the same names in one order."""
     if ranks()[1] == 1:
         return values
-    total = torch.tensor(list(values.values()), dtype=torch.float64)
-    dist.all_reduce(total)
-    return dict(zip(values, (total / ranks()[1]).tolist()))
+    means = averaged(torch.tensor([*values.values()], dtype=torch.float64))
+    return dict(zip(values, means.tolist()))
 
 
 def averaged(tensor: Tensor) -> Tensor:
-    """Return the mean over the processes of a tensor of one shape."""
+    """Return the mean over the processes of a tensor of one shape, which is overwritten."""
     if ranks()[1] > 1:
         dist.all_reduce(tensor)
         tensor = tensor / ranks()[1]
@@ -154,7 +158,7 @@ class Watch:
 
     def __exit__(self, kind, error, trace) -> None:
         if kind is None:
-            any_rank()      # a process that left early would look like one that hangs
+            barrier()      # a process that left early would look like one that hangs
         self.ended.set()
 
     def _watch(self) -> None:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ladd.cli import InputError, must
 from ladd.data.files import locked, read_json, write_json, write_text, writing
-from ladd.engine.parallel import Norms, any_rank, ranks, variable
+from ladd.engine.parallel import Norms, any_rank, env_number, ranks
 
 
 def pick_device(name: str) -> torch.device:
@@ -32,7 +32,7 @@ def pick_device(name: str) -> torch.device:
     must(gpu or name != "cuda", "--device must be cpu or auto without a CUDA device (got cuda)")
     if name == "cpu" or not gpu:
         return torch.device("cpu")
-    local, count = variable("LOCAL_RANK", 0) if ranks()[1] > 1 else 0, torch.cuda.device_count()
+    local, count = env_number("LOCAL_RANK", 0) if ranks()[1] > 1 else 0, torch.cuda.device_count()
     must(local < count, f"torchrun: --nproc-per-node must be at most {count}, the GPUs of this "
          f"machine (got process {local + 1})")
     torch.cuda.set_device(local)

@@ -41,7 +41,7 @@ class Placed(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A tensor of a checkpoint: (first row, memory-mapped [rows, ...]) by first row; a scalar is
+    """A tensor of a checkpoint; parts: (first row, memory-mapped [rows, ...]), sorted. A scalar is
     stored as [1]."""
     shape: list[int]
     dtype: torch.dtype
@@ -141,7 +141,7 @@ def read_rows(part: Path, text: str) -> dict[str, tuple[list[int], int]]:
     return rows
 
 
-def check_recipe(saved: State, recipe: Mapping[str, Any]) -> None:
+def check_meta(saved: State, recipe: Mapping[str, Any]) -> None:
     """Raise InputError unless the meta of a checkpoint has the values of this run in `recipe`."""
     changed = [name for name in recipe if saved.meta.get(name) != recipe[name]]
     must(not changed, f"{saved.path.parent}: began with another {' and '.join(changed)}; use the "

@@ -1,8 +1,9 @@
-"""One LADD iteration: networks, optimizers and micro-batches, in one process or several.
+"""One LADD step, a discriminator step or that and one of the student: networks, optimizers and
+micro-batches, in one process or several. train.py makes iterations of them.
 
 The losses are in ladd/core/losses.py, sharding over processes in ladd/engine/parallel.py.
 """
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from ladd.cli import must
 from ladd.core import flow
 from ladd.core.discriminator import Discriminator, DiscriminatorConfig, channel_moments
-from ladd.core.losses import LaddConfig, fake_pass, grid_of, heads_loss, student_loss, taps_of
+from ladd.core.losses import (LaddConfig, fake_pass, grid_of, heads_loss, student_loss,
+                              tapped_features)
 from ladd.core.mmdit import MMDiT
 from ladd.data.batches import Batching, MicroBatch, micro_batches, moved
 from ladd.data.shards import Latents
@@ -23,7 +25,7 @@ from ladd.engine.parallel import Norms
 
 # our choices, for student and discriminator
 BETA1 = 0.0      # Adam without momentum
-DECAY = 0.4      # fraction of the student's steps at the end in which learning rates fall to 0
+COOLDOWN = 0.4   # fraction of the student's steps at the end in which learning rates fall to 0
 CLIP = 1.0       # largest gradient norm of a network
 
 
@@ -80,43 +82,38 @@ def make_networks(base: MMDiT, compute: Compute, optim: Optim, heads: Discrimina
                     make_optimizer(discriminator, optim.heads_lr, optim.beta2))
 
 
-def calibrate(dc: LaddConfig, batching: Batching, teacher: MMDiT, heads: Discriminator,
+def calibrate(config: LaddConfig, batching: Batching, teacher: MMDiT, heads: Discriminator,
               latents: Latents) -> None:
     """Standardise the features that the heads read, by the statistics of one batch of renoised real
     samples. Processes and micro-batches share that batch as they share a step's."""
     # easy_steps: the noise levels as they are after the warm-up
-    parts = micro_batches(latents, batching, dc, 0, dc.easy_steps, (batching.seed, 3))
+    parts = micro_batches(latents, batching, config, 0, config.easy_steps, (batching.seed, 3))
     total = 0
     for part in parts:
         x0, text, _, draws = moved(part, heads.feat_mean.device)
         with torch.no_grad():
             xt = flow.noised(x0, draws.eps_r, draws.sigma_r)
-            total += channel_moments(taps_of(teacher, heads, xt, draws.sigma_r, text))
+            total += channel_moments(tapped_features(teacher, heads, xt, draws.sigma_r, text))
     heads.calibrate(parallel.averaged(total / len(parts)))
 
 
 # --- the step ---
 
-def rate_factor(optim: Optim, step: int, steps_taken: int) -> float:
+def rate_factor(optim: Optim, done: int, steps_taken: int) -> float:
     """Return the factor of a network's learning rate: linear warm-up over the steps that it has
-    taken, then constant, then linear to 0 over the last DECAY of the student's steps. `step` counts
-    the student's steps and is negative while only the discriminator trains."""
-    left = (optim.steps - max(step, 0)) / max(1, DECAY * optim.steps)
+    taken, then constant, then linear to 0 over the last COOLDOWN of the student's steps, of which
+    `done` are done."""
+    left = (optim.steps - done) / max(1, COOLDOWN * optim.steps)
     return min(1, (steps_taken + 1) / max(1, optim.warmup), left)
 
 
-def step_keys(start: int, total: int, heads_steps: int) -> Iterator[tuple[int, int]]:
-    """Yield (iteration, discriminator step) for each batch from iteration `start` on."""
-    return ((it, j) for it in range(start, total) for j in range(heads_steps))
-
-
-def step_parts(dc: LaddConfig, batching: Batching, latents: Latents, it: int,
+def step_parts(config: LaddConfig, batching: Batching, latents: Latents, it: int,
                j: int) -> list[MicroBatch]:
     """Return this process's micro-batches for discriminator step j of iteration `it`.
 
     Each discriminator step has its own batch; noise levels follow the student's steps.
     """
-    return micro_batches(latents, batching, dc, it * batching.heads_steps + j,
+    return micro_batches(latents, batching, config, it * batching.heads_steps + j,
                          max(it - batching.heads_first, 0), (batching.seed, 2, it, j))
 
 
@@ -137,7 +134,7 @@ def no_lap(name: str) -> None:
     """Do nothing: the default where nobody measures the stages of a step."""
 
 
-def ladd_step(dc: LaddConfig, p: Networks, parts: list[MicroBatch], ema_decay: float,
+def ladd_step(config: LaddConfig, p: Networks, parts: list[MicroBatch], ema_decay: float,
               update_student: bool, lap: Callable[[str], None] = no_lap
               ) -> tuple[dict[str, Tensor | None], dict[str, Norms]]:
     """Run one LADD step on the micro-batches `parts`; return (stats, gradient norms by network).
@@ -153,18 +150,20 @@ def ladd_step(dc: LaddConfig, p: Networks, parts: list[MicroBatch], ema_decay: f
 
         # 1. generate: student, renoise, frozen teacher, through which the student's gradient flows
         with torch.set_grad_enabled(update_student):
-            fake = fake_pass(p.student, p.teacher, p.heads, x0, text, draws, dc)
+            fake = fake_pass(p.student, p.teacher, p.heads, x0, text, draws, config)
         lap("generate")
 
         # 2. discriminator loss: it detaches the fake features, so only the heads get gradients
-        loss_d, stats = heads_loss(p.teacher, p.heads, x0, text, mismatched, fake.feats, draws, dc)
+        loss_d, stats = heads_loss(p.teacher, p.heads, x0, text, mismatched, fake.feats, draws,
+                                   config)
         (loss_d / len(parts)).backward()
         stats = {"loss_d": loss_d.detach()} | stats
         lap("discriminator loss")
 
         # 3. student loss: it detaches the heads' parameters, so only the student gets gradients
         if update_student:
-            loss_g, stats_g = student_loss(p.heads, text, fake, draws, dc, grid_of(p.teacher, x0))
+            loss_g, stats_g = student_loss(p.heads, text, fake, draws, config,
+                                           grid_of(p.teacher, x0))
             parallel.accumulate(p.student, last)
             (loss_g / len(parts)).backward()
             stats |= stats_g

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ladd.core import flow
 from ladd.core.discriminator import Discriminator
-from ladd.core.losses import LaddConfig, draw, fake_pass, grid_of, hinge_d, taps_of
+from ladd.core.losses import LaddConfig, draw, fake_pass, grid_of, hinge_d, tapped_features
 from ladd.core.mmdit import MMDiT
 from ladd.core.sampler import UNGUIDED, Recipe, evaluations, image_noise, sample
 from ladd.data import masks
@@ -249,7 +249,7 @@ def discriminator_metrics(student: MMDiT, teacher: MMDiT, heads: Discriminator, 
                 feats = fake_pass(student, teacher, heads, x0, text, drawn, config).feats
             else:
                 xt = flow.noised(x0, drawn.eps_d, drawn.sigma_d)
-                feats = taps_of(teacher, heads, xt, drawn.sigma_d, text)
+                feats = tapped_features(teacher, heads, xt, drawn.sigma_d, text)
             out = heads(feats, drawn.sigma_d, text.pooled, grid_of(teacher, x0))
             parts.append(out.float().cpu())
             sigmas.append(drawn.sigma_d.cpu())

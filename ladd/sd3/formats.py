@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 
 from ladd.cli import InputError, must
-from ladd.core import flow
 from ladd.core.mmdit import BASE_GRID, HEAD_DIM, MMDiTConfig
-from ladd.core.sampler import SAMPLERS
-from ladd.data.files import DTYPE_NAMES, read_json, read_tensors, write_json, write_tensors
+from ladd.data.files import (DTYPE_NAMES, is_finite, read_json, read_tensors, write_json,
+                             write_tensors)
 
 PREFIX = "model.diffusion_model."
 # other networks that a single file may hold; they are ignored
@@ -32,9 +31,9 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 CLASS = "SD3Transformer2DModel"
 PIPELINE = "StableDiffusion3Pipeline"
-SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLOATS = [dtype for dtype in DTYPE_NAMES if dtype.is_floating_point]
+MOST_BLOCKS = 256
 # our modules and those of diffusers, whose rows we stack in this order
 OUTER = {
     "x_embedder.proj": "pos_embed.proj",
@@ -174,15 +173,24 @@ def infer_config(stored: Stored, path: Path) -> MMDiTConfig:
         raise InputError(f"{path}: {name} of an MMDiT must be a tensor of rank {rank} (got {got})")
 
     width, channels, patch, _ = shape("x_embedder.proj.weight", 4)
-    pattern = rf"(?:{re.escape(PREFIX)})?(?:joint|transformer)_blocks\.(\d+)\.(.+)"
+    empty = [name for name, (tensor, _) in stored.items()
+             if not (tensor.numel() or name.startswith(OTHERS))]
+    must(not empty, f"{path}: tensors must have values (got {len(empty)} of size 0: "
+         f"{', '.join(empty[:3])})")
+    pattern = rf"(?:{re.escape(PREFIX)})?(?:joint|transformer)_blocks\.(\d{{1,9}})\.(.+)"
     matches = [re.fullmatch(pattern, name) for name in stored]
     blocks = [(int(match[1]), match[2]) for match in matches if match]
     must(len(blocks) > 0 and width % HEAD_DIM == 0,
          f"{path}: an MMDiT must have a width that is a multiple of {HEAD_DIM} and tensors named "
          f"joint_blocks.* (got width {width} and {len(blocks)} such tensors)")
+    indices = {index for index, _ in blocks}
+    depth = len(indices)
+    gap = next(i for i in range(depth + 1) if i not in indices)
+    must(gap == depth <= MOST_BLOCKS, f"{path}: blocks must be numbered from 0 without a gap, at "
+         f"most {MOST_BLOCKS} (got {depth} blocks, no block {gap})")
     dual = {index for index, name in blocks if name.startswith(("x_block.attn2.", "attn2."))}
     return MMDiTConfig(
-        depth=max(index for index, _ in blocks) + 1, width=width,
+        depth=depth, width=width,
         context_dim=shape("context_embedder.weight", 2)[1],
         pooled_dim=shape("y_embedder.mlp.0.weight", 2)[1], in_channels=channels,
         out_channels=shape("final_layer.linear.weight", 2)[0] // patch ** 2, patch=patch,
@@ -215,12 +223,14 @@ def assemble(wanted: dict[str, Tensor], stored: Stored, depth: int,
     out = {}
     for name in wanted:
         parts = parts_of(name, layout)
-        out[name] = own[parts[0]]
+        tensors = [own[parts[0]]]
         if len(parts) > 1:
             # each by a memory mapping of its own, whose pages are released together with it
             tensors = [read_tensors(stored[part][1], [part])[0][part] for part in parts]
-            out[name] = torch.cat(tensors)
-        elif layout == "diffusers":
+        for part, tensor in zip(parts, tensors):
+            must(is_finite(tensor), f"{stored[part][1]}: {part} must be finite (got NaN or inf)")
+        out[name] = tensors[0] if len(parts) == 1 else torch.cat(tensors)
+        if layout == "diffusers":
             out[name] = swap_halves(name, out[name], depth)
     return out
 
@@ -277,83 +287,3 @@ def transformer_config(c: MMDiTConfig) -> dict[str, Any]:
         "caption_projection_dim": c.width, "pooled_projection_dim": c.pooled_dim,
         "pos_embed_max_size": c.pos_grid, "dual_attention_layers": list(c.dual_blocks),
         "qk_norm": "rms_norm" if c.qk_norm else None}
-
-
-# --- a pipeline ---
-
-CARD = """---
-library_name: diffusers
-pipeline_tag: text-to-image
----
-The transformer of {base}, distilled by latent adversarial diffusion distillation (LADD). All other
-parts are those of the base, whose license holds. It generates an image in {steps} steps, without
-guidance.
-
-```python
-import torch
-from diffusers import {classes}
-
-pipe = StableDiffusion3Pipeline.from_pretrained("{name}", torch_dtype={dtype})
-pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config, stochastic_sampling={stochastic})
-pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-image = pipe("a red circle", {size}sigmas={sigmas}, guidance_scale=0.0,
-             generator=torch.manual_seed(0)).images[0]
-image.save("image.png")
-```
-
-Always pass `sigmas`: the scheduler shifts them by {shift:g} to the noise levels of the student,
-{levels}.
-With `num_inference_steps={steps}` it would take other levels, the last one close to 0, and its
-configuration cannot hold a list.
-The student was trained for the sampler "{sampler}", {meaning}:
-`stochastic_sampling={stochastic}`.
-"""
-MEANING = {"euler": "which follows the velocity from level to level",
-           "renoise": "which predicts the clean image and adds new noise up to the next level"}
-
-
-def model_card(name: str, base: Path, c: MMDiTConfig, metadata: dict[str, str],
-               dtype: torch.dtype) -> str:
-    """Return the README of a pipeline folder `name`: how to sample the student that `metadata`
-    describes. Raises InputError where `base` is no SD3 pipeline for this network, or where its
-    scheduler cannot sample at the noise levels of the student."""
-    found = {}
-    for file, kind in (("model_index.json", PIPELINE),
-                       ("scheduler/scheduler_config.json", SCHEDULER),
-                       ("transformer/config.json", CLASS)):
-        found[kind] = read_json(base / file, dict)
-        got = found[kind].get("_class_name")
-        must(got == kind, f"{base / file}: _class_name must be {kind} (got {got})")
-    scheduler, transformer = found[SCHEDULER], found[CLASS]
-    student = transformer_config(c)
-    for key in ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim"):
-        must(transformer.get(key) == student[key],
-             f"{base}/transformer: {key} must be the student's {student[key]} "
-             f"(got {transformer.get(key)})")
-    others = [key for key, value in scheduler.items() if value
-              and re.fullmatch("use_dynamic_shifting|shift_terminal|invert_sigmas|use_.*_sigmas",
-                               key)]
-    must(not others, f"{base}/scheduler must shift by a constant only (got {', '.join(others)})")
-    for key in ("levels", "shift", "sampler"):
-        must(key in metadata, f"metadata must have levels, shift and sampler (got no {key})")
-    sampler = metadata["sampler"]
-    must(sampler in SAMPLERS,
-         f"metadata: sampler must be {' or '.join(SAMPLERS)} (got {sampler!r})")
-    try:
-        levels = torch.tensor([float(level) for level in metadata["levels"].split(",")],
-                              dtype=torch.float64)
-        final = flow.shift(levels, float(metadata["shift"]))
-    except ValueError:
-        raise InputError(f"metadata: levels and shift must be numbers (got {metadata['levels']!r} "
-                         f"and {metadata['shift']!r})") from None
-    shift = scheduler.get("shift", 1.0)
-    sigmas = flow.shift(final, 1 / shift)   # the scheduler's own shift turns these into `final`
-    size = ""
-    if "sizes" in metadata:
-        h, w = metadata["sizes"].split(",")[0].split("x")
-        size = f"height={h}, width={w}, "
-    sigmas, final = ([round(value, 7) for value in t.tolist()] for t in (sigmas, final))
-    return CARD.format(name=name, base=base.resolve().name, classes=f"{SCHEDULER}, {PIPELINE}",
-                       scheduler=SCHEDULER, dtype=dtype, size=size, sigmas=sigmas, shift=shift,
-                       levels=final, steps=len(levels), sampler=sampler, meaning=MEANING[sampler],
-                       stochastic=sampler == "renoise")

@@ -1,15 +1,16 @@
-"""LoRA files: written with the names of diffusers or ComfyUI, read with those of several programs.
+"""LoRA files: written with the names that diffusers and ComfyUI load, read with those of several
+programs, and added to a network.
 
-ComfyUI loads both layouts:
-    diffusers   transformer.transformer_blocks.0.attn.to_q.lora_A.weight and .lora_B.weight. Its
-                loader rejects .alpha, so B is stored times alpha / rank. q, k and v each get the A
-                of our fused qkv, and their rows of its B.
-    comfyui     lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight, .lora_up.weight and
-                .alpha, the names of kohya.
+    transformer.transformer_blocks.0.attn.to_q.lora_A.weight and .lora_B.weight
+
+diffusers rejects a tensor alpha and ComfyUI reads no header, so B is stored times alpha / rank, and
+alpha is the rank. q, k and v each get the A of our fused qkv, and their rows of its B.
 
 Sources: ComfyUI's comfy/lora.py, diffusers 0.42, kohya's networks/lora_sd3.py.
 """
+import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,48 +20,48 @@ from torch import Tensor
 
 from ladd.cli import InputError, must
 from ladd.core.lora import Factors
-from ladd.core.mmdit import MMDiTConfig
-from ladd.data.files import parse_json, read_tensors, write_tensors
-from ladd.sd3.formats import INNER, OUTER, header, parts_of, swap_halves
+from ladd.core.mmdit import MMDiT, MMDiTConfig
+from ladd.data.files import (DTYPE_NAMES, is_finite, parse_json, read_json, read_tensors,
+                             write_tensors)
+from ladd.sd3.formats import FLOATS, INNER, OUTER, header, parts_of, swap_halves
 
 PREFIXES = (r"transformer\.|base_model\.model\.|(model\.)?diffusion_model\.|"
             r"lora_(unet|transformer)_|lycoris_")
-ROLES = {"lora_A.weight": "a", "lora_A.default.weight": "a", "lora_down.weight": "a",
-         "lora_B.weight": "b", "lora_B.default.weight": "b", "lora_up.weight": "b",
-         "alpha": "alpha"}
+ROLES = {"A": "a", "down": "a", "B": "b", "up": "b"}
+# tensors of text encoders, which are left out, and of embeddings for them
+TEXT = r"lora_te\d?_|text_encoders?(_\d)?\.|(clip_[lg]|t5|t5xxl|bundle_emb)\."
+KINDS = {"DoRA": r"lora_magnitude_vector|dora_scale", "LoKr": r"\.lokr_", "LoHa": r"\.hada_",
+         "OFT": r"\.b?oft_"}
 
 
-def save(path: str | Path, layers: Mapping[str, Factors], sizes: MMDiTConfig, layout: str,
-         metadata: Mapping[str, str] | None = None, dtype: torch.dtype | None = None) -> None:
-    """Write the LoRA of a network of these sizes, {layer: matrices}, in `dtype` (None: as it is).
-    The header holds the facts of ModelSpec, rank and alpha of the training, and `metadata`."""
+# --- writing ---
+
+def save(path: str | Path, layers: Mapping[str, Factors], sizes: MMDiTConfig,
+         metadata: Mapping[str, str] | None = None) -> None:
+    """Write the LoRA of a network of these sizes, {layer: matrices}. The header holds the facts of
+    ModelSpec, the configuration for PEFT, and `metadata`."""
     path = Path(path)
-    must(layout in ("diffusers", "comfyui"),
-         f"layout must be diffusers or comfyui (got {layout!r})")
     must(len(layers) > 0, f"{path}: the network must have a LoRA (got none)")
-    about = header(sizes, "diffusers" if layout == "diffusers" else "single", path.stem, {})
-    about["modelspec.architecture"] += "/lora"
-    about["rank"] = ",".join(f"{rank:g}" for rank in sorted({len(f.a) for f in layers.values()}))
-    about["alpha"] = ",".join(f"{alpha:g}" for alpha in sorted({f.alpha for f in layers.values()}))
-    tensors = {}
+    tensors, ranks = {}, {}
     for name, f in layers.items():
-        kept = dtype or f.b.dtype
-        a = f.a.to(kept)
-        if layout == "comfyui":
-            key = "lora_unet_" + name.replace(".", "_")
-            tensors |= {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": f.b.to(kept),
-                        f"{key}.alpha": torch.tensor(f.alpha, dtype=torch.float32)}
-            continue
         names = parts_of(f"{name}.weight", "diffusers")
-        b = swap_halves(f"{name}.weight", (f.b.double() * f.scale).to(kept), sizes.depth)
+        b = swap_halves(f"{name}.weight", (f.b.double() * f.scale).to(f.b.dtype), sizes.depth)
         for part, rows in zip(names, b.chunk(len(names))):
-            key = f"transformer.{part.removesuffix('.weight')}"
-            tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": rows}
-    for name, tensor in tensors.items():
-        must(bool(tensor.isfinite().all()),
-             f"{name}: values must be finite in {tensor.dtype} (got NaN or inf)")
+            module = part.removesuffix(".weight")
+            ranks[module] = len(f.a)
+            tensors |= {f"transformer.{module}.lora_A.weight": f.a,
+                        f"transformer.{module}.lora_B.weight": rows}
+    first = next(iter(ranks.values()))
+    others = {module: rank for module, rank in ranks.items() if rank != first}
+    peft = {"r": first, "lora_alpha": first, "rank_pattern": others, "alpha_pattern": others,
+            "target_modules": list(ranks)}
+    about = header(sizes, "diffusers", path.name.removesuffix(".safetensors"), {})
+    about["modelspec.architecture"] += "/lora"
+    about["lora_adapter_metadata"] = json.dumps({f"transformer.{k}": v for k, v in peft.items()})
     write_tensors(path, tensors, {**about, **(metadata or {})})
 
+
+# --- reading ---
 
 def place(module: str) -> tuple[str, int, int, bool] | None:
     """Return (our layer, which of the modules stacked in it, their number, named as in diffusers)
@@ -75,33 +76,45 @@ def place(module: str) -> tuple[str, int, int, bool] | None:
             return layer, 0, 1, False
         if name in parts:
             return layer, parts.index(name), len(parts), True
+        if len(parts) == 3 and name[:-1] == f"{ours.replace('.', '_')}_" and name[-1] in "012":
+            return layer, int(name[-1]), 3, False       # by OneTrainer
     return None
 
 
 def load(path: str | Path) -> dict[str, Factors]:
-    """Return {our layer: its LoRA} of a file by diffusers, PEFT, kohya, ComfyUI or OneTrainer, for
-    lora.apply.
+    """Return {our layer: its LoRA} of a file by diffusers, PEFT, kohya, ComfyUI, LyCORIS or
+    OneTrainer; print how many tensors of text encoders are left out.
 
-    alpha is the rank where neither a tensor nor the header gives it. Raises InputError that names
-    what is unknown, duplicated, incomplete or misshapen.
+    alpha is the rank where neither a tensor nor the header gives it; A of the patch convolution is
+    [rank, c p p]. Raises InputError that names the tensor, or the kind of what is no plain LoRA.
     """
     path = Path(path)
     tensors, metadata = read_tensors(path)
     alpha_of = header_alpha(metadata, path)
+    own = {key: tensor for key, tensor in tensors.items() if not re.match(TEXT, key)}
+    left_out = len(tensors) - len(own)
+    for kind, pattern in KINDS.items():
+        found = [key for key in own if re.search(pattern, key)]
+        must(not found, f"{path} must be a plain LoRA of matrices A and B (got {kind}: "
+             f"{', '.join(found[:1])})")
     modules: dict[str, dict[str, Tensor]] = {}
     unknown = []
-    for key, tensor in tensors.items():
-        match = re.fullmatch(r"(.*?)\.(lora_\w+\..*|alpha)", key)
-        role = ROLES.get(match[2]) if match else None
-        if role is None or place(match[1]) is None:
+    for key, tensor in own.items():
+        match = re.fullmatch(r"(.*?)\.(lora_(A|B|down|up)(\.default)?\.weight|alpha)", key)
+        if match is None or place(match[1]) is None:
             unknown.append(key)
             continue
+        role = ROLES.get(match[3], "alpha")
         matrices = modules.setdefault(match[1], {})
         must(role not in matrices, f"{path}: {key} is also stored by another name; keep one")
+        must(tensor.dtype in (DTYPE_NAMES if role == "alpha" else FLOATS),
+             f"{path}: {key} must be F32, BF16, F16 or F64 (got {tensor.dtype})")
+        must(is_finite(tensor), f"{path}: {key} must be finite (got NaN or inf)")
         matrices[role] = tensor
-    must(len(tensors) > 0 and not unknown,
+    must(len(own) > 0 and not unknown,
          f"{path} must hold lora_A and lora_B, or lora_down, lora_up and alpha, of SD3's linear "
-         f"layers (got {len(tensors)} tensors, {len(unknown)} unknown: {', '.join(unknown[:3])})")
+         f"layers (got {len(own)} tensors and {left_out} of text encoders, {len(unknown)} unknown: "
+         f"{', '.join(unknown[:3])})")
     layers: dict[str, list[Factors | None]] = {}
     for module, matrices in modules.items():
         what = f"{path}: {module}"
@@ -109,13 +122,12 @@ def load(path: str | Path) -> dict[str, Factors]:
         parts = layers.setdefault(layer, [None] * count)
         must(len(parts) == count and parts[part] is None,
              f"{path}: {layer} is stored by several names, such as {module}; keep one")
-        for role in ("a", "b"):
-            must(role in matrices,
-                 f"{what} must have both matrices A and B (got no {role.upper()})")
+        missing = min({"a", "b"} - set(matrices), default="").upper()
+        must(not missing, f"{what} must have both matrices A and B (got no {missing})")
         a, b = matrices["a"], matrices["b"]
-        alpha = matrices.get("alpha")
-        if alpha is None:
-            alpha = torch.tensor(alpha_of(module, len(a)), dtype=torch.float64)
+        if layer == "x_embedder.proj" and a.ndim == 4 and list(b.shape[2:]) == [1, 1]:
+            a, b = a.flatten(1), b.flatten(1)
+        alpha = matrices.get("alpha", torch.empty(()))
         must(a.ndim == 2 and b.ndim == 2 and 0 < len(a) == b.shape[1] and alpha.numel() == 1,
              f"{what} must have A [rank, k], B [n, rank] and one number alpha (got A "
              f"{list(a.shape)}, B {list(b.shape)}, alpha {list(alpha.shape)})")
@@ -124,30 +136,41 @@ def load(path: str | Path) -> dict[str, Factors]:
         last = ".context_block.adaLN" in layer and len(b) == 2 * a.shape[1]
         if diffusers and (last or layer.startswith("final_layer.adaLN")):
             b = b.roll(len(b) // 2, 0)
-        parts[part] = Factors(a, b, alpha.item())
+        number = alpha.item() if "alpha" in matrices else alpha_of(module, len(a))
+        parts[part] = Factors(a, b, float(number))
+    if left_out:
+        print(f"note: {path}: {left_out} tensors of text encoders are left out")
     return {layer: stacked(parts, f"{path}: {layer}") for layer, parts in layers.items()}
 
 
 def header_alpha(metadata: Mapping[str, str], path: Path) -> Callable[[str, int], float]:
-    """Return the function (module, rank) -> alpha that a header by diffusers defines; alpha is the
-    rank where it says nothing."""
+    """Return the function (module, rank) -> alpha that a header by diffusers, or the configuration
+    that PEFT writes next to its file, defines; alpha is the rank where they say nothing."""
     try:
         about = parse_json(metadata.get("lora_adapter_metadata", "{}"))
+        beside = path.with_name("adapter_config.json")
+        if path.name == "adapter_model.safetensors" and beside.exists():
+            about = read_json(beside, dict)
         about = {key.removeprefix("transformer."): value for key, value in about.items()}
-        usual = float(about["lora_alpha"]) if "lora_alpha" in about else None
-        special = [(re.compile(rf"(.*\.)?({pattern})"), float(value))
-                   for pattern, value in (about.get("alpha_pattern") or {}).items()]
-    except (ValueError, TypeError, AttributeError, re.error) as error:
+        # PEFT reads regular expressions; those that name modules are taken, since others can hang
+        ends = {pattern.removeprefix("^").removesuffix("$").replace("\\.", "."): float(value)
+                for pattern, value in (about.get("alpha_pattern") or {}).items()}
+        if about.get("lora_alpha") is not None:
+            ends[""] = float(about["lora_alpha"])       # of all others
+        for end, value in ends.items():
+            if not (re.fullmatch(r"[\w.]*", end) and math.isfinite(value)):
+                raise ValueError(f"alpha {value:g} of {end!r}, not a finite number of a module")
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(f"{path}: lora_adapter_metadata must be as diffusers writes it "
                          f"(got: {error})") from None
 
     def alpha(module: str, rank: int) -> float:
-        name = module.removeprefix("transformer.")
-        value = next((value for pattern, value in special if pattern.fullmatch(name)), usual)
-        if value is None:
-            return float(rank)
-        # rank-stabilized LoRA scales by alpha / sqrt(rank), not alpha / rank
-        return value * math.sqrt(rank) if about.get("use_rslora") else value
+        name = f".{re.sub(f'^({PREFIXES})', '', module)}"
+        for end, value in ends.items():
+            if name.endswith(f".{end}") or not end:
+                # rank-stabilized LoRA scales by alpha / sqrt(rank), not alpha / rank
+                return value * math.sqrt(rank) if about.get("use_rslora") else value
+        return rank
 
     return alpha
 
@@ -170,3 +193,49 @@ def stacked(parts: list[Factors | None], what: str) -> Factors:
               else f.b.float() * (f.scale / first.scale) for f in parts]
     a = torch.cat([f.a for f in given])
     return Factors(a, torch.block_diag(*blocks), first.scale * len(a))
+
+
+# --- adding to a network ---
+
+Loras = list[tuple[Path, float, dict[str, Factors]]]    # file, weight, {layer: its LoRA}
+
+
+def read_flags(flags: list[str]) -> Loras:
+    """Return the files of --lora FILE or FILE:WEIGHT; raise InputError that names the flag."""
+    loras = []
+    for text in flags:
+        file, _, number = text.rpartition(":")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = None
+        if weight is None or os.path.isfile(text):      # the colon belongs to the name
+            file, weight = text, 1.0
+        must(os.path.isfile(file), "--lora must be FILE or FILE:WEIGHT, an existing file and a "
+             f"number (got {text!r})")
+        must(math.isfinite(weight), f"--lora {file}: the weight must be finite (got {number})")
+        try:
+            loras.append((Path(file), weight, load(file)))
+        except InputError as error:
+            raise InputError(f"--lora {error}") from None
+    return loras
+
+
+@torch.no_grad()
+def merge(model: MMDiT, loras: Loras) -> None:
+    """Add the sum of weight (alpha / rank) B A to the weights of `model`, rounded once to their
+    dtype. Raise InputError where a LoRA is of another network."""
+    weights, c = {name: t for name, t in model.named_parameters() if t.ndim > 1}, model.config
+    for name in sorted({name for *_, layers in loras for name in layers}):
+        weight, total = weights.get(f"{name}.weight"), 0
+        size = [] if weight is None else [len(weight), weight[0].numel()]
+        for path, scale, layers in [lora for lora in loras if name in lora[2]]:
+            f = layers[name]
+            must(size == [len(f.b), f.a.shape[1]], f"--lora {path} must be of this network, "
+                 f"{c.depth} blocks of width {c.width}, whose {name} has size {size} (got "
+                 f"{[len(f.b), f.a.shape[1]]})")
+            total = total + scale * f.delta()
+        total = (weight.double() + total.view_as(weight)).to(weight.dtype)
+        must(is_finite(total), f"--lora {path}: {name} with the LoRA added must be finite in "
+             f"{weight.dtype} (got NaN or inf)")
+        weight.copy_(total)
