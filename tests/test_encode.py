@@ -251,7 +251,7 @@ FOREIGN = [
     *((TOKENS, {key: value}, "tokenizer_2") for key, value in (
         ("model", None), ("model", {"type": "nonsense"}), ("added_tokens", 5), ("decoder", []))),
     *((SETUP, {key: value}, "_3") for key, value in (
-        ("model_max_length", "x"), ("pad_token", 5), ("pad_token", None),
+        ("extra_ids", 10 ** 9), ("model_max_length", "x"), ("pad_token", 5), ("pad_token", None),
         ("added_tokens_decoder", {"0": 5}))),
     ("text_encoder/model.safetensors", weight("text_model.final_layer_norm.bias", np.nan),
      "text_encoder: its output must be finite"),

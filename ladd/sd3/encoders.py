@@ -126,9 +126,10 @@ def load_part(kind: type, folder: Path, **options):
     for path in files.values():
         for key, value in read_json(path, dict).items():
             must(key != "quantization_config", f"{path}: weights must not be quantized")
-            # of more, the libraries would build networks until memory or patience ends
-            most = 1000 if "layers" in key else 10 ** 6
-            must(path.name != "config.json" or type(value) is not int or value <= most,
+            # of more, the libraries would build layers or tokens until memory or patience ends
+            most = 1000 if "layers" in key else 10 ** 5
+            must(not path.name.endswith("config.json") or key == "model_max_length"
+                 or type(value) is not int or value <= most,
                  f"{path}: {key} must be at most {most} (got {value})")
     if options:
         options |= {"use_safetensors": True, "output_loading_info": True}
