@@ -165,7 +165,7 @@ def parse(argv: list[str]):
         help="where T5 runs; none: its tokens are zeros")
     add("--t5-tokens", type=int, default=256, help="tokens of T5, 1 to 512")
     add("--batch", type=int, default=8, help="images or prompts at a time")
-    add("--shard", type=int, default=512,
+    add("--shard-size", type=int, default=512,
         help="images per file; an interruption loses the work on one file at most")
     add("--area", type=int, default=1024 ** 2, help="approximate area of an image in pixels")
     add("--multiple", type=int, default=64,
@@ -185,9 +185,9 @@ def parse(argv: list[str]):
          f"--seed requires --task inpaint (got --task {args.task})")
     args.seed = args.seed or 0
     must(args.seed >= 0, f"--seed must be at least 0 (got {args.seed})")
-    for name in ("batch", "shard", "least"):
+    for name in ("batch", "shard_size", "least"):
         value = getattr(args, name)
-        must(value >= 1, f"--{name} must be at least 1 (got {value})")
+        must(value >= 1, f"--{name.replace('_', '-')} must be at least 1 (got {value})")
     buckets(args.area, args.multiple)   # raises InputError for a bad --area or --multiple
     return args
 
@@ -241,8 +241,8 @@ def encode_all(args, device: torch.device, pool: ThreadPoolExecutor) -> None:
     digest = hashlib.sha256(table.encode()).hexdigest()[:16]
     provenance |= {"vae": fingerprint(args.encoders, ["vae"]), "images": len(images),
                    "list": f"{digest} of names, captions, sizes and times", "area": args.area,
-                   "multiple": args.multiple, "shard": args.shard, "least": args.least}
-    pieces = plan(images, args.area, args.multiple, args.least, args.shard)
+                   "multiple": args.multiple, "shard": args.shard_size, "least": args.least}
+    pieces = plan(images, args.area, args.multiple, args.least, args.shard_size)
     # a bad VAE is found before the text is encoded, which may take hours
     vae = load_vae(args.encoders, device) if len(shards.shards(out)) < len(pieces) else None
     write_texts(args, prompts, provenance, device)

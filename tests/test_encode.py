@@ -576,7 +576,8 @@ def test_bad_lists_of_prompts_are_refused(tmp_path, name, content, message):
 
 # the command
 
-SMALL = ["--area", "4096", "--multiple", "16", "--shard", "3", "--batch", "2", "--t5-tokens", "8"]
+SMALL = ["--area", "4096", "--multiple", "16", "--shard-size", "3", "--batch", "2",
+         "--t5-tokens", "8"]
 
 
 @pytest.fixture(scope="module")
@@ -993,7 +994,7 @@ def test_a_list_of_pairs_without_any_that_can_be_used_is_refused(folder, tmp_pat
 
 
 def test_another_list_or_setting_is_refused_in_the_same_folder(folder, pictures, done):
-    for more, message in ((["--shard", "4"], r"made with shard 3 \(got 4\)"),
+    for more, message in ((["--shard-size", "4"], r"made with shard 3 \(got 4\)"),
                           (["--t5", "none"], "made with text .*with T5, 8 tokens"),
                           (["--area", "6000"], "made with area 4096")):
         with pytest.raises(InputError, match=message):

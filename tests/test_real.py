@@ -289,7 +289,7 @@ def test_images_with_captions_are_data_too(home):
         Image.fromarray(g.integers(0, 255, (*size, 3), dtype=np.uint8)).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(PROMPTS[i % 4])
     call(home, encode.main, "--encoders sd3 --images images --out own --area 1536 --multiple 16 "
-         "--device cpu --t5-tokens 6 --shard 6 --batch 4")
+         "--device cpu --t5-tokens 6 --shard-size 6 --batch 4")
     assert set(read_folder(home / "own").buckets) == {(4, 6), (6, 4)}
     without_report(home, f"{FLAGS} --name own --encoders sd3 --teacher sd3 --data own --steps 1 "
                          "--eval-prompts shown.jsonl --eval-every 0")
@@ -299,7 +299,8 @@ def test_images_with_captions_are_data_too(home):
 # editing and inpainting
 
 ASKED = "make it red", "to the right", "large"
-ENCODE = "--encoders sd3 --area 1536 --multiple 16 --device cpu --t5-tokens 6 --shard 6 --batch 4"
+ENCODE = ("--encoders sd3 --area 1536 --multiple 16 --device cpu --t5-tokens 6 --shard-size 6 "
+          "--batch 4")
 LEARN = ("--encoders sd3 --base sd3 --pairs {0} --task {0} --teacher-steps 2 --teacher-batch 4 "
          "--teacher-lr 1e-2 --steps 2")
 
@@ -550,7 +551,7 @@ def test_a_teacher_that_is_not_finite_is_named_before_a_run_is_made(home, folder
 # bad input
 
 BAD = {"no encoders": ("train", "--teacher sd3 --prompts prompts.txt",
-                       r"missing: --encoders \(got none\); only --dry-run"),
+                       r"missing: --encoders; only --dry-run"),
        "no folder": ("train", "--teacher sd3 --prompts prompts.txt --encoders nowhere",
                      r"nowhere must be a StableDiffusion3 pipeline folder "
                      r"\(got no text_encoder\)$"),
