@@ -184,7 +184,11 @@ def make_data(config: Config, run: Path, teacher: MMDiT, pairs: Latents | None, 
     if config.data == "toy":
         return toy_latents(toy, size, seed + 1)
     if config.data:
-        return load_data(Path(config.data), teacher.config, config.task, config.batch)
+        latents = load_data(Path(config.data), teacher.config, config.task, config.batch)
+        made_by = latents.provenance.get("teacher")
+        if ranks()[0] == 0 and made_by and made_by != generate.weights_sha(teacher):
+            print(f"note: --data {config.data}: another teacher generated these latents")
+        return latents
     if pairs:
         plan = pairs_plan(pairs, size, shard, seed)
     elif toy:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sd3 import make_folder
 from test_sample import CONFIG, describe, network
 
 import sample
@@ -28,6 +29,7 @@ from ladd.data.prompts import read_prompts
 from ladd.engine import state
 from ladd.engine.run import read_log, read_seconds
 from ladd.sd3 import checkpoint, lora_files
+from ladd.sd3.encoders import encode_prompts, load_encoders, load_vae
 
 CASES, SECONDS, BYTES = 500, 30, 2 * 2 ** 30
 ODD = (None, True, -1, 0, 1, 3.5, 1e308, float("nan"), 10 ** 400, "", "x", "1", "nan", "\x1b[31m",
@@ -367,3 +369,42 @@ def test_prompt_files(made, tmp_path, name):
             read_prompts(tmp_path / ending)
 
     attack(10, lambda chance: change_bytes(data, chance), call)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> Path:
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    return make_folder(tmp_path_factory.mktemp("pipeline") / "sd3")
+
+
+@pytest.mark.parametrize("parts", [("text_encoder", "text_encoder_3", "tokenizer", "tokenizer_3"),
+                                   ("vae",)], ids=["text", "vae"])
+def test_folders_of_published_encoders(pipeline, tmp_path, monkeypatch, parts):
+    """Whatever transformers and diffusers raise for a folder is one line."""
+    monkeypatch.setattr(sys.modules[__name__], "CASES", 250)    # 500 of both kinds
+    folder = tmp_path / "sd3"
+    shutil.copytree(pipeline, folder)
+    paths = [path for part in parts for path in sorted((folder / part).glob("*.json"))]
+    values = {path: json.loads(path.read_text()) for path in paths}
+
+    def make(chance: random.Random) -> tuple[Path, bytes]:
+        path = chance.choice(paths)
+        if chance.random() < 0.7:
+            return path, dump(change_json(values[path], chance))
+        return path, change_bytes(path.read_bytes(), chance)
+
+    def call(case: tuple[Path, bytes]) -> None:
+        path, content = case
+        before = path.read_bytes()
+        path.write_bytes(content)
+        try:
+            if parts == ("vae",):
+                load_vae(folder, torch.device("cpu"))
+            else:
+                loaded = load_encoders(folder, torch.device("cpu"), torch.float32, "device", 6)
+                encode_prompts(loaded, ["a red fox"])
+        finally:
+            path.write_bytes(before)
+
+    attack(11, make, call)

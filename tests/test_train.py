@@ -285,6 +285,15 @@ def test_the_same_command_again_does_no_work(home, base):
     assert before == after
 
 
+def test_latents_of_another_teacher_are_mentioned(home, base):
+    flags = f"--data runs/base/data --steps 1 --set heads_first=0 {QUIET}"
+    teacher = save_teacher(home, seed=5).rename(home / "other.safetensors")
+    said = main(home, f"--name noted --teacher {teacher.name} {flags}")
+    assert "note: --data runs/base/data: another teacher generated these latents" in said
+    own = "--teacher runs/base/checkpoints/teacher.safetensors"
+    assert "another teacher" not in main(home, f"--name own {own} {flags}")
+
+
 def test_without_its_report_a_finished_run_is_evaluated_and_nothing_else(home, base, again):
     run = again("evaluate", "report.*")
     before = stamps(run)
