@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# The first 12 minutes on a GPU: what is right, then what is fast, then what a run takes. Each part has a time limit of its own, so
+# that a part which hangs costs no other one, and its output in a file of the folder given (default: kernels/results/first).
+#
+#     bash kernels/first_run.sh results
+set -u
+cd "$(dirname "$0")/.."
+out=${1:-kernels/results/first}
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+
+part() {        # part NAME SECONDS COMMAND...
+  local name=$1 limit=$2 start=$SECONDS
+  shift 2
+  timeout --kill-after=10 "$limit" "$@" > "$out/$name.txt" 2>&1
+  echo "$name: exit code $?, $((SECONDS - start)) of $limit s: $*" | tee -a "$out/summary.txt"
+}
+
+{ nvidia-smi; python -c "import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())"; } \
+  > "$out/machine.txt" 2>&1
+part self-check 60 python -c "import kernels; print(kernels.load('triton'))"
+part tests 150 python -m pytest -m gpu -q
+part bench 180 python -m kernels.bench --model sd3-medium --batch 2 --rounds 10 --out "$out/bench.csv"
+part sd3-medium 120 python train.py --preset sd3-medium --bench-steps 5
+part tiny 150 python train.py --preset tiny --name "first-$$" --n 512
+part sample 60 python sample.py --run "runs/first-$$" --prompt "large red circle left on black" --steps 4 --out "$out/one.png"
+cat "$out/summary.txt"
