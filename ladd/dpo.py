@@ -259,7 +259,9 @@ def main(argv: list[str]) -> None:
     must(config.task == "text", "--run must be a run of --task text, since pairs are of captions "
          f"(got {config.task})")
     out = Path(args.out or run / "dpo")
-    must(not (out / "config.json").exists(), f"--out must not be the folder of a run (got {out})")
+    parts = [run / name for name in ("", "checkpoints", "data", "samples")]
+    must(not (out / "config.json").exists() and out.resolve() not in map(Path.resolve, parts),
+         f"--out must not be the folder of a run (got {out})")
     ops = pick_kernels("auto", args.device, config.precision)
     paths = {"teacher": config.teacher or run / "checkpoints" / "teacher.safetensors",
              "student": run}

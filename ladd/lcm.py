@@ -199,7 +199,9 @@ def main(argv: list[str]) -> None:
     # The teacher computes in the precision of the run: --teacher-fp8 is an option of LADD alone.
     config = validated(replace(made, device=args.device, teacher_fp8=False, **given))
     out = Path(args.out or run / "lcm")
-    must(not (out / "config.json").exists(), f"--out must not be the folder of a run (got {out})")
+    parts = [run / name for name in ("", "checkpoints", "data", "samples")]
+    must(not (out / "config.json").exists() and out.resolve() not in map(Path.resolve, parts),
+         f"--out must not be the folder of a run (got {out})")
     compute = compute_of(config)
     path = Path(config.teacher or run / "checkpoints" / "teacher.safetensors")
     base = load_teacher(path, needs_of(config), compute.ops)

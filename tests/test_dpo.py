@@ -197,6 +197,7 @@ def test_bad_preference_files_are_one_line(tmp_path, home, lines, said):
     ("--run runs/base --preferences x.jsonl",
      "--preferences must be left out for a run on the toy dataset, runs/base (got x.jsonl)"),
     ("--run runs/base --out runs/base", "--out must not be the folder of a run (got runs/base)"),
+    ("--run runs/base --out runs/base/samples/../checkpoints", "must not be the folder of a run"),
     ("--run runs/base --rank 0", "--rank must be 1 to 1000000000 (got 0)"),
     ("--run runs/base --lr nan", "--lr must be above 0 and at most 1 (got nan)"),
     ("--run runs/base --alpha inf", "--alpha must be above 0 and at most 1000000 (got inf)"),

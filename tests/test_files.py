@@ -133,6 +133,10 @@ def test_a_folder_has_one_user_at_a_time(tmp_path):
                            "since 20.*; wait until that ends, or take another folder"):
             with files.locked(tmp_path / "run"):
                 pass
+        (tmp_path / "run/.lock").write_text("")
+        with pytest.raises(InputError, match="run is in use by another command; wait"):
+            with files.locked(tmp_path / "run"):
+                pass
     with files.locked(tmp_path / "run"):        # and again when that has ended
         pass
     with pytest.raises(RuntimeError):           # an error releases it too
