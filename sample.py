@@ -333,6 +333,9 @@ def find_run(args: Namespace) -> Checkpoints:
     must(stored.exists(), f"--run must be a run folder of train.py; {run} has no config.json")
     config = read_json(stored)
     recipe = read_recipe(config, stored)
+    for name in "encoders", "teacher":
+        must(isinstance(config.get(name, ""), str), f"{stored}: {name} must be text (got "
+             f"{config.get(name)!r:.60})")
     encoders = config.get("encoders", "")
     must(bool(encoders) or args.encoders is None, f"--encoders must be left out for {run}, a run "
          f"of the toy dataset (got {args.encoders})")

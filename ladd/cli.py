@@ -4,6 +4,7 @@ Standard library only.
 """
 import argparse
 import difflib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -15,10 +16,15 @@ class InputError(ValueError):
 
 def run_script(name: str, main: Callable[[list[str]], None],
                leave: Callable[[int], None] = sys.exit) -> None:
-    """Call main with the command line; turn refused input and losses that are NaN or inf into one
-    line and leave(2)."""
+    """Call main with the command line; turn refused input, losses that are NaN or inf and what a
+    file system answers into one line and leave(2)."""
+    # otherwise a terminal that is not UTF-8 ends the run at the first name in another script
+    for stream in sys.stdout, sys.stderr:
+        if isinstance(stream, io.TextIOWrapper):        # None where it is closed
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:])
+        print(end="", flush=True)
     except (InputError, FloatingPointError) as error:
         print(f"{name}: {one_line(str(error))}", file=sys.stderr)
         leave(2)
@@ -26,6 +32,15 @@ def run_script(name: str, main: Callable[[list[str]], None],
         # what reads the output has ended; otherwise the interpreter reports it once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         leave(1)
+    except OSError as error:
+        # without a name it is the output, which goes to a full disk
+        text = f"{error.filename or 'output'}: {error.strerror or error}"
+        print(f"{name}: {one_line(text)}", file=sys.stderr)
+        try:
+            print(end="", flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave(2)
 
 
 def is_control(c: str) -> bool:

@@ -505,7 +505,9 @@ def validated(c: Config) -> Config:
     must(c.teacher_images >= least, f"--set teacher_images must be at least {least}, a "
          f"--teacher-batch of each size (got {c.teacher_images})")
     must(c.data != "toy" or not c.real, "--data must be a folder with real images (got toy)")
-    must(not c.profile or Path(c.profile).parent.is_dir(),
+    # torch leaves a trace that it cannot write out without a word, and replaces a device by it
+    path = Path(c.profile)
+    must(not c.profile or path.parent.is_dir() and (path.is_file() or not path.exists()),
          f"--profile must be a file in an existing folder (got {c.profile})")
     return c
 

@@ -205,7 +205,6 @@ def train(args: Namespace, means: tuple[float, ...], model: MMDiT, reference: MM
     saver = state.Saver(out / "checkpoints")
     start = 0
     if saved := state.open_state(saver.folder):
-        state.check_meta(saved, recipe)
         start = saved.step
         state.restore(saved, *parts)
 
@@ -260,6 +259,9 @@ def main(argv: list[str]) -> None:
     must(config.task == "text", "--run must be a run of --task text, since pairs are of captions "
          f"(got {config.task})")
     out = Path(args.out or run / "dpo")
+    parts = [run / name for name in ("", "checkpoints", "data", "samples")]
+    must(not (out / "config.json").exists() and out.resolve() not in map(Path.resolve, parts),
+         f"--out must not be the folder of a run (got {out})")
     ops = pick_kernels("auto", args.device, config.precision)
     paths = {"teacher": config.teacher or run / "checkpoints" / "teacher.safetensors",
              "student": run}
@@ -275,43 +277,47 @@ def main(argv: list[str]) -> None:
         codec = toy_codec(toy)
     stopper = Stopper()
     teacher, student = (frozen(networks[name], dtype, device) for name in ("teacher", "student"))
-    if config.real:
-        latents = read_pairs(Path(args.preferences), config.encoders, config.hw, codec, device)
-    else:
-        latents = toy_pairs(toy, config.recipe, teacher, codec, args.prompts, args.seed,
-                            config.sample_batch)
-    codec.release()
-    for (h, w), (x0, _) in latents.buckets.items():
-        must(len(x0) >= args.batch, f"pairs of {8 * h}x{8 * w} images must be at least --batch, "
-             f"{args.batch} (got {len(x0)})")
-    model = networks["teacher"].float().to(device)
-    model.compute_dtype = dtype
-    generator = torch.Generator().manual_seed(args.seed)
-    lora.add(model, args.rank, args.alpha or args.rank, lora.TARGETS[args.targets], generator)
     recipe = {"teacher": checkpoint.fingerprint(paths["teacher"]),
               "preferences": fingerprint(args.preferences) if args.preferences else "",
               **{name: getattr(args, name) for name in RECIPE}}
+    # before the pairs, which take minutes: a folder that cannot be used
     with locked(out):
+        if saved := state.open_state(out / "checkpoints"):
+            state.check_meta(saved, recipe)
+        if config.real:
+            latents = read_pairs(Path(args.preferences), config.encoders, config.hw, codec, device)
+        else:
+            latents = toy_pairs(toy, config.recipe, teacher, codec, args.prompts, args.seed,
+                                config.sample_batch)
+        codec.release()
+        for (h, w), (x0, _) in latents.buckets.items():
+            must(len(x0) >= args.batch, f"pairs of {8 * h}x{8 * w} images must be at least "
+                 f"--batch, {args.batch} (got {len(x0)})")
+        model = networks["teacher"].float().to(device)
+        model.compute_dtype = dtype
+        generator = torch.Generator().manual_seed(args.seed)
+        lora.add(model, args.rank, args.alpha or args.rank, lora.TARGETS[args.targets], generator)
         train(args, config.teacher_means, model, teacher, latents, out, recipe, device, stopper)
-    if stopper:
-        return print(f"{stopper.signal}: saved in {out / 'checkpoints'}; the same command resumes")
-    path = out / "lora.safetensors"
-    lora_files.save(path, factors(model), model.config,
-                    {"run": run.name, "beta": str(args.beta), "steps": str(args.steps)})
-    pairs = sum(len(x0) for x0, _ in latents.buckets.values())
-    print(f"{path}: rank {args.rank} on {len(lora.of_kind(model, lora.Lora))} layers, from {pairs} "
-          "pairs")
-    if config.real:
-        return
-    rows = []
-    for network, its_rows in (
-            (teacher, [teacher_row(teacher, config.recipe)]),
-            (student, student_rows("student", student, config.recipe))):
-        tuned = with_delta(network, path)
-        for row in its_rows:
-            rows += [row, row._replace(name=f"{row.name} + preferences", model=tuned)]
-    write_toy_report(rows, toy, codec, args.n or config.n, config.sample_batch, out,
-                     {"pairs": pairs}, began)
+        if stopper:
+            return print(f"{stopper.signal}: saved in {out / 'checkpoints'}; the same command "
+                         "resumes")
+        path = out / "lora.safetensors"
+        lora_files.save(path, factors(model), model.config,
+                        {"run": run.name, "beta": str(args.beta), "steps": str(args.steps)})
+        pairs = sum(len(x0) for x0, _ in latents.buckets.values())
+        print(f"{path}: rank {args.rank} on {len(lora.of_kind(model, lora.Lora))} layers, from "
+              f"{pairs} pairs")
+        if config.real:
+            return
+        rows = []
+        for network, its_rows in (
+                (teacher, [teacher_row(teacher, config.recipe)]),
+                (student, student_rows("student", student, config.recipe))):
+            tuned = with_delta(network, path)
+            for row in its_rows:
+                rows += [row, row._replace(name=f"{row.name} + preferences", model=tuned)]
+        write_toy_report(rows, toy, codec, args.n or config.n, config.sample_batch, out,
+                         {"pairs": pairs}, began)
 
 
 def with_delta(network: MMDiT, path: Path) -> MMDiT:

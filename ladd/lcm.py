@@ -199,7 +199,9 @@ def main(argv: list[str]) -> None:
     # The teacher computes in the precision of the run: --teacher-fp8 is an option of LADD alone.
     config = validated(replace(made, device=args.device, teacher_fp8=False, **given))
     out = Path(args.out or run / "lcm")
-    must(not (out / "config.json").exists(), f"--out must not be the folder of a run (got {out})")
+    parts = [run / name for name in ("", "checkpoints", "data", "samples")]
+    must(not (out / "config.json").exists() and out.resolve() not in map(Path.resolve, parts),
+         f"--out must not be the folder of a run (got {out})")
     compute = compute_of(config)
     path = Path(config.teacher or run / "checkpoints" / "teacher.safetensors")
     base = load_teacher(path, needs_of(config), compute.ops)
@@ -212,25 +214,27 @@ def main(argv: list[str]) -> None:
     with locked(out):
         ema = train(config, args.path_steps, base, teacher, compute, latents,
                     state.Saver(out / "checkpoints"), recipe, stopper)
-    if stopper:
-        return print(f"{stopper.signal}: saved in {out / 'checkpoints'}; the same command resumes")
-    stopper.end()
-    student = out / "student.safetensors"
-    depth = config.student_depth or base.config.depth
-    origin = path.name
-    if depth != base.config.depth:
-        origin += f", {depth} of its blocks taken evenly"
-    save_network(ema, shrunk(base, depth)[1], student,
-                 config.recipe.metadata("student", config.real), origin)
-    print(f"{student}: {config.steps} steps of {config.batch} pairs, "
-          f"{time.perf_counter() - began:.0f} s")
-    if not config.real:
-        toy, recipe = toy_of(config), config.recipe
-        network = inference(checkpoint.load_mmdit(student, compute.ops), compute)
-        rows = [teacher_row(teacher, recipe), *student_rows("consistency student", network, recipe)]
-        about = {"seeds": [config.seed], "steps": config.steps, "batch": config.batch}
-        write_toy_report(rows, toy, toy_codec(toy), config.n, config.sample_batch, out, about,
-                         began)
+        if stopper:
+            return print(f"{stopper.signal}: saved in {out / 'checkpoints'}; the same command "
+                         "resumes")
+        stopper.end()
+        student = out / "student.safetensors"
+        depth = config.student_depth or base.config.depth
+        origin = path.name
+        if depth != base.config.depth:
+            origin += f", {depth} of its blocks taken evenly"
+        save_network(ema, shrunk(base, depth)[1], student,
+                     config.recipe.metadata("student", config.real), origin)
+        print(f"{student}: {config.steps} steps of {config.batch} pairs, "
+              f"{time.perf_counter() - began:.0f} s")
+        if not config.real:
+            toy, recipe = toy_of(config), config.recipe
+            network = inference(checkpoint.load_mmdit(student, compute.ops), compute)
+            rows = [teacher_row(teacher, recipe),
+                    *student_rows("consistency student", network, recipe)]
+            about = {"seeds": [config.seed], "steps": config.steps, "batch": config.batch}
+            write_toy_report(rows, toy, toy_codec(toy), config.n, config.sample_batch, out, about,
+                             began)
 
 
 if __name__ == "__main__":

@@ -336,6 +336,7 @@ BAD = {"--stepz 5": ("'--stepz'", "--steps"), "--heads-learning-rate 1": ("--hea
        "--name ..": ("--name", r"'\.\.'", "name of a folder"),
        "--guidance .5": ("--guidance", r"0\.5", "1 to 100"),
        "--profile nowhere/trace.json": ("--profile", "got nowhere/trace.json", "existing folder"),
+       "--profile .": ("--profile must be a file", "got ."),
        "--teacher no.safetensors": ("--teacher", "no.safetensors", "not exist"),
        "--data nowhere": ("--data", "nowhere", "not exist"),
        "--set dual_blocks=7": ("--set dual_blocks", "got 7", "at most depth, 6"),
@@ -639,6 +640,14 @@ def test_kernels_are_those_asked_for(home):
     with mock.patch.object(kernels, "load", side_effect=counted):
         main(home, f"--name kernels-triton --kernels triton --set stop_after=1 {STAGES['student']}")
     assert calls["triton"] and not calls["torch"]
+
+
+@pytest.mark.parametrize("compiler", ["/none/such", "false"])
+def test_compile_without_a_compiler_that_runs_is_refused(home, monkeypatch, compiler):
+    monkeypatch.setenv("CXX", compiler)
+    with refused("--compile must be off", f"CXX names one .got '{compiler}'"):
+        main(home, "--name broken --compile on")
+    assert not (home / "runs" / "broken").exists()
 
 
 def test_compile_compiles_each_block_of_each_network(home):

@@ -133,6 +133,10 @@ def test_the_script_ends_with_rows_a_picture_and_a_delta_that_fits_both(home, mo
     again = lora_files.load(out / "lora.safetensors")
     assert all(torch.equal(again[k].b, f.b) and torch.equal(again[k].a, f.a) for k, f
                in factors.items())
+    # other flags are refused before the pairs are made, which takes minutes
+    monkeypatch.setattr(dpo, "toy_pairs", None)
+    with pytest.raises(InputError, match="began with another beta; use the same"):
+        call(home, dpo.main, f"{FLAGS} --beta 2".split())
 
 
 def test_the_learning_rate_is_warmed_up(home, monkeypatch):
@@ -192,6 +196,8 @@ def test_bad_preference_files_are_one_line(tmp_path, home, lines, said):
     ("--run nowhere", "nowhere/config.json: not a complete JSON file ("),
     ("--run runs/base --preferences x.jsonl",
      "--preferences must be left out for a run on the toy dataset, runs/base (got x.jsonl)"),
+    ("--run runs/base --out runs/base", "--out must not be the folder of a run (got runs/base)"),
+    ("--run runs/base --out runs/base/samples/../checkpoints", "must not be the folder of a run"),
     ("--run runs/base --rank 0", "--rank must be 1 to 1000000000 (got 0)"),
     ("--run runs/base --lr nan", "--lr must be above 0 and at most 1 (got nan)"),
     ("--run runs/base --alpha inf", "--alpha must be above 0 and at most 1000000 (got inf)"),

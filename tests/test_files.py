@@ -133,6 +133,10 @@ def test_a_folder_has_one_user_at_a_time(tmp_path):
                            "since 20.*; wait until that ends, or take another folder"):
             with files.locked(tmp_path / "run"):
                 pass
+        (tmp_path / "run/.lock").write_text("")
+        with pytest.raises(InputError, match="run is in use by another command; wait"):
+            with files.locked(tmp_path / "run"):
+                pass
     with files.locked(tmp_path / "run"):        # and again when that has ended
         pass
     with pytest.raises(RuntimeError):           # an error releases it too
@@ -192,3 +196,14 @@ def test_without_a_stderr_or_a_reader_scripts_still_end(tmp_path):
     for line, code in ((f"{command} --help >&- 2>&-", 0), (f"{command} --no-such-flag 2>&-", 2)):
         done = subprocess.run(line, shell=True, cwd=tmp_path, stdout=subprocess.PIPE)
         assert done.returncode == code, line
+
+
+def test_a_full_disk_at_the_output_and_an_ascii_terminal_are_no_tracebacks(tmp_path):
+    train, sample = (f"{sys.executable} {ROOT / name}" for name in ("train.py", "sample.py"))
+    for line, code in ((f"{train} --dry-run --tflops 1 >/dev/full", 2),
+                       (f"PYTHONIOENCODING=ascii {train} --dry-run --tflops 1 --name größe", 0),
+                       (f"{sample} --checkpoint {'x' * 300} --prompt a --out b.png", 2)):
+        done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == code, line
+        assert done.stderr.count("\n") == bool(code) and "Traceback" not in done.stderr, line
+    assert not any(tmp_path.iterdir())

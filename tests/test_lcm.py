@@ -321,6 +321,7 @@ def test_the_student_of_a_lora_run_is_a_lora(home):
     ("--run runs/bare", ("teacher.safetensors", "no")),
     ("--run runs/base --data nowhere", ("nowhere", "no")),
     ("--run runs/base --data part", ("part: 1 of 4 shards are missing",)),
+    ("--run runs/base --out runs/base/checkpoints", ("--out must not be the folder of a run",)),
     ("--run runs/base --out runs/base", ("--out must not be the folder of a run", "got runs/base")),
     ("--run runs/base --steps 0", ("--steps must be at least 1", "got 0")),
     ("--run runs/base --path-steps 1", ("--path-steps must be at least 2", "got 1")),

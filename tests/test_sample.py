@@ -718,6 +718,8 @@ BAD = {  # name: (flags or a function of a folder that gives them, what the mess
     "broken config": (lambda f: run_with(f, "{"), "config.json: not a complete JSON"),
     "config of something else": (lambda f: run_with(f, "[1]"),
                                  "config.json: no task, sizes, .*train.py"),
+    "folder of another type": (lambda f: run_with(f, to_json(CONFIG).replace(
+        '"encoders": ""', '"encoders": 5')), r"config.json: encoders must be text \(got 5\)$"),
     "unfinished run": (lambda f: run_with(f, to_json(CONFIG)),
                        "student.safetensors does not exist; train.py writes it when that stage"),
     "run without a student": (lambda f: run_with(f, to_json(replace(CONFIG, steps=0))),

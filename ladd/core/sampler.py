@@ -94,7 +94,7 @@ def read_recipe(stored: Any, where: Path) -> Recipe:
                    "numbers that fall from 1 and stay above 0"),
         "shift": (1 <= r.shift < math.inf, "a finite number, at least 1"),
         "sampler": (r.sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}"),
-        "sample_steps": (r.sample_steps >= 1, "at least 1"),
+        "sample_steps": (1 <= r.sample_steps <= 1000, "1 to 1000"),
         "guidance": (0 <= r.guidance < math.inf, "a finite number, at least 0"),
         "image_guidance": (0 <= r.image_guidance < math.inf, "a finite number, at least 0"),
         "objects": (r.objects in (1, 2), "1 or 2"),

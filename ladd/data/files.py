@@ -94,7 +94,8 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             file.seek(0)
-            owner = file.read(200).decode(errors="replace").strip()
+            # a command that began just now has not written its name yet
+            owner = file.read(200).decode(errors="replace").strip() or "another command"
             must(error.errno not in (errno.EAGAIN, errno.EACCES), f"{folder} is in use by {owner}; "
                  "wait until that ends, or take another folder")
             if error.errno not in UNSUPPORTED:

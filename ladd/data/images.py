@@ -48,6 +48,7 @@ def buckets(area: int, multiple: int) -> list[tuple[int, int]]:
     """Return sizes (H, W) of about `area` with sides that are multiples of `multiple`: one for each
     short side, up to an aspect of 4:1. Our choice: few sizes, since training needs a batch of each;
     17 for 1 megapixel and multiples of 64."""
+    must(area <= 8192 ** 2, f"--area must be at most {8192 ** 2}, 8192x8192 (got {area})")
     must(multiple >= 16 and multiple % 16 == 0 and area >= multiple ** 2, "--multiple must be a "
          f"multiple of 16 whose square is at most --area, {area} (got {multiple})")
     sizes = set()

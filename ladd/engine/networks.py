@@ -1,7 +1,8 @@
 """The networks of a run: how they compute, where they are stored, how they are built and saved."""
 import math
 import os
-import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -51,9 +52,14 @@ def make_compute(device: torch.device, flag: str, ops: str, precision: str, comp
     (`ops`), --precision, --compile and --recompute."""
     compiles = compile == "on" or compile == "auto" and device.type == "cuda"
     if compiles and device.type == "cpu":
-        compilers = os.environ.get("CXX", "g++"), "g++", "clang++"
-        must(any(map(shutil.which, compilers)), "--compile must be off or auto without a C++ "
-             "compiler, which torch.compile needs on the CPU (got on)")
+        # as torch does, which tries no other
+        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+        try:
+            subprocess.run([compiler, "--version"], check=True, capture_output=True)
+        except (OSError, ValueError, subprocess.SubprocessError):
+            raise InputError("--compile must be off or auto without a C++ compiler, which "
+                             "torch.compile needs on the CPU (got on); the environment variable "
+                             f"CXX names one (got {compiler!r})") from None
     return Compute(device, pick_kernels(ops, flag, precision), compute_dtype(precision, device),
                    compiles, recompute)
 
