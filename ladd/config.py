@@ -19,11 +19,10 @@ INF = math.inf
 
 
 def option(default, help: str, show: str = MORE, choices: tuple = (), low: float = -INF,
-           high: float = INF, above: float = -INF):
-    """Return a field of Config: default, meaning, where it is shown, and the values it takes, from
-    `low` (or above `above`) to `high`."""
+           high: float = INF):
+    """Return a field of Config: default, meaning, where it is shown, and the values it takes."""
     return field(default=default, metadata={"help": help, "show": show, "choices": choices,
-                                            "low": low, "high": high, "above": above})
+                                            "low": low, "high": high})
 
 
 # fmt: off
@@ -72,7 +71,7 @@ class Config:
     teacher_steps: int = option(960, "training steps of the teacher", low=1)
     teacher_batch: int = option(128, "samples per step of the teacher's training", low=1)
     teacher_lr: float = option(4e-3, "peak learning rate of the teacher, with cosine decay",
-                               above=0, high=1)
+                               low=1e-9, high=1)
     teacher_lora: int = option(0, "train a LoRA of this rank on --base instead of all weights",
                                low=0, high=1024)
     teacher_images: int = option(49152, "rendered images to train on", PRESET, low=1)
@@ -97,7 +96,7 @@ class Config:
                         low=0)
     batch: int = option(64, "pairs per step", MAIN, low=1)
     micro_batch: int = option(0, "pairs at a time in each process; 0: all", MAIN, low=0)
-    lr: float = option(1.5e-4, "learning rate of the student", MAIN, above=0, high=1)
+    lr: float = option(1.5e-4, "learning rate of the student", MAIN, low=1e-9, high=1)
     lora: int = option(0, "the student is a LoRA of this rank; 0: all weights train", MAIN, low=0,
                        high=1024)
     lora_targets: tuple[str, ...] = option(("all",), "layers with a LoRA: all, attention, or names "
@@ -116,7 +115,7 @@ class Config:
     warmup: int = option(20, "steps of linear learning-rate warm-up", PRESET, low=0)
     beta2: float = option(0.95, "beta2 of Adam", PRESET, low=0, high=0.9999)
     # --- discriminator ---
-    heads_lr: float = option(3e-3, "learning rate of the discriminator heads", above=0, high=1)
+    heads_lr: float = option(3e-3, "learning rate of the discriminator heads", low=1e-9, high=1)
     heads_steps: int = option(2, "discriminator steps per student step", low=1, high=1000)
     taps: tuple[int, ...] = option((0, 1, 2), "teacher blocks that the heads read")
     d_mean: float = option(-2.0, "noise levels of the discriminator: LogitNormal(d_mean, 1)",
@@ -423,18 +422,16 @@ def validated(c: Config) -> Config:
     agree."""
     for name, f in FIELDS.items():
         value, flag, meta = getattr(c, name), flag_of(name), f.metadata
-        choices, low, high, above = (meta[key] for key in ("choices", "low", "high", "above"))
+        choices, low, high = meta["choices"], meta["low"], meta["high"]
         if choices:
             must(value in choices, f"{flag} must be one of {', '.join(map(str, choices))} (got "
                  f"{value!r})")
         if f.type in (int, float):
             most = 10 ** 9 if f.type is int and high == INF else high
             limits = f"{low:g} to {most:.10g}"
-            if above == 0:
-                limits = f"above 0 and at most {high:g}"
-            elif high == INF and not value > most:
+            if high == INF and not value > most:
                 limits = f"at least {low:g}"
-            must(low <= value <= most and value > above and math.isfinite(value),
+            must(low <= value <= most and math.isfinite(value),
                  f"{flag} must be {limits} (got {value})")
         if isinstance(value, tuple):
             must(bool(value), f"{flag} must have at least one value (got none)")

@@ -187,8 +187,8 @@ def parse(argv: list[str]) -> Namespace:
     must(0 <= args.seed < 2 ** 31, f"--seed must be 0 to {2 ** 31 - 1} (got {args.seed})")
     for name, most in (("lr", 1), ("beta", 10 ** 6), ("alpha", 10 ** 6)):
         value = getattr(args, name)
-        must(value is None or 0 < value <= most,        # NaN does not pass
-             f"--{name} must be above 0 and at most {most} (got {value})")
+        must(value is None or 1e-9 <= value <= most,        # NaN does not pass
+             f"--{name} must be 1e-09 to {most} (got {value})")
     return args
 
 

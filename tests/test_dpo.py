@@ -199,10 +199,10 @@ def test_bad_preference_files_are_one_line(tmp_path, home, lines, said):
     ("--run runs/base --out runs/base", "--out must not be the folder of a run (got runs/base)"),
     ("--run runs/base --out runs/base/samples/../checkpoints", "must not be the folder of a run"),
     ("--run runs/base --rank 0", "--rank must be 1 to 1000000000 (got 0)"),
-    ("--run runs/base --lr nan", "--lr must be above 0 and at most 1 (got nan)"),
-    ("--run runs/base --alpha inf", "--alpha must be above 0 and at most 1000000 (got inf)"),
+    ("--run runs/base --lr nan", "--lr must be 1e-09 to 1 (got nan)"),
+    ("--run runs/base --alpha inf", "--alpha must be 1e-09 to 1000000 (got inf)"),
     ("--run runs/base --n 5", "--n must be at least 6 (got 5)"),
-    ("--run runs/base --beta 0", "--beta must be above 0 and at most 1000000 (got 0.0)"),
+    ("--run runs/base --beta 0", "--beta must be 1e-09 to 1000000 (got 0.0)"),
     ("--run runs/base --stepz 3", "nearest flag is --steps"),
     ("--run runs/other",
      "runs/other/config.json: made by another version of train.py (taps); use the version that")])

@@ -162,6 +162,15 @@ def test_json_may_have_a_byte_order_mark(tmp_path):
     assert files.read_json(tmp_path / "a.json", dict) == {"float": []}
 
 
+def test_a_device_is_no_file_and_columns_have_names_of_their_own(tmp_path):
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=r"endless must be a file \(got a device\)"):
+        files.read_lines(tmp_path / "endless")
+    (tmp_path / "a.csv").write_text("prompt,Prompt\na fox,a dog\n")
+    with pytest.raises(InputError, match=r"names of columns must differ \(got prompt, prompt\)"):
+        files.read_objects(tmp_path / "a.csv", ["prompt"])
+
+
 def test_a_fingerprint_is_of_the_content(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

@@ -382,15 +382,16 @@ def test_a_teacher_starts_as_its_base_and_learns_the_image(home):
     """From a text teacher: with almost no learning rate its weights, and zeros; with one all
     move, those of the image too. Sizes are the base's."""
     flags = "--steps 0 --task inpaint --base t.safetensors --set depth=1 --set width=128"
-    for name, rate in (("still", 1e-30), ("moves", 1e-3)):
+    for name, rate in (("still", 1e-9), ("moves", 1e-3)):
         main(home, f"--name {name} {flags} --teacher-lr {rate} --teacher-steps 2")
     base = weights(home / "t.safetensors")
     still, moves = (weights(home / f"runs/{name}/checkpoints/teacher.safetensors")
                     for name in ("still", "moves"))
     assert still.keys() == moves.keys() == base.keys()
-    assert all(torch.equal(still[k], base[k]) for k in base if k != READS)
-    assert torch.equal(still[READS][:, :16], base[READS]) and still[READS].shape[1] == 33
-    assert still[READS][:, 16:].abs().max() < 1e-20
+    assert all(torch.allclose(still[k], base[k], 0, 1e-7) for k in base if k != READS)
+    assert torch.allclose(still[READS][:, :16], base[READS], 0, 1e-7)
+    assert still[READS].shape[1] == 33
+    assert still[READS][:, 16:].abs().max() < 1e-7
     assert moves[READS][:, 16:].abs().amax((0, 2, 3)).min() > 0
     assert (moves[READS][:, :16] - base[READS]).abs().max() > 1e-5
     # the loss of its first step is the text network's

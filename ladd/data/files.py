@@ -271,6 +271,7 @@ def read_json(path: Path, kind: type = object) -> Any:
 
 def read_lines(path: str | Path) -> list[str]:
     """Return the lines of a UTF-8 file, stripped; raise InputError where it cannot be read."""
+    must(not Path(path).is_char_device(), f"{path} must be a file (got a device)")
     try:
         return [line.strip() for line in Path(path).read_text("utf-8-sig").split("\n")]
     except OSError as error:
@@ -302,6 +303,8 @@ def read_objects(path: str | Path, keys: Sequence[str]) -> list[dict]:
         rows = csv.reader((line + "\n" for line in found), skipinitialspace=True, strict=True)
         try:
             names = [name.strip().lower() for name in next(rows)]
+            must(len(set(names)) == len(names), f"{path}: names of columns must differ (got "
+                 f"{', '.join(names)})")
             found = [dict(zip(names, row, strict=True)) if row else "" for row in rows]
         except (csv.Error, ValueError) as error:
             raise InputError(f"{path} must be a CSV file with names in its first row and a cell "

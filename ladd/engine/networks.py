@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import kernels
 from kernels import Kernels
-from ladd.cli import InputError, must
+from ladd.cli import InputError
 from ladd.core import flow, lora
 from ladd.core.discriminator import Discriminator
 from ladd.core.lora import Factors, Lora

@@ -43,8 +43,8 @@ def ranks() -> tuple[int, int]:
     WORLD_SIZE there is one process, whatever else is left in the environment."""
     world = env_number("WORLD_SIZE", 1)
     rank = env_number("RANK", 0) if "WORLD_SIZE" in os.environ else 0
-    must(rank < max(world, 1), f"environment: RANK must be below WORLD_SIZE, {world} (got {rank})")
-    return rank, max(world, 1)
+    must(rank < world, f"environment: RANK must be below WORLD_SIZE, {world} (got {rank})")
+    return rank, world
 
 
 def env_number(name: str, default: int) -> int:
