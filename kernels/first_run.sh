@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The first 12 minutes on a GPU: what is right, then what is fast, then what a run takes. Each part has a time limit of its own, so
-# that a part which hangs costs no other one, and its output in a file of the folder given (default: kernels/results/first).
+# The first 12 minutes on a GPU: what is right, then what is fast, then what a run takes. Each part
+# has a time limit, so that one that hangs does not stop the others, and writes its output to a file
+# in the folder given (default: kernels/results/first).
 #
 #     bash kernels/first_run.sh results
 set -u
@@ -16,12 +17,14 @@ part() {        # part NAME SECONDS COMMAND...
   echo "$name: exit code $?, $((SECONDS - start)) of $limit s: $*" | tee -a "$out/summary.txt"
 }
 
-{ nvidia-smi; python -c "import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())"; } \
-  > "$out/machine.txt" 2>&1
+versions="import torch, triton; print(torch.__version__, triton.__version__)"
+{ nvidia-smi; python -c "$versions"; } > "$out/machine.txt" 2>&1
 part self-check 60 python -c "import kernels; print(kernels.load('triton'))"
 part tests 150 python -m pytest -m gpu -q
-part bench 180 python -m kernels.bench --model sd3-medium --batch 2 --rounds 10 --out "$out/bench.csv"
+part bench 180 python -m kernels.bench --model sd3-medium --batch 2 --rounds 10 \
+  --out "$out/bench.csv"
 part sd3-medium 120 python train.py --preset sd3-medium --bench-steps 5
 part tiny 150 python train.py --preset tiny --name "first-$$" --n 512
-part sample 60 python sample.py --run "runs/first-$$" --prompt "large red circle left on black" --steps 4 --out "$out/one.png"
+part sample 60 python sample.py --run "runs/first-$$" --prompt "large red circle left on black" \
+  --steps 4 --out "$out/one.png"
 cat "$out/summary.txt"

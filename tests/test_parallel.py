@@ -279,12 +279,14 @@ def test_bf16_on_fp32_masters(tmp_path):
         for key, value in expected.items():
             assert out[key].dtype == value.dtype
             assert_close(f"{name} and ddp: {key}", out[key], twin[key], 1e-5)
-            if key.startswith("loss") or key.startswith("grad"):
-                # The gradient of q's and k's norm passes through the softmax's, P (dP - sum P dP),
-                # whose difference is about an eighth of its terms: 8 of the other gradients' 2^-6
-                # is 0.12, which CPUs with another order of bf16 sums reach.
-                norm = ".ln_" in key
-                assert_close(f"{name}: {key}", out[key], value, 0.2 if norm else 0.1)
+            if ".ln_" in key and key.startswith("grad"):
+                # 64 sums whose terms nearly cancel. The worst of them depends on the CPU's order
+                # of sums in bf16: off by 0.118 of the largest on one CPU, below 0.1 on another. So
+                # the root mean square is compared, 0.080 there.
+                error = (out[key] - value).square().mean().sqrt()
+                assert error <= 0.1 * value.square().mean().sqrt(), f"{name}: {key}"
+            elif key.startswith("loss") or key.startswith("grad"):
+                assert_close(f"{name}: {key}", out[key], value, 0.1)
 
 
 # a process hangs, a process is lost
