@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import attention, heads, modulation
+from kernels import attention, heads, modulation, optimizer
 
 NAMES = "auto", "triton", "torch"
 LIMIT = 0.05        # of the largest value: what bf16 may differ by in a self-check
@@ -22,10 +22,12 @@ class Kernels(NamedTuple):
     gate_modulate: Callable
     gate: Callable
     discriminator_heads: Callable
+    adamw: Callable
 
 
 HOMES = dict.fromkeys(Kernels._fields, modulation) | {"joint_attention": attention,
-                                                      "discriminator_heads": heads}
+                                                      "discriminator_heads": heads,
+                                                      "adamw": optimizer}
 
 
 def load(name: str = "auto") -> Kernels:
@@ -98,6 +100,8 @@ def samples(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Callabl
         b_conv=draw(k, c), gamma2=0.3 + 0 * draw(k, c), beta2=1.5 * draw(k, c).sign(),
         w_cond=draw(k, e, c) * e ** -0.5, w_out=draw(k, c), b_out=draw(k))
     taps = [draw(2, 144, d) for _ in range(k)]
+    # a tensor of several blocks and one that is not aligned
+    stepped = [draw(*size).float() for _ in range(5) for size in ((300, 64), (38,))]
     norms[0] *= 4                           # of text's queries: their softmax has a running maximum
     return {
         "joint_attention": (lambda f, txt, img, *w: f(txt, img, w[:2], w[2:]),
@@ -108,19 +112,32 @@ def samples(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Callabl
         "gate": (lambda f, x, y, v: f(x, y, v.chunk(4, -1)[0]), [x, branch, vectors]),
         "discriminator_heads": (
             lambda f, *t: f(list(t[:k]), heads.HeadParams(*t[k:-1]), t[-1], (9, 16)),
-            [*taps, *(p.float() for p in params), draw(2, e).float()])}
+            [*taps, *(p.float() for p in params), draw(2, e).float()]),
+        "adamw": (step, stepped)}
+
+
+def step(function: Callable, *leaves: Tensor) -> tuple[Tensor, ...]:
+    """Return weights, moments, EMA and copies after a step of `function` from those in `leaves`."""
+    fresh = [t.detach().clone() for t in leaves]
+    w, g, m, v, ema = (fresh[i:i + 2] for i in range(0, 10, 2))
+    v = [t.square() for t in v]
+    copies = [t.bfloat16() for t in w]
+    function(w, g, m, v, ema, copies, w[0].new_tensor(0.5), 0.1, 0.9, 0.99, 0.1, 1e-8, 0.9, 2)
+    return *w, *m, *v, *ema, *copies
 
 
 def results(function: Callable, call: Callable, leaves: list[Tensor]) -> dict[str, Tensor]:
-    """Return the outputs of call(function, *leaves) and the gradients of all leaves, in fp32."""
+    """Return the outputs of call(function, *leaves) and the gradients of all leaves, if there are
+    some, in fp32."""
     leaves = [t.detach().requires_grad_() for t in leaves]
     out = call(function, *leaves)
     out = out if isinstance(out, tuple) else (out,)
-    g = torch.Generator().manual_seed(1)
-    up = [torch.randn(o.shape, generator=g).to(o) for o in out]
-    grads = torch.autograd.grad(out, leaves, up)
     found = {f"output {i}": t for i, t in enumerate(out)}
-    found |= {f"the gradient of input {i}": t for i, t in enumerate(grads)}
+    if out[0].requires_grad:
+        g = torch.Generator().manual_seed(1)
+        up = [torch.randn(o.shape, generator=g).to(o) for o in out]
+        grads = torch.autograd.grad(out, leaves, up)
+        found |= {f"the gradient of input {i}": t for i, t in enumerate(grads)}
     return {name: t.detach().float().cpu() for name, t in found.items()}
 
 

@@ -53,9 +53,10 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from kernels import attention, heads, modulation
+from kernels import attention, heads, modulation, optimizer
 
-MODULES = {"attention": attention, "modulation": modulation, "heads": heads}
+MODULES = {"attention": attention, "modulation": modulation, "heads": heads,
+           "optimizer": optimizer}
 
 
 class Gpu(NamedTuple):
@@ -126,6 +127,12 @@ def cases() -> Iterator[tuple[str, str, Callable[[], None]]]:
             logits = heads.discriminator_heads(feats, params, torch.empty(2, e), grid)
             logits.backward(torch.empty_like(logits))
 
+        def step(d=d, beta1=0.0) -> None:
+            for size in ((d, d), (38,)):            # the second one is not a multiple of 16
+                w, g, m, v, ema = (torch.empty(size) for _ in range(5))
+                optimizer.adamw([w], [g], [m] if beta1 else None, [v], [ema], [w.bfloat16()],
+                                torch.ones(()), 1e-3, beta1, 0.99, 0.01, 1e-8, 0.99, 1)
+
         yield "attention", f"{model}, training", attend
         yield "attention", f"{model}, last block", lambda f=attend: f(need_txt=False, frozen=True)
         if model == "sd3.5-medium":
@@ -136,6 +143,9 @@ def cases() -> Iterator[tuple[str, str, Callable[[], None]]]:
             yield "modulation", f"width {d}", modulate
             yield "heads", f"{n} taps of {d}, student's step", lambda f=judge: f(True)
             yield "heads", f"{n} taps of {d}, heads' step", lambda f=judge: f(False)
+        if model == "sd3-medium":
+            yield "optimizer", "student", step
+            yield "optimizer", "with momentum", lambda f=step: f(beta1=0.9)
         if model == "sd3.5-large":          # another grid: the same code as for a square one
             yield ("heads", f"5 taps of {d}, 52x76, heads' step",
                    lambda f=judge: f(False, k=5, grid=(52, 76)))

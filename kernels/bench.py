@@ -40,13 +40,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from kernels import attention, heads, modulation
+from kernels import attention, heads, modulation, optimizer
 
 # heads of attention (as many blocks as heads), QK-norm, text tokens
 MODELS = {"sd3-medium": (24, False, 154), "sd3.5-medium": (24, True, 333),
           "sd3.5-large": (38, True, 333)}
 TOKENS = 4096                                         # image tokens at 1024 px
-KERNELS = "attention", "modulation", "heads"
+KERNELS = "attention", "modulation", "heads", "optimizer"
 
 
 class Work(NamedTuple):
@@ -240,6 +240,41 @@ def heads_work(model: str, batch: int, device: torch.device, small: bool) -> Ite
         yield Work("heads", shape, direction, runs[direction], flops)
 
 
+def optimizer_work(model: str, _: int, device: torch.device, small: bool) -> Iterator[Work]:
+    """Yield a step on the weights of four blocks of a model, with EMA and copies in bf16. The
+    library's is a clip, torch's fused AdamW, which also keeps a first moment, a foreach EMA and a
+    foreach copy."""
+    d = 64 if small else 64 * MODELS[model][0]
+    sizes = [(3 * d, d), (d, d), (4 * d, d), (d, 4 * d), (6 * d, d)] * (1 if small else 8)
+
+    def tensors() -> list[Tensor]:
+        return [torch.rand(size, device=device) for size in sizes]
+
+    weights, grads, seconds, averages = (tensors() for _ in range(4))
+    copies = [w.bfloat16() for w in weights]
+    factor = torch.tensor(0.5, device=device)
+    rest = factor, 1e-6, 0.0, 0.99, 0.0, 1e-8, 0.99, 5
+    args = weights, grads, None, seconds, averages, copies, *rest
+    parameters = [torch.nn.Parameter(w) for w in weights]
+    for p, g in zip(parameters, grads):
+        p.grad = g
+    adam = torch.optim.AdamW(parameters, 1e-6, betas=(0.0, 0.99), weight_decay=0.0, fused=True)
+
+    def library() -> None:
+        torch._foreach_mul_(grads, factor)
+        adam.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, parameters, 0.01)
+            torch._foreach_copy_(copies, parameters)
+
+    # on the CPU, where only this file is tested, the kernel does not run
+    ours = optimizer.reference_adamw if small else optimizer.adamw
+    contenders = {"ours": lambda: ours(*args), "eager": lambda: optimizer.reference_adamw(*args),
+                  "torch": library}
+    count = sum(w.numel() for w in weights)
+    yield Work("optimizer", f"{model} {count / 1e6:.0f} M", "step", contenders, bytes=30 * count)
+
+
 def check(name: str, ours: Callable, plain: Callable, args: tuple, expected: tuple) -> None:
     """Exit unless our error is at most twice that of `plain`, which computes in the tensors' own
     precision; both against fp32 (the rule of FlashAttention's tests)."""
@@ -428,8 +463,10 @@ def main(argv: list[str]) -> None:
     name = f"{origin['gpu'].replace(' ', '-').lower()}.csv"
     path = args.out or Path(__file__).parent / "results" / name
     print(f"{origin}; copy bandwidth {copy / 1e9:.0f} GB/s")
-    works = {"attention": attention_work, "modulation": modulation_work, "heads": heads_work}
-    plan = [(k, m, b) for k in args.kernel for m in args.model for b in args.batch]
+    works = {"attention": attention_work, "modulation": modulation_work, "heads": heads_work,
+             "optimizer": optimizer_work}
+    plan = [(k, m, b) for k in args.kernel for m in args.model
+            for b in (args.batch[:1] if k == "optimizer" else args.batch)]
     for kernel, model, batch in tqdm(plan, desc="bench", dynamic_ncols=True):
         for work in works[kernel](model, batch, device, args.smoke):
             new = rows_of(work, measure(work.contenders, args.rounds, flush), copy, origin)

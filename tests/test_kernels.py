@@ -12,7 +12,7 @@ from conftest import assert_close, rng
 from torch import Tensor
 
 import kernels
-from kernels import attention, heads, modulation
+from kernels import attention, heads, modulation, optimizer
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 ids = str
@@ -38,9 +38,10 @@ def unchanged(function, *args, **kwargs):
 def test_load_names_the_references():
     k = kernels.load("torch")
     assert k._fields == ("joint_attention", "modulate", "modulate2", "gate_modulate", "gate",
-                         "discriminator_heads")
+                         "discriminator_heads", "adamw")
     for field, function in k._asdict().items():
-        home = next(m for m in (attention, modulation, heads) if hasattr(m, f"reference_{field}"))
+        home = next(m for m in (attention, modulation, heads, optimizer)
+                    if hasattr(m, f"reference_{field}"))
         assert function is getattr(home, f"reference_{field}"), field
     assert isinstance(kernels.load(), kernels.Kernels)
 
