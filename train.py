@@ -42,11 +42,12 @@ from ladd.data.shards import Latents
 from ladd.engine import generate, parallel, state
 from ladd.engine.inputs import Needs, load_data, load_teacher, start_of, teacher_sizes
 from ladd.engine.networks import (Compute, check_lora, distribute, inference, checkpoint_tensors,
-                                  network, refresh, save_network, trainable)
+                                  network, refresh, save_network)
+from ladd.engine.optimizer import AdamW
 from ladd.engine.parallel import Watch, any_rank, barrier, ranks
 from ladd.engine.run import (Health, Log, Stopped, Stopper, device_name, memory_gb, open_run,
                              progress, read_seconds, write_seconds)
-from ladd.engine.step import (CLIP, Optim, calibrate, ladd_step, make_networks, rate_factor,
+from ladd.engine.step import (Optim, calibrate, ladd_step, make_networks, rate_factor,
                               step_parts)
 from ladd.report import compare, evaluate, speed
 from ladd.sd3 import checkpoint, encoders
@@ -66,7 +67,7 @@ def save_or_stop(config: Config, saver: state.Saver, health: Health, step: int, 
         saver.publish()
     if stop or step % config.save_every == 0:
         health.check()
-        saver.begin(step, state.collect(*to_checkpoint()), meta)
+        saver.begin(step, state.collect(to_checkpoint()), meta)
     if stop:
         saver.finish()
         reason = stopper.signal or ("stop_after" if done == config.stop_after
@@ -89,19 +90,17 @@ def train_teacher(config: Config, run: Path, needs: Needs, pairs: Latents | None
     reads_image = "x_embedder" if config.task != "text" else ""
     model = network(sizes, untrained, compute, torch.float32, trains=True,
                     adapter=teacher_lora(config), also=reads_image)
-    optimizer = torch.optim.AdamW(trainable(model).values(), config.teacher_lr, betas=(0.9, 0.99),
-                                  weight_decay=0.01, fused=True)
+    optimizer = AdamW(model, config.teacher_lr, beta1=0.9, beta2=0.99, weight_decay=0.01)
 
-    def to_checkpoint() -> tuple[state.Tensors, state.Optimizers]:
+    def to_checkpoint() -> state.Tensors:
         """Return what the stage resumes from."""
-        return ({"model": checkpoint_tensors(model, model)},
-                {"opt": (optimizer, trainable(model))})
+        return {"model": checkpoint_tensors(model, model), "opt": optimizer.state()}
 
     saver = state.Saver(run / "checkpoints" / "teacher", rank, world, barrier)
     start = 0
     if saved := state.open_state(saver.folder):
         start = saved.step
-        state.restore(saved, *to_checkpoint())
+        state.restore(saved, to_checkpoint())
     latents = pairs or toy_latents(toy_of(config), config.teacher_images, config.seed)
     exclude = latents.holdout if pairs else 0
     null = Text(*latents.null).to(device)
@@ -151,10 +150,8 @@ def train_teacher(config: Config, run: Path, needs: Needs, pairs: Latents | None
             # 2. optimizer: linear warm-up, then a cosine to 0
             rate = (min(1, (step + 1) / max(1, config.warmup))
                     * (1 + math.cos(math.pi * step / config.teacher_steps)) / 2)
-            optimizer.param_groups[0]["lr"] = config.teacher_lr * rate
-            norms = parallel.clip(model, CLIP)
-            optimizer.step()
-            optimizer.zero_grad()
+            optimizer.lr = config.teacher_lr * rate
+            norms = optimizer.step()
 
             # 3. once in a while: log, save
             bar.update()
@@ -236,7 +233,7 @@ def distill(config: Config, run: Path, teacher: MMDiT, latents: Latents, shown: 
     meta = {"best": math.inf, "first": {}}
     if saved := state.open_state(saver.folder):
         start, meta = saved.step, saved.meta
-        state.restore(saved, *p.to_checkpoint())
+        state.restore(saved, p.to_checkpoint())
     else:
         calibrate(dc, batching, p.teacher, p.heads, latents)
 
@@ -308,8 +305,8 @@ def distill(config: Config, run: Path, teacher: MMDiT, latents: Latents, shown: 
                 profiler.start()
 
             # 2. discriminator steps, each with its own batch; the last one updates the student too
-            p.opt_g.param_groups[0]["lr"] = config.lr * rate_factor(optim, done, done)
-            p.opt_d.param_groups[0]["lr"] = config.heads_lr * rate_factor(optim, done, it)
+            p.opt_g.lr = config.lr * rate_factor(optim, done, done)
+            p.opt_d.lr = config.heads_lr * rate_factor(optim, done, it)
             for j in range(config.heads_steps):
                 parts = next(batches)
                 watch.heartbeat(it)

@@ -102,11 +102,12 @@ def plan(c: Config, sizes: MMDiTConfig, compute: Compute, prompts: int,
     values = (16 + image_channels(c.task)) * (h // 8) * (w // 8)
     text = text_tokens(c) * sizes.context_dim + sizes.pooled_dim
     disk = {"latents": samples * values * (2 if c.real else 4), "text": prompts * text * 2}
-    # weights are fp32; a state also has Adam's two moments, one of the student the EMA
+    # weights are fp32; a state also has the moments: two of the teacher, one of student and heads;
+    # and that of the student its EMA
     if not loaded:
         disk["teacher (two states, file)"] = (2 * 12 + 4) * count(teacher)
     if c.steps:
-        disk["states (two kept)"] = 2 * (16 * count(student, True) + 12 * count(heads))
+        disk["states (two kept)"] = 2 * (12 * count(student, True) + 8 * count(heads))
         disk["students (last and best)"] = 8 * count(student)
     for name, size in (disk | {"sum": sum(disk.values())}).items():
         yield f"  {size / 2 ** 30:9.3f} GiB  {name}"

@@ -36,6 +36,7 @@ from ladd.data.prompts import Codec, null_text
 from ladd.data.shards import Latents
 from ladd.engine import parallel, state
 from ladd.engine.networks import factors, frozen, pick_kernels
+from ladd.engine.optimizer import AdamW
 from ladd.engine.run import Health, Stopper, compute_dtype, pick_device, progress
 from ladd.report.compare import student_rows, teacher_row, write_toy_report
 from ladd.report.evaluate import generate
@@ -198,15 +199,13 @@ def train(args: Namespace, means: tuple[float, ...], model: MMDiT, reference: MM
     """Train the LoRA of `model` at the noise levels of the teacher's training, a mixture of
     LogitNormal(mean, 1). Training resumes from checkpoints of the same `recipe` in `out`, and ends
     early after a signal."""
-    named = lora.parameters(model)
-    optimizer = torch.optim.AdamW(named.values(), args.lr, betas=(0.9, 0.99), weight_decay=0.0,
-                                  fused=True)
-    parts = {"lora": named}, {"opt": (optimizer, named)}        # what training resumes from
+    optimizer = AdamW(model, args.lr, beta1=0.9, beta2=0.99)
+    parts = {"lora": lora.parameters(model), "opt": optimizer.state()}  # what training resumes from
     saver = state.Saver(out / "checkpoints")
     start = 0
     if saved := state.open_state(saver.folder):
         start = saved.step
-        state.restore(saved, *parts)
+        state.restore(saved, parts)
 
     def make(step: int) -> tuple[Tensor, ...]:
         """Return chosen, rejected, noise, noise level and text, a function of the step alone."""
@@ -223,13 +222,11 @@ def train(args: Namespace, means: tuple[float, ...], model: MMDiT, reference: MM
     bar = progress("dpo", args.steps, start)
     with saver, bar:
         for step, (*x0, eps, sigma, context, pooled) in zip(steps, batches):
-            optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / WARMUP)
+            optimizer.lr = args.lr * min(1, (step + 1) / WARMUP)
             text = Text(context, pooled)
             loss, stats = dpo_loss(model, reference, *x0, eps, sigma, text, args.beta)
             loss.backward()
-            norms = parallel.clip(model, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            norms = optimizer.step()
             health.note(step + 1, {"loss": loss}, {"": (model, norms)})
             bar.update()
             done = step + 1 == args.steps or bool(stopper)
@@ -237,7 +234,7 @@ def train(args: Namespace, means: tuple[float, ...], model: MMDiT, reference: MM
                 health.check()
                 bar.set_postfix(loss=f"{loss.item():.3f}", right=f"{stats['right'].item():.2f}")
             if done or (step + 1) % args.save_every == 0:
-                saver.begin(step + 1, state.collect(*parts), recipe)
+                saver.begin(step + 1, state.collect(parts), recipe)
             if done:
                 break
 

@@ -38,9 +38,10 @@ from ladd.data.shards import Latents
 from ladd.engine import parallel, state
 from ladd.engine.inputs import load_data, load_teacher
 from ladd.engine.networks import (Compute, checkpoint_tensors, inference, make_student,
-                                  save_network, trainable)
+                                  save_network)
+from ladd.engine.optimizer import AdamW
 from ladd.engine.run import Health, Stopper, progress
-from ladd.engine.step import Optim, make_optimizer, rate_factor, student_update
+from ladd.engine.step import BETA1, Optim, rate_factor
 from ladd.report.compare import student_rows, teacher_row, write_toy_report
 from ladd.sd3 import checkpoint
 from ladd.toy.prompts import toy_codec, toy_latents
@@ -141,17 +142,17 @@ def train(config: Config, path_steps: int, base: MMDiT, teacher: MMDiT, compute:
     device = compute.device
     optim = config.group(Optim)
     student, ema = make_student(base, teacher, compute, config.student_depth, student_lora(config))
-    optimizer = make_optimizer(student, optim.lr, optim.beta2)
+    optimizer = AdamW(student, optim.lr, BETA1, optim.beta2, ema=ema)
 
-    def to_checkpoint() -> tuple[state.Tensors, state.Optimizers]:
-        return ({"student": checkpoint_tensors(student, student),
-                 "ema": checkpoint_tensors(ema, student)}, {"opt": (optimizer, trainable(student))})
+    def to_checkpoint() -> state.Tensors:
+        return {"student": checkpoint_tensors(student, student),
+                "ema": checkpoint_tensors(ema, student), "opt": optimizer.state()}
 
     start = 0
     if saved := state.open_state(saver.folder):
         state.check_meta(saved, recipe)
         start = saved.step
-        state.restore(saved, *to_checkpoint())
+        state.restore(saved, to_checkpoint())
     levels = flow.euler_sigmas(path_steps, config.shift).to(device)
     null = Text(*latents.null).to(device)
     make = partial(draw_parts, latents, batch=config.batch, micro=config.micro(1), seed=config.seed,
@@ -164,14 +165,14 @@ def train(config: Config, path_steps: int, base: MMDiT, teacher: MMDiT, compute:
     keys = ((step * config.heads_steps, step) for step in steps)
     with saver, bar:
         for step, parts in zip(steps, Prefetch(make, keys, device)):
-            optimizer.param_groups[0]["lr"] = config.lr * rate_factor(optim, step, step)
+            optimizer.lr = config.lr * rate_factor(optim, step, step)
             loss = torch.zeros((), device=device)
             for x0, eps, sigma, text in parts:
                 part_loss = lcm_loss(student, ema, teacher, x0, text, null, eps, sigma, levels,
                                      config.guidance, config.image_guidance) / len(parts)
                 part_loss.backward()
                 loss += part_loss.detach()
-            norms = student_update(student, ema, optimizer, config.ema)
+            norms = optimizer.step(config.ema)
             health.note(step + 1, {"loss": loss}, {"": (student, norms)})
             bar.update()
             if saver.written:
@@ -182,7 +183,7 @@ def train(config: Config, path_steps: int, base: MMDiT, teacher: MMDiT, compute:
                 health.check()
                 bar.set_postfix(loss=f"{loss.item():.3f}")
             if save:
-                saver.begin(step + 1, state.collect(*to_checkpoint()), recipe)
+                saver.begin(step + 1, state.collect(to_checkpoint()), recipe)
             if done:
                 break
     return ema

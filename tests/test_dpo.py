@@ -151,12 +151,12 @@ def test_the_learning_rate_is_warmed_up(home, monkeypatch):
     assert moved.abs().max().item() == pytest.approx(1e-2 / 20, rel=0.01)
     rates = []
 
-    class Adam(torch.optim.AdamW):
+    class Adam(dpo.AdamW):
         def step(self):
-            rates.append(self.param_groups[0]["lr"])
+            rates.append(self.lr)
             return super().step()
 
-    monkeypatch.setattr(torch.optim, "AdamW", Adam)
+    monkeypatch.setattr(dpo, "AdamW", Adam)
     call(home, dpo.main, f"{FLAGS} --steps 22 --lr 1e-2 --out warm".split())
     assert rates == pytest.approx([1e-2 * min(20, i + 1) / 20 for i in range(22)])
 

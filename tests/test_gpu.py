@@ -18,9 +18,9 @@ from torch import Tensor
 
 import kernels
 import train
-from kernels import attention, bench, heads, modulation
+from kernels import attention, bench, heads, modulation, optimizer
 from ladd.core import sampler
-from ladd.core.mmdit import Text
+from ladd.core.mmdit import Linear, Text
 from ladd.data.batches import Prefetch
 from ladd.engine import graphs
 from ladd.engine.fp8 import in_fp8
@@ -147,6 +147,34 @@ def test_a_ladd_step_in_bf16_is_near_the_one_in_fp32():
             assert_close(name, ours[name], e, 1e-2)
         elif e.norm() > 1e-4 * max(g.norm() for g in exact.values()):
             assert F.cosine_similarity(ours[name].flatten(), e.flatten(), 0) > .97, name
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_adamw(beta1):
+    """Against float64, by the size of the step; a large tensor, and two that are not aligned."""
+    sizes = (300, 1536), (38,), (5, 7)
+    draw = lambda seed: [rand(*size, seed=seed + i, dtype=torch.float32)
+                         for i, size in enumerate(sizes)]
+    weights, grads, firsts, averages = draw(1), draw(2), draw(3) if beta1 else None, draw(4)
+    seconds, copies = [v.square() for v in draw(5)], [w.to(BF16) for w in weights]
+    exact = [xs and [x.double() for x in xs] for xs in (weights, grads, firsts, seconds, averages)]
+    start, rest = [w.clone() for w in weights], (1e-2, beta1, 0.95, 0.1, 1e-8, 0.7, 3)
+    factor = torch.tensor(0.3, device=DEVICE)
+    optimizer.adamw(weights, grads, firsts, seconds, averages, copies, factor, *rest)
+    optimizer.reference_adamw(*exact, [None] * len(sizes), factor.double(), *rest)
+    for w, e, s, ema, copied, average in zip(weights, exact[0], start, averages, copies, exact[4]):
+        assert_close("step", w.double() - s.double(), e - s.double(), 1e-4)
+        assert_close("EMA", ema.double(), average, 1e-6)
+        assert torch.equal(copied, w.to(BF16))
+
+
+def test_a_product_of_16_bits_has_its_weight_gradient_in_fp32():
+    """It is nearer to the exact one than a gradient that is rounded to bf16."""
+    layer, x, g = Linear(256, 512).to(DEVICE), rand(3, 100, 256, seed=1), rand(3, 100, 512, seed=2)
+    layer(x).backward(g)
+    exact = g.double().flatten(0, 1).T @ x.double().flatten(0, 1)
+    assert_close("dw", layer.weight.grad.double(), exact, 1e-5)
+    assert_close("db", layer.bias.grad.double(), g.double().sum((0, 1)), 1e-5)
 
 
 def test_a_block_compiles_with_inductor_in_bf16():

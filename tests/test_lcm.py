@@ -22,7 +22,8 @@ from ladd.build import read_config
 from ladd.core import flow
 from ladd.core.mmdit import Text
 from ladd.data import shards
-from ladd.engine.step import BETA1, CLIP
+from ladd.engine.optimizer import CLIP
+from ladd.engine.step import BETA1
 from ladd.lcm import HUBER, draw_parts, lcm_loss
 from ladd.report.sheets import ROW
 from ladd.sd3 import checkpoint, lora_files

@@ -19,7 +19,8 @@ from ladd.core import lora
 from ladd.core.mmdit import Linear, MMDiT, MMDiTConfig
 from ladd.engine import parallel
 from ladd.engine.networks import factors
-from ladd.engine.state import Saver, fill, open_state, optimizer_targets, optimizer_tensors
+from ladd.engine.optimizer import AdamW
+from ladd.engine.state import Saver, collect, open_state, restore
 from ladd.export import export_mmdit
 from ladd.sd3 import lora_files
 from ladd.sd3.checkpoint import load_mmdit, save_mmdit
@@ -189,14 +190,12 @@ def test_what_cannot_be_added_says_so_and_changes_nothing(rank, alpha, targets, 
 
 # training
 
-def steps(model: MMDiT, n: int, first: int = 0, optimizer=None) -> torch.optim.AdamW:
-    optimizer = optimizer or torch.optim.AdamW(lora.parameters(model).values(), 1e-2,
-                                               weight_decay=0.1)
+def steps(model: MMDiT, n: int, first: int = 0, optimizer: AdamW | None = None,
+          ema: MMDiT | None = None) -> AdamW:
+    optimizer = optimizer or AdamW(model, 1e-2, 0.9, 0.999, weight_decay=0.1, ema=ema)
     for i in range(first, first + n):
-        optimizer.zero_grad()
         model(*tiny_inputs(dtype=model.compute_dtype, seed=10 + i)).square().mean().backward()
-        parallel.clip(model, 0.5)
-        optimizer.step()
+        optimizer.step(0.7)
     return optimizer
 
 
@@ -227,26 +226,20 @@ def test_checkpointed_and_compiled_blocks_train_the_same(keep, compiled):
 
 
 def test_a_run_state_goes_on_bit_for_bit(tmp_path):
-    def checkpoint_tensors(model, ema, optimizer, tensors):
-        return {**{f"ema.{k}": p for k, p in lora.parameters(ema).items()},
-                **lora.parameters(model), **tensors(optimizer, lora.parameters(model), "opt.")}
+    def parts(model, ema, optimizer):
+        return {"ema": lora.parameters(ema), "model": lora.parameters(model),
+                "opt": optimizer.state()}
     model, ema = adapted(dtype=torch.float32), adapted(dtype=torch.float32)
-
-    def average():
-        with torch.no_grad():
-            torch._foreach_lerp_(*(list(lora.parameters(m).values()) for m in (ema, model)), 0.3)
-    optimizer = steps(model, 2)
-    average()
+    optimizer = steps(model, 2, ema=ema)
     saver = Saver(tmp_path)
-    saver.begin(2, checkpoint_tensors(model, ema, optimizer, optimizer_tensors), None)
+    saver.begin(2, collect(parts(model, ema, optimizer)), None)
     saver.finish()
-    steps(model, 1, 2, optimizer), average()
+    steps(model, 1, 2, optimizer)
     expected = copied(model.state_dict()), copied(ema.state_dict())
     model, ema = adapted(dtype=torch.float32), adapted(dtype=torch.float32)
-    optimizer, found = steps(model, 0), open_state(tmp_path)
-    fill(found, checkpoint_tensors(model, ema, optimizer,
-                                   lambda *args: optimizer_targets(*args, found)))
-    steps(model, 1, 2, optimizer), average()
+    optimizer, found = steps(model, 0, ema=ema), open_state(tmp_path)
+    restore(found, parts(model, ema, optimizer))
+    steps(model, 1, 2, optimizer)
     assert same(model.state_dict(), expected[0]) and same(ema.state_dict(), expected[1])
     # nothing of the base
     assert not found.tensors.keys() & tiny("dual").state_dict().keys()
@@ -865,21 +858,18 @@ def play(case: dict, folder: Path) -> dict[str, Tensor]:
                                   | new, CPU))
     model, ema = pair
     trains = lora.parameters(model)
-    optimizer = torch.optim.AdamW(trains.values(), 1e-2, betas=(0.5, 0.9), weight_decay=0.0)
+    optimizer = AdamW(model, 1e-2, 0.5, 0.9, ema=ema)
     out = {}
     for it in range(2):
         inputs = [t[rank * 4 // world:(rank + 1) * 4 // world] for t
                   in tiny_inputs(4, seed=20 + it, dtype=torch.promote_types(compute,
                                                                             torch.float32))]
-        optimizer.zero_grad()
         model(*inputs).square().mean().backward()
         with torch.no_grad():
             ema(*inputs)
         grads = {f"grad.{it}.{k}": p.grad for k, p in trains.items()}
         out |= {k: t.clone() for k, t in parallel.full(grads) if t is not None}
-        out[f"norm.{it}"] = parallel.clip(model, 0.1).total.clone()
-        optimizer.step()
-        torch._foreach_lerp_(list(lora.parameters(ema).values()), list(trains.values()), 0.3)
+        out[f"norm.{it}"] = optimizer.step(0.7).total.clone()
     made = factors(ema)                                                # all processes gather them
     if rank == 0:
         lora_files.save(folder / f"lora{world}.safetensors", made, ema.config)

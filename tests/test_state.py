@@ -27,9 +27,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.multiprocessing import start_processes
 
 from ladd.cli import InputError
+from ladd.core.mmdit import MMDiT
 from ladd.data import files
 from ladd.engine import parallel, state
-from ladd.engine.state import Saver, fill, open_state, optimizer_targets, optimizer_tensors, states
+from ladd.engine.optimizer import AdamW
+from ladd.engine.state import Saver, collect, fill, open_state, restore, states
 
 
 def listing(folder: Path) -> list[str]:
@@ -125,54 +127,49 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     assert listing(tmp_path) == ["step_000002", "step_000003"]
 
 
-def network() -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Tensor]]:
-    """A network whose last layer never gets a gradient, hence no moments; two groups in another
-    order than the names."""
-    torch.manual_seed(3)
-    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2), nn.Linear(2, 2))
-    matrices, biases = ([p for p in model.parameters() if p.ndim == n] for n in (2, 1))
-    groups = [{"params": biases, "weight_decay": 0.0}, {"params": matrices, "weight_decay": 0.1}]
-    return model, torch.optim.AdamW(groups, lr=0.5,
-                                    betas=(0.5, 0.95)), dict(model.named_parameters())
+def network(beta1: float = 0.0) -> tuple[MMDiT, AdamW]:
+    """A network one of whose parameters never gets a gradient: text's norm of queries."""
+    model = tiny("qk_norm", torch.float32, 3, depth=1)
+    return model, AdamW(model, 0.5, beta1, 0.95, weight_decay=0.1)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+def parts_of(model: MMDiT, optimizer: AdamW) -> state.Tensors:
+    return {"model": dict(model.named_parameters()), "opt": optimizer.state()}
+
+
+def train(model: MMDiT, optimizer: AdamW, steps: range) -> None:
     for step in steps:
-        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
-        for group in optimizer.param_groups:
-            group["lr"] = 0.01 * (step + 1)
-        optimizer.zero_grad()
-        model[:3](x).square().mean().backward()
+        optimizer.lr = 0.01 * (step + 1)
+        model(*tiny_inputs(dtype=torch.float32, seed=step)).square().mean().backward()
         optimizer.step()
 
 
-@pytest.mark.parametrize("how", [dict(fused=True), dict(foreach=True), dict(foreach=False)])
-def test_three_steps_a_file_and_three_more_equal_six_bit_for_bit(tmp_path, how):
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_three_steps_a_file_and_three_more_equal_six_bit_for_bit(tmp_path, beta1):
     runs = []
     for parts in ((range(6),), (range(3), range(3, 6))):
         for steps in parts:
-            model, optimizer, named = network()
-            for group in optimizer.param_groups:
-                group.update(how)
+            model, optimizer = network(beta1)
             if found := open_state(tmp_path):
-                fill(found, {**named, **optimizer_targets(optimizer, named, "opt.", found)})
+                restore(found, parts_of(model, optimizer))
             train(model, optimizer, steps)
             if steps == range(3):
-                save(tmp_path, 3, {**named, **optimizer_tensors(optimizer, named, "opt.")})
-        runs.append({**named, **optimizer_tensors(optimizer, named, "opt.")})
+                save(tmp_path, 3, collect(parts_of(model, optimizer)))
+        runs.append(collect(parts_of(model, optimizer)))
     assert digests(runs[0]) == digests(runs[1])
-    # two moments of the four parameters that were stepped, six counts
-    assert len(runs[0]) == 6 + 2 * 4 + 6 and runs[0]["opt.0.weight.step"] == 6
-    assert [g["betas"] for g in optimizer.param_groups] == [(0.5, 0.95)] * 2
+    # the parameters, their moments, one count
+    count = len(list(model.parameters()))
+    assert len(runs[0]) == (3 if beta1 else 2) * count + 1 and runs[0]["opt.steps"] == 6
 
 
 def test_a_state_before_the_first_step_empties_an_optimizer(tmp_path):
-    model, optimizer, named = network()
-    save(tmp_path, 0, optimizer_tensors(optimizer, named, "opt."))
+    model, optimizer = network(0.9)
+    save(tmp_path, 0, collect({"opt": optimizer.state()}))
     train(model, optimizer, range(2))
-    found = open_state(tmp_path)
-    fill(found, optimizer_targets(optimizer, named, "opt.", found))
-    assert all(not optimizer.state[p] for p in named.values())
+    moments = [t for t in optimizer.state().values() if t.ndim]
+    assert optimizer.steps == 2 and sum(not t.any() for t in moments) == 2     # the norm's
+    restore(open_state(tmp_path), {"opt": optimizer.state()})
+    assert not any(t.any() for t in optimizer.state().values())
 
 
 # during training
@@ -436,68 +433,63 @@ def test_leftovers_go_at_the_next_start_of_process_0_alone(tmp_path):
 HEADS = {"heads.w": torch.arange(6.0).view(2, 3).bfloat16(), "heads.count": torch.tensor(4)}
 
 
-def trained(mesh, seed: int) -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Tensor]]:
+def trained(mesh, seed: int) -> tuple[MMDiT, AdamW]:
     """A small MMDiT, sharded over the mesh where there is one; its output layer has one row."""
     model = tiny("qk_norm", torch.float32, seed, depth=1, patch=1, out_channels=1)
     if mesh:
         for module in (*model.joint_blocks, model):
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
-    named = dict(model.named_parameters())
-    return model, torch.optim.AdamW(named.values(), 0.01, fused=True), named
+    return model, AdamW(model, 0.01, 0.9, 0.99)
 
 
-def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    optimizer.zero_grad()
+def step_of(model: MMDiT, optimizer: AdamW, step: int) -> None:
     model(*tiny_inputs(dtype=torch.float32, seed=step)).square().mean().backward()
     optimizer.step()
 
 
-def gathered(model: nn.Module, optimizer: torch.optim.Optimizer, named, rank: int) -> dict[str,
-                                                                                           Tensor]:
+def gathered(model: MMDiT, optimizer: AdamW, rank: int) -> dict[str, Tensor]:
     """All that a run would save; what is plain differs between the processes, to see whose is
     kept."""
+    named = dict(model.named_parameters())
     average = {f"ema.{name}": (p.detach() * 0.5) for name, p in named.items()}
-    return {**named, **average, **optimizer_tensors(optimizer, named, "opt_g."),
+    return {**named, **average, **collect({"opt_g": optimizer.state()}),
             "table": model.pos_embed, **{name: t + rank for name, t in HEADS.items()}}
 
 
-def resumed(folder: Path, mesh, rank: int):
-    """(model, optimizer, named, digests) of the state in a folder, loaded into another network."""
+def resumed(folder: Path, mesh, rank: int) -> tuple[MMDiT, AdamW, dict[str, str]]:
+    """(model, optimizer, digests) of the state in a folder, loaded into another network."""
     found = open_state(folder)
-    model, optimizer, named = trained(mesh, 7)
+    model, optimizer = trained(mesh, 7)
     step_of(model, optimizer, 50)
-    targets = gathered(model, optimizer, named, rank + 5)
-    fill(found, {**targets, **optimizer_targets(optimizer, named, "opt_g.", found)})
-    for p, moments in optimizer.state.items():
-        assert isinstance(moments["exp_avg"], DTensor) == isinstance(p, DTensor) == bool(mesh)
-    targets |= optimizer_tensors(optimizer, named, "opt_g.")
-    return model, optimizer, named, digests(targets)
+    targets = gathered(model, optimizer, rank + 5)
+    fill(found, targets)
+    assert {isinstance(m, DTensor) for m in optimizer.second.values()} == {bool(mesh)}
+    return model, optimizer, digests(targets)
 
 
 def run_of(folder: Path, mesh, rank: int, world: int, meet) -> dict[str, dict[str, str]]:
     """Read every checkpoint next to `folder`, write its own, continue from memory and from it."""
     facts = {f"read {other.name}": resumed(other, mesh, rank)[-1]
              for other in sorted(folder.parent.iterdir()) if other != folder and other.is_dir()}
-    model, optimizer, named = trained(mesh, 0)
+    model, optimizer = trained(mesh, 0)
     saver = Saver(folder, rank, world, meet)
-    saver.begin(0, gathered(model, optimizer, named, rank), {"rank": rank})       # no moments
+    saver.begin(0, gathered(model, optimizer, rank), {"rank": rank})
     for step in (0, 1):
         step_of(model, optimizer, step)
-    saver.begin(2, gathered(model, optimizer, named, rank), {"rank": rank})
-    facts["saved"] = digests(gathered(model, optimizer, named, 0))
+    saver.begin(2, gathered(model, optimizer, rank), {"rank": rank})
+    facts["saved"] = digests(gathered(model, optimizer, 0))
     # while it is written
     step_of(model, optimizer, 2)
     saver.finish()
     meet()
-    facts["undisturbed"] = digests(gathered(model, optimizer, named, 0))
-    model, optimizer, named, facts["read back"] = resumed(folder, mesh, rank)
+    facts["undisturbed"] = digests(gathered(model, optimizer, 0))
+    model, optimizer, facts["read back"] = resumed(folder, mesh, rank)
     step_of(model, optimizer, 2)
-    facts["continued"] = digests(gathered(model, optimizer, named, 0))
+    facts["continued"] = digests(gathered(model, optimizer, 0))
     shutil.copytree(folder / "step_000000", folder / f"first-{rank}" / "step_000000")
-    fresh = open_state(folder / f"first-{rank}")
-    fill(fresh, {**gathered(*trained(mesh, 1), 0), **optimizer_targets(optimizer, named, "opt_g.",
-                                                                       fresh)})
-    facts["moments"] = {name: str(len(optimizer.state.get(p, ()))) for name, p in named.items()}
+    fill(open_state(folder / f"first-{rank}"), gathered(model, optimizer, 0))
+    facts["moments"] = {name: str(int((t.to_local() if isinstance(t, DTensor) else t).any()))
+                        for name, t in optimizer.state().items()}
     return facts
 
 
@@ -552,7 +544,7 @@ def test_each_process_writes_its_own_rows_and_the_first_what_is_the_same_on_all(
         "meta.json", *(f"part-0000{rank}-of-00002.safetensors" for rank in (0, 1))]
     parts = [files.read_tensors(state.part_file(path, rank, 2)) for rank in (0, 1)]
     rows = [json.loads(header["rows"]) for _, header in parts]
-    plain = {*HEADS, "table", *(name for name in parts[0][0] if name.endswith(".step"))}
+    plain = {*HEADS, "table", "opt_g.steps"}
     assert set(
         parts[0][0]) - set(rows[0]) == plain and set(parts[1][0]) == set(rows[1]) == set(rows[0])
     narrow = "final_layer.linear.weight"
@@ -691,20 +683,20 @@ def test_another_runs_state_is_refused_before_anything_is_written(tmp_path, chan
 
 
 def test_another_optimizers_state_is_refused(tmp_path):
-    model, optimizer, named = network()
+    model, optimizer = network()
     train(model, optimizer, range(1))
-    tensors = optimizer_tensors(optimizer, named, "opt.")
-    save(tmp_path, 1, {name: t for name, t in tensors.items() if name != "opt.0.bias.exp_avg_sq"})
+    tensors = optimizer.state()
+    gone = "final_layer.linear.bias.exp_avg_sq"
+    save(tmp_path, 1, collect({"opt": {k: t for k, t in tensors.items() if k != gone}}))
     found = open_state(tmp_path)
-    with pytest.raises(InputError,
-                       match=r"the 14 tensors .* \(got 1 missing: opt.0.bias.exp_avg_sq"):
-        fill(found, optimizer_targets(optimizer, named, "opt.", found))
-    with pytest.raises(InputError,
-                       match=r"\(got 6 missing: opt_g.0.bias.step, opt_g.0.weight.step, opt_g.2"):
-        fill(found, optimizer_targets(optimizer, named, "opt_g.", found))
-    with pytest.raises(ValueError,
-                       match=r"optimizer 'opt.' must have the 5 named parameters \(got 6\)"):
-        optimizer_tensors(optimizer, dict(list(named.items())[:5]), "opt.")
+    with pytest.raises(InputError, match=rf"the {len(tensors)} tensors .* \(got 1 missing: "
+                       f"opt.{gone}"):
+        restore(found, {"opt": tensors})
+    with pytest.raises(InputError, match=rf"\(got {len(tensors)} missing: opt_g.context_embedder."):
+        restore(found, {"opt_g": tensors})
+    momentum = network(0.9)[1]
+    with pytest.raises(InputError, match=r"missing: .*\.exp_avg, .*"):
+        restore(found, {"opt": momentum.state()})
 
 
 def test_no_state_is_published_without_the_part_of_each_process(tmp_path):

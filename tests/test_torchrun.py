@@ -63,7 +63,8 @@ def close(a: Path, b: Path, stage: str, net: str, limit: float = 0.02) -> None:
     one, other = (load_state(run / "checkpoints" / stage)[1] for run in (a, b))
     assert one.keys() == other.keys()
     names = [k for k in one if k.startswith(net) and one[k].is_floating_point()]
-    moved = sum(float(one[k].square().sum()) for k in one if k.startswith(MOMENTS[net])) ** 0.5
+    moved = sum(float(one[k].sum()) for k in one if k.startswith(MOMENTS[net])
+                and k.endswith("_sq"))
     apart = sum(float((one[k] - other[k]).square().sum()) for k in names) ** 0.5
     assert moved > 0 and apart < limit, (net, apart)
 

@@ -76,14 +76,54 @@ class MMDiTConfig:
                              f"{self.depth} (got {self.dual_blocks})")
 
 
+class MixedProduct(torch.autograd.Function):
+    """Multiply x in 16 bits by an fp32 weight [n, k], of which `copy` is the value in 16 bits.
+
+        y = x copy^T + bias,    dx = g copy,    dweight = g^T x,    dbias = sum of g over rows
+
+    On a GPU the product that computes the gradient of the weight also stores it in fp32: it is
+    neither rounded to 16 bits nor converted afterwards.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, copy: Tensor) -> Tensor:
+        ctx.save_for_backward(x, copy)
+        ctx.dtype = weight.dtype
+        return F.linear(x, copy, bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, copy = ctx.saved_tensors
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        rows, dx, dw, db = g.flatten(0, -2), None, None, None                  # [rows, n]
+        if need_x:
+            dx = g @ copy
+        if need_weight:
+            factors = rows.t(), x.flatten(0, -2)
+            if g.device.type == "cpu":                      # torch has no other product there
+                dw = torch.mm(*factors).to(ctx.dtype)
+            else:
+                dw = torch.mm(*factors, out_dtype=ctx.dtype)
+        if need_bias:
+            db = rows.sum(0, dtype=ctx.dtype)
+        return dx, dw, db, None
+
+
 class Linear(nn.Linear):
     """A linear layer that computes in its input's dtype.
 
-    fp32 master weights thus serve a bf16 pass, and their gradients arrive in fp32.
+    fp32 master weights thus serve a bf16 pass, and their gradients arrive in fp32. `copy` is the
+    weight in that dtype; without one each pass makes its own. Whoever sets it keeps it equal to the
+    weight (ladd.engine.optimizer).
     """
 
+    copy: Tensor | None = None
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        if x.dtype == self.weight.dtype:
+            return F.linear(x, self.weight, self.bias)
+        copy = self.weight.detach().to(x.dtype) if self.copy is None else self.copy
+        return MixedProduct.apply(x, self.weight, self.bias, copy)
 
 
 def mlp(*widths: int) -> nn.Sequential:

@@ -52,8 +52,7 @@ def memory_plan(student: MMDiT, teacher: MMDiT, heads: Discriminator, pairs: int
     n, block = count(student, True), max(count(b, True) for b in student.joint_blocks)
     graph_s, graph_t = sum(graphs(student, recompute)), sum(graphs(teacher, recompute, last))
     block_s, block_t = max(graphs(student, "none")), max(graphs(teacher, "none", last))
-    cast = (s < 4 and world == 1) * s * (n if plain else block)         # of fp32 weights
-    kept = graph_s + graph_t + cast + pairs * image * d * s * (3 + k * (s < r and plain))
+    kept = graph_s + graph_t + pairs * image * d * s * (3 + k * (s < r and plain))
     loss_d = d * (s * read + r * (read + pairs)) + c * (read + pairs) * (5 * s / 2 if fused else 80)
     loss_g = pairs * (d * (r + s * (s < r)) + c * (2 * s if fused else 24))
     real = read * d * s * (image * (14 + k) + 5 * text)     # the teacher's pass without a graph
@@ -64,14 +63,15 @@ def memory_plan(student: MMDiT, teacher: MMDiT, heads: Discriminator, pairs: int
     activations, gradients, blocks = max([      # discriminator loss, student's backward, its end
         (kept + max(round(image * k * loss_d) + 8 * count(heads), real), before, others),
         (kept + image * k * loss_g + inside + (not plain) * block_t, before, own + others),
-        (end + cast + (world > 1) * (s + 4) * block, grads, own + others)], key=sum)
+        (end + (world > 1) * (s + 4) * block, grads, own + others)], key=sum)
     frozen = s * (count(student) - n) // shard
     table = student.pos_embed.numel() * (s if frozen else 4)
     copies = 1 - shared if frozen and world == 1 else 2     # in addition to the teacher's
-    plan = {"student (fp32 weights, Adam, EMA)": 16 * n // shard + copies * (frozen + table),
+    halves = (s < 4 and world == 1 and not frozen) * s * n      # fp32 weights in the compute dtype
+    plan = {"student (weights, moment, EMA)": 12 * n // shard + halves + copies * (frozen + table),
             "student (gradients)": gradients,
             "teacher (frozen)": s * count(teacher) // teacher_shard + teacher.pos_embed.nbytes,
-            "heads (weights, gradients, Adam)": 16 * count(heads),
+            "heads (weights, gradients, moment)": 12 * count(heads),
             "activations and features": activations,
             "blocks gathered from the other processes": blocks}
     if device == "cuda":

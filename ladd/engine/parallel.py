@@ -310,14 +310,14 @@ def accumulate(model: nn.Module, last: bool) -> None:
 
 
 class Norms(NamedTuple):
-    """Gradient norms of a network before clipping, the same in all processes."""
+    """Gradient norms of a network, the same in all processes."""
     total: Tensor    # []
     each: Tensor     # [p] in the order of the parameters, 0 without a gradient
 
 
-def clip(module: nn.Module, max_norm: float) -> Norms:
-    """Scale the gradients of a network, sharded or not, to a total norm of at most `max_norm`.
-    The host does not wait for the device."""
+def gradient_norms(module: nn.Module) -> Norms:
+    """Return the norms of the gradients of a network, sharded or not. The host does not wait for
+    the device."""
     params = list(module.parameters())
     grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
              for p in params if p.grad is not None]
@@ -328,9 +328,7 @@ def clip(module: nn.Module, max_norm: float) -> Norms:
                            for p in params]).square()
     if isinstance(params[0], DTensor):
         dist.all_reduce(squares, group=params[0].device_mesh.get_group("shard"))
-    total = squares.sum().sqrt()
-    torch._foreach_mul_(grads, (max_norm / (total + 1e-6)).clamp(max=1))
-    return Norms(total, squares.sqrt())
+    return Norms(squares.sum().sqrt(), squares.sqrt())
 
 
 def average_gradients(module: nn.Module) -> None:

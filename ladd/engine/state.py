@@ -27,9 +27,7 @@ from ladd.data.files import (finite_json, read_json, read_tensors, sync, write_j
                              writing)
 from ladd.engine.parallel import ranks
 
-# by the name of the network; by that of the optimizer, with all parameters that it steps
-Tensors = Mapping[str, Mapping[str, Tensor]]
-Optimizers = Mapping[str, tuple[torch.optim.Optimizer, dict[str, Tensor]]]
+Tensors = Mapping[str, Mapping[str, Tensor]]       # by the name of the network or the optimizer
 
 
 class Placed(NamedTuple):
@@ -194,61 +192,15 @@ def fill(state: State, targets: dict[str, Tensor]) -> None:
                 local[start - low:end - low].copy_(rows[start - first:end - first])
 
 
-# --- optimizers ---
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, named: dict[str, Tensor],
-                      prefix: str) -> dict[str, Tensor]:
-    """Return AdamW's step counts and moments, as `prefix` + parameter name + .step, .exp_avg,
-    .exp_avg_sq. `named` must be all parameters of the optimizer.
-
-    A parameter that never had a step has step 0 and no moments. Learning rates are not included:
-    the schedule sets them from the step.
-    """
-    groups_of(optimizer, named, prefix)
-    return {f"{prefix}{name}.{key}": value for name, p in named.items()
-            for key, value in (optimizer.state.get(p) or {"step": torch.zeros(())}).items()}
+def collect(parts: Tensors) -> dict[str, Tensor]:
+    """Return all tensors of a checkpoint as name of the part + "." + name of the tensor."""
+    return {f"{part}.{name}": tensor for part, tensors in parts.items()
+            for name, tensor in tensors.items()}
 
 
-def optimizer_targets(optimizer: torch.optim.Optimizer, named: dict[str, Tensor], prefix: str,
-                      state: State) -> dict[str, Tensor]:
-    """Return optimizer_tensors as targets of `fill`: each parameter gets moments, placed like
-    itself, if the checkpoint has them, and loses them otherwise. Hyperparameters do not change."""
-    groups = groups_of(optimizer, named, prefix)
-    for name, p in named.items():
-        optimizer.state.pop(p, None)
-        step, group = state.tensors.get(f"{prefix}{name}.step"), groups[id(p)]
-        if step is not None and any(rows.any() for _, rows in step.parts):
-            device = p.device if group["fused"] or group["capturable"] else "cpu"   # as in AdamW
-            optimizer.state[p] = {"step": torch.zeros((), dtype=step.dtype, device=device),
-                                  "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    return optimizer_tensors(optimizer, named, prefix)
-
-
-def collect(weights: Tensors, optimizers: Optimizers) -> dict[str, Tensor]:
-    """Return all tensors of a checkpoint by name: weights, step counts and moments. Names begin
-    with those of the networks and of the optimizers."""
-    out = {f"{network}.{name}": tensor for network, tensors in weights.items()
-           for name, tensor in tensors.items()}
-    for name, (optimizer, named) in optimizers.items():
-        out |= optimizer_tensors(optimizer, named, f"{name}.")
-    return out
-
-
-def restore(saved: State, weights: Tensors, optimizers: Optimizers) -> None:
-    """Copy the checkpoint `saved` into what `collect` returns for these weights and optimizers."""
-    for name, (optimizer, named) in optimizers.items():
-        optimizer_targets(optimizer, named, f"{name}.", saved)
-    fill(saved, collect(weights, optimizers))
-
-
-def groups_of(optimizer: torch.optim.Optimizer, named: dict[str, Tensor],
-              prefix: str) -> dict[int, dict]:
-    """Return the group of each parameter, by id; raise ValueError unless `named` has them all."""
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    if set(groups) != {id(p) for p in named.values()}:
-        raise ValueError(f"optimizer {prefix!r} must have the {len(named)} named parameters "
-                         f"(got {len(groups)})")
-    return groups
+def restore(saved: State, parts: Tensors) -> None:
+    """Copy the checkpoint `saved` into the tensors of these parts."""
+    fill(saved, collect(parts))
 
 
 # --- writing ---

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ladd.cli import must
 from ladd.core import flow
@@ -19,14 +19,13 @@ from ladd.data.batches import Batching, MicroBatch, micro_batches, moved
 from ladd.data.shards import Latents
 from ladd.engine import parallel, state
 from ladd.engine.fp8 import in_fp8
-from ladd.engine.networks import (Compute, LoraConfig, checkpoint_tensors, make_student, network,
-                                  trainable)
+from ladd.engine.networks import Compute, LoraConfig, checkpoint_tensors, make_student, network
+from ladd.engine.optimizer import AdamW
 from ladd.engine.parallel import Norms
 
 # our choices, for student and discriminator
-BETA1 = 0.0      # Adam without momentum
+BETA1 = 0.0      # AdamW without momentum
 COOLDOWN = 0.4   # fraction of the student's steps at the end in which learning rates fall to 0
-CLIP = 1.0       # largest gradient norm of a network
 
 
 class Optim(NamedTuple):
@@ -44,23 +43,15 @@ class Networks(NamedTuple):
     ema: MMDiT
     teacher: MMDiT
     heads: Discriminator
-    opt_g: torch.optim.Optimizer
-    opt_d: torch.optim.Optimizer
+    opt_g: AdamW
+    opt_d: AdamW
 
-    def to_checkpoint(self) -> tuple[state.Tensors, state.Optimizers]:
-        """Return the weights and the optimizers that a run resumes from. Frozen weights are in the
-        teacher's file."""
-        return ({"student": checkpoint_tensors(self.student, self.student),
-                 "ema": checkpoint_tensors(self.ema, self.student),
-                 "heads": self.heads.state_dict()},
-                {"opt_g": (self.opt_g, trainable(self.student)),
-                 "opt_d": (self.opt_d, trainable(self.heads))})
-
-
-def make_optimizer(model: nn.Module, lr: float, beta2: float) -> torch.optim.AdamW:
-    """Return AdamW for the parameters of `model` that train."""
-    return torch.optim.AdamW(trainable(model).values(), lr, betas=(BETA1, beta2), weight_decay=0.0,
-                             fused=True)
+    def to_checkpoint(self) -> state.Tensors:
+        """Return the tensors that a run resumes from. Frozen weights are in the teacher's file."""
+        return {"student": checkpoint_tensors(self.student, self.student),
+                "ema": checkpoint_tensors(self.ema, self.student),
+                "heads": self.heads.state_dict(),
+                "opt_g": self.opt_g.state(), "opt_d": self.opt_d.state()}
 
 
 def make_networks(base: MMDiT, compute: Compute, optim: Optim, heads: DiscriminatorConfig,
@@ -78,8 +69,8 @@ def make_networks(base: MMDiT, compute: Compute, optim: Optim, heads: Discrimina
     discriminator = Discriminator(heads, compute.ops).to(compute.device)
     parallel.broadcast(discriminator)
     return Networks(student, ema, teacher, discriminator,
-                    make_optimizer(student, optim.lr, optim.beta2),
-                    make_optimizer(discriminator, optim.heads_lr, optim.beta2))
+                    AdamW(student, optim.lr, BETA1, optim.beta2, ema=ema),
+                    AdamW(discriminator, optim.heads_lr, BETA1, optim.beta2))
 
 
 def calibrate(config: LaddConfig, batching: Batching, teacher: MMDiT, heads: Discriminator,
@@ -173,30 +164,11 @@ def ladd_step(config: LaddConfig, p: Networks, parts: list[MicroBatch], ema_deca
     # one call per micro-batch frees its features and graphs before the next one starts
     stats = joined([backward(part, part is parts[-1]) for part in parts])
 
-    # 4. optimizers, then the EMA
+    # 4. optimizers; the student's also updates the EMA
     parallel.average_gradients(p.heads)
-    norms = {"heads": parallel.clip(p.heads, CLIP)}
-    p.opt_d.step()
-    p.opt_d.zero_grad()
+    norms = {"heads": p.opt_d.step()}
     lap("heads' optimizer")
     if update_student:
-        norms["student"] = student_update(p.student, p.ema, p.opt_g, ema_decay)
+        norms["student"] = p.opt_g.step(ema_decay)
         lap("student's optimizer, EMA")
     return stats, norms
-
-
-@torch.no_grad()        # otherwise the EMA would keep the graph of each step
-def student_update(student: MMDiT, ema: MMDiT, optimizer: torch.optim.Optimizer,
-                   decay: float) -> Norms:
-    """Clip the student's gradients, step its optimizer and update the EMA; return the norms before
-    clipping.
-
-        ema = decay ema + (1 - decay) student
-    """
-    norms = parallel.clip(student, CLIP)
-    optimizer.step()
-    optimizer.zero_grad()       # sets them to None: they need no memory during the next forward
-    pairs = [(e, p) for e, p in zip(ema.parameters(), student.parameters()) if p.requires_grad]
-    averages, weights = map(list, zip(*pairs))
-    torch._foreach_lerp_(averages, weights, 1 - decay)
-    return norms
