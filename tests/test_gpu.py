@@ -20,7 +20,7 @@ import kernels
 import train
 from kernels import attention, bench, heads, modulation, optimizer
 from ladd.core import sampler
-from ladd.core.mmdit import Linear, Text
+from ladd.core.mmdit import Linear, Mlp, Text
 from ladd.data.batches import Prefetch
 from ladd.engine import graphs
 from ladd.engine.fp8 import in_fp8
@@ -175,6 +175,15 @@ def test_a_product_of_16_bits_has_its_weight_gradient_in_fp32():
     exact = g.double().flatten(0, 1).T @ x.double().flatten(0, 1)
     assert_close("dw", layer.weight.grad.double(), exact, 1e-5)
     assert_close("db", layer.bias.grad.double(), g.double().sum((0, 1)), 1e-5)
+
+
+def test_gelu_in_the_product_is_the_tanh_form():
+    """A pass without a gradient against one with: both round to bf16, once or twice."""
+    mlp, x = Mlp(256).to(DEVICE), 3 * rand(3, 100, 256)
+    with torch.no_grad():
+        fused = mlp(x)
+    exact = mlp.double()(x.double())
+    twice(["y"], [fused], [mlp.float().to(BF16)(x)], [exact])
 
 
 def test_a_block_compiles_with_inductor_in_bf16():

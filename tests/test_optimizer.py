@@ -233,6 +233,26 @@ def test_the_product_of_a_bf16_pass_has_the_gradients_of_its_formula():
                                  ).view(3, 5, 40).to(BF16))
 
 
+def test_gelu_is_in_the_product_where_no_gradient_is_kept():
+    """One operator instead of two; not where the layer does more than a product."""
+    with torch.device("meta"):
+        model = MMDiT(MMDiTConfig(2, 128, 24, 20, 4, 4), kernels.load("torch"), BF16)
+        inputs = (torch.empty(2, 4, 8, 8), torch.empty(2), torch.empty(2, 5, 24),
+                  torch.empty(2, 20))
+
+    def gelus() -> tuple[int, int]:
+        with Casts() as casts:
+            assert model(*inputs).shape == (2, 4, 8, 8)
+        return casts.ops[torch.ops.aten.gelu.default], casts.ops[torch.ops.aten._addmm_activation
+                                                                 .default]
+
+    assert gelus() == (3, 0)                   # the last block has no text
+    with torch.no_grad():
+        assert gelus() == (0, 3)
+        lora.add(model, 4, 4.0, ("mlp.fc1",), rng())
+        assert gelus() == (3, 0)
+
+
 def test_copies_follow_the_weights():
     """After a step, which needs no further pass over the weights; after any other change."""
     model = mixed()

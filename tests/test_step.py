@@ -102,12 +102,12 @@ def test_gradients_are_dropped():
 def test_weights_do_not_decay():
     """Where the gradient is 0 an optimizer's step changes nothing."""
     _, _, networks, _ = setting()
-    for optimizer in (networks.opt_g, networks.opt_d):
-        before = [p.detach().clone() for p in optimizer.params.values()]
-        for p in optimizer.params.values():
+    for adam in (networks.opt_g, networks.opt_d):
+        before = [p.detach().clone() for p in adam.params.values()]
+        for p in adam.params.values():
             p.grad = torch.zeros_like(p)
-        optimizer.step()
-        assert all(map(torch.equal, optimizer.params.values(), before))
+        adam.step()
+        assert all(map(torch.equal, adam.params.values(), before))
 
 
 def test_gradients_are_clipped_network_by_network(monkeypatch):

@@ -119,11 +119,14 @@ class Linear(nn.Linear):
 
     copy: Tensor | None = None
 
+    def rounded(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight in `dtype`, without a gradient."""
+        return self.weight.detach().to(dtype) if self.copy is None else self.copy
+
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == self.weight.dtype:
             return F.linear(x, self.weight, self.bias)
-        copy = self.weight.detach().to(x.dtype) if self.copy is None else self.copy
-        return MixedProduct.apply(x, self.weight, self.bias, copy)
+        return MixedProduct.apply(x, self.weight, self.bias, self.rounded(x.dtype))
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -181,7 +184,14 @@ class Mlp(nn.Module):
         self.fc1, self.fc2 = Linear(width, 4 * width), Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        fc1 = self.fc1
+        if torch.is_grad_enabled() or x.device.type == "cpu" or type(fc1) is not Linear:
+            return self.fc2(F.gelu(fc1(x), approximate="tanh"))
+        # The product adds bias and GELU before it stores: nobody needs the input of GELU. On a GPU
+        # its GELU is the tanh form (cuBLASLt), on the CPU it is not.
+        h = torch._addmm_activation(fc1.bias.to(x.dtype), x.flatten(0, -2),
+                                    fc1.rounded(x.dtype).t(), use_gelu=True)
+        return self.fc2(h.unflatten(0, x.shape[:-1]))                          # [b, l, 4 d]
 
 
 class Stream(nn.Module):

@@ -65,9 +65,10 @@ def step_cost(student: MMDiT, teacher: MMDiT, heads: Discriminator, latent: tupl
 
     def flops(function: Callable[..., None], *args) -> int:
         # the backward pass counts as twice the forward, whatever a kernel recomputes
-        attention = {FLASH: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-                     FLASH_BACKWARD: lambda _, q, k, v, *__, **___: 2 * sdpa_flop_count(q, k, v)}
-        with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+        known = {FLASH: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+                 FLASH_BACKWARD: lambda _, q, k, v, *__, **___: 2 * sdpa_flop_count(q, k, v),
+                 torch.ops.aten._addmm_activation: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}
+        with FlopCounterMode(display=False, custom_mapping=known) as counter:
             function(*args)
         return counter.get_total_flops()
 
