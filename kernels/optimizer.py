@@ -45,38 +45,22 @@ def reference_adamw(weights: Sequence[Tensor], grads: Sequence[Tensor],
                     averages: Sequence[Tensor] | None, copies: Sequence[Tensor | None],
                     factor: Tensor, lr: float, beta1: float, beta2: float, weight_decay: float,
                     eps: float, decay: float, t: int) -> None:
-    """Step `weights` and update moments, averages (EMA) and copies in place; overwrite the grads.
+    """Step `weights` and update moments, averages (EMA) and copies in place, with torch's own
+    operators; overwrite the grads.
 
     Tensors at the same place of the sequences have one shape. firsts is None where beta1 is 0,
     averages is None without an EMA. factor [] is on their device: the host need not wait for it.
     """
-    rate, eps = _corrected(lr, beta1, beta2, eps, t)
-    room = torch.empty_like(max(weights, key=Tensor.numel)).view(-1)       # for all intermediates
-    for w, g, m, v, ema, copy in _rows(weights, grads, firsts, seconds, averages, copies):
-        x = room[:w.numel()].view_as(w)
-        g.mul_(factor)
-        v.mul_(beta2).add_(torch.mul(g, g, out=x).mul_(1 - beta2))
-        if beta1:
-            g = m.mul_(beta1).add_(g.mul_(1 - beta1))
-        if weight_decay:
-            w.mul_(1 - lr * weight_decay)
-        w.addcdiv_(g, torch.sqrt(v, out=x).add_(eps), value=-rate)
-        if ema is not None:
-            ema.add_(torch.sub(w, ema, out=x).mul_(1 - decay))
-        if copy is not None:
-            copy.copy_(w)
-
-
-def _rows(*columns: Sequence[Tensor | None] | None) -> Iterator[tuple[Tensor | None, ...]]:
-    """Yield the tensors of one weight; None of a column that is None."""
-    nothing = [None] * len(columns[0])
-    return zip(*(nothing if column is None else column for column in columns), strict=True)
-
-
-def _corrected(lr: float, beta1: float, beta2: float, eps: float, t: int) -> tuple[float, float]:
-    """Return rate and eps' with which an update is -rate m / (sqrt(v) + eps')."""
-    root = (1 - beta2 ** t) ** 0.5
-    return lr * root / (1 - beta1 ** t), eps * root
+    torch._foreach_mul_(grads, factor)
+    # without momentum the first moment is the gradient, and may be the same memory
+    torch._fused_adamw_(weights, grads, firsts or grads, seconds, [],
+                        [factor.new_full((), t, dtype=torch.float32)] * len(weights), lr=lr,
+                        beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps,
+                        amsgrad=False, maximize=False)
+    if averages:
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+    if halves := [(c, w) for c, w in zip(copies, weights) if c is not None]:
+        torch._foreach_copy_(*map(list, zip(*halves)))
 
 
 # --- kernel ---
@@ -127,6 +111,18 @@ if triton is not None:
 
 
 # --- launcher ---
+
+def _rows(*columns: Sequence[Tensor | None] | None) -> Iterator[tuple[Tensor | None, ...]]:
+    """Yield the tensors of one weight; None of a column that is None."""
+    nothing = [None] * len(columns[0])
+    return zip(*(nothing if column is None else column for column in columns), strict=True)
+
+
+def _corrected(lr: float, beta1: float, beta2: float, eps: float, t: int) -> tuple[float, float]:
+    """Return rate and eps' with which an update is -rate m / (sqrt(v) + eps')."""
+    root = (1 - beta2 ** t) ** 0.5
+    return lr * root / (1 - beta1 ** t), eps * root
+
 
 @functools.lru_cache(16)
 def _places(sizes: tuple[int, ...], device: torch.device) -> Tensor:

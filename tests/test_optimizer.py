@@ -3,6 +3,7 @@ import copy
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_close, rng, tiny, tiny_inputs
@@ -67,31 +68,30 @@ def test_the_reference_is_adamw_number_by_number(beta1):
     assert all(map(torch.equal, state["copies"], (w.half() for w in state["weights"])))
 
 
-@pytest.mark.parametrize("beta1", [0.0, 0.9])
-def test_the_reference_is_torchs_adamw(beta1):
-    state, params = tensors(torch.float64), [w.requires_grad_() for w
-                                             in tensors(torch.float64)["weights"]]
-    state["firsts"], state["seconds"] = ([torch.zeros_like(w) for w in params] for _ in range(2))
-    theirs = torch.optim.AdamW(params, LR, betas=(beta1, BETA2), eps=EPS, weight_decay=DECAY)
-    for t in (1, 2, 3):
-        for p, g in zip(params, grads_of(state, t)):
-            p.grad = 0.3 * g
-        theirs.step()
-        advance(optimizer.reference_adamw, state, beta1, t)
-    for a, e in zip(state["weights"], params):
-        assert_close("weights", a, e.detach())
-
-
-@pytest.fixture
-def exact_sqrt(monkeypatch):
-    """Round square roots correctly, as the interpreter and GPUs do: the last bit of torch's on the
-    CPU is off in a sixth of all values."""
-    monkeypatch.setattr(torch, "sqrt", lambda x, out: out.copy_(x.double().sqrt_()))
+def formula(state: dict[str, list[Tensor]], grads: list[Tensor], beta1: float, t: int,
+            ema: bool = True, decay: float = DECAY) -> None:
+    """The formula at the top of the file in fp32, operation by operation, rounded after each. numpy
+    rounds square roots correctly, as the interpreter does; torch's on the CPU are an ulp off in a
+    sixth of all values."""
+    f, root = np.float32, (1 - BETA2 ** t) ** 0.5
+    rate, eps = f(LR * root / (1 - beta1 ** t)), f(EPS * root)
+    for i, g in enumerate(grads):
+        w, m, v, average = (state[k][i].numpy() for k in ("weights", "firsts", "seconds",
+                                                          "averages"))
+        g = g.numpy() * f(0.3)
+        v[...] = v * f(BETA2) + g * g * f(1 - BETA2)
+        if beta1:
+            m[...] = g = m * f(beta1) + g * f(1 - beta1)
+        w[...] = w * f(1 - LR * decay) - rate * g / (np.sqrt(v) + eps)
+        if ema:
+            average[...] = average + (w - average) * f(1 - KEPT)
+        if state["copies"][i] is not None:
+            state["copies"][i].copy_(state["weights"][i])
 
 
 @interpreted
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
-def test_the_kernel_is_its_reference_bit_for_bit(exact_sqrt, beta1):
+def test_the_kernel_is_its_formula_bit_for_bit(beta1):
     ours, theirs = tensors(torch.float32), tensors(torch.float32)
     for state in (ours, theirs):                # a tensor that starts at an odd place; no copy
         state["weights"][1] = torch.cat([torch.zeros(1), state["weights"][1].flatten()])[1:]
@@ -100,8 +100,8 @@ def test_the_kernel_is_its_reference_bit_for_bit(exact_sqrt, beta1):
         state["copies"][2] = None
     versions = [w._version for w in (*ours["weights"], *ours["averages"])]
     for t in (1, 2):
+        formula(theirs, grads_of(theirs, t), beta1, t)
         advance(optimizer.adamw, ours, beta1, t)
-        advance(optimizer.reference_adamw, theirs, beta1, t)
     for name, expected in theirs.items():
         for a, e in zip(ours[name], expected):
             assert a is e is None or torch.equal(a, e), name
@@ -110,18 +110,28 @@ def test_the_kernel_is_its_reference_bit_for_bit(exact_sqrt, beta1):
 
 
 @interpreted
-def test_what_the_kernel_may_leave_out(exact_sqrt):
+def test_what_the_kernel_may_leave_out():
     """EMA and copies are optional, and gradients stay as they are."""
     ours, theirs = tensors(torch.float32), tensors(torch.float32)
     grads = grads_of(ours, 1)
-    for function, state in ((optimizer.adamw, ours), (optimizer.reference_adamw, theirs)):
-        function(state["weights"], [g.clone() for g in grads] if state is theirs else grads, None,
-                 state["seconds"], None, [None] * len(SIZES), torch.tensor(0.3), LR, 0.0, BETA2,
-                 0.0, EPS, 0.0, 4)
+    optimizer.adamw(ours["weights"], grads, None, ours["seconds"], None, [None] * len(SIZES),
+                    torch.tensor(0.3), LR, 0.0, BETA2, 0.0, EPS, 0.0, 4)
     assert all(map(torch.equal, grads, grads_of(ours, 1)))
-    for name in ("weights", "seconds"):
+    formula(theirs, grads, 0.0, 4, ema=False, decay=0.0)
+    for name in ("weights", "seconds", "averages"):
         assert all(map(torch.equal, ours[name], theirs[name]))
-    assert all(map(torch.equal, ours["averages"], tensors(torch.float32)["averages"]))
+
+
+@interpreted
+def test_the_kernel_is_the_reference():
+    """To fp32 rounding: the reference is torch's operator, which rounds less often."""
+    ours, theirs = tensors(torch.float32), tensors(torch.float32)
+    for t in (1, 2):
+        advance(optimizer.adamw, ours, 0.9, t)
+        advance(optimizer.reference_adamw, theirs, 0.9, t)
+    for name, expected in theirs.items():
+        for a, e in zip(ours[name], expected):
+            assert_close(name, a.float(), e.float(), 1e-6 if name != "copies" else 1e-3)
 
 
 @interpreted
@@ -224,8 +234,8 @@ def test_the_product_of_a_bf16_pass_has_the_gradients_of_its_formula():
     layer(x).backward(g)
     rows, flat = g.double().flatten(0, 1), x.detach().double().flatten(0, 1)
     assert_close("dx", x.grad, (g.double() @ layer.weight.to(BF16).double()).to(BF16))
-    assert_close("dw", layer.weight.grad, (rows.T @ flat).float(), 1e-2)        # rounded on the CPU
-    assert_close("db", layer.bias.grad, rows.sum(0).float())
+    assert_close("dw", layer.weight.grad, (rows.T @ flat).float(), 1e-2)    # rounded on the CPU
+    assert_close("db", layer.bias.grad, rows.sum(0).float(), 1e-2)
     x.grad = layer.weight.grad = layer.bias.grad = None
     layer.requires_grad_(False)(x).backward(g)
     assert layer.weight.grad is layer.bias.grad is None and x.grad is not None

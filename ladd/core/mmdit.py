@@ -98,14 +98,12 @@ class MixedProduct(torch.autograd.Function):
         rows, dx, dw, db = g.flatten(0, -2), None, None, None                  # [rows, n]
         if need_x:
             dx = g @ copy
+        # on the CPU torch has no such product, and such a sum is slower
+        stored = {} if g.device.type == "cpu" else {"out_dtype": ctx.dtype}
         if need_weight:
-            factors = rows.t(), x.flatten(0, -2)
-            if g.device.type == "cpu":                      # torch has no other product there
-                dw = torch.mm(*factors).to(ctx.dtype)
-            else:
-                dw = torch.mm(*factors, out_dtype=ctx.dtype)
+            dw = torch.mm(rows.t(), x.flatten(0, -2), **stored).to(ctx.dtype)
         if need_bias:
-            db = rows.sum(0, dtype=ctx.dtype)
+            db = rows.sum(0, dtype=stored.get("out_dtype")).to(ctx.dtype)
         return dx, dw, db, None
 
 
