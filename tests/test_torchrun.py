@@ -305,7 +305,7 @@ def test_out_of_memory_says_what_the_plan_was_and_what_helps(home, whole, monkey
     said = str(error.value)
     assert re.fullmatch(
         r"out of memory on cpu \(CUDA out of memory\. Tried .*\); the plan was, in GiB: "
-        r"student \(fp32.*, sum [\d.]+; a --micro-batch below 8, --recompute selective "
+        r"student \(weights.*, sum [\d.]+; a --micro-batch below 8, --recompute selective "
         r"or full and --shard student or all need less", said), said
     assert state.open_state(home / "runs/full/checkpoints/distill").step in (1, 2)
 

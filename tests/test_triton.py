@@ -33,7 +33,8 @@ def test_load_takes_the_kernels():
                                                      kernels.modulation.modulate2,
                                                      kernels.modulation.gate_modulate,
                                                      kernels.modulation.gate,
-                                                     kernels.heads.discriminator_heads)
+                                                     kernels.heads.discriminator_heads,
+                                                     kernels.optimizer.adamw)
 
 
 def seem(monkeypatch, name: str, major: int) -> None:
