@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_close, rng, tiny, tiny_inputs
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
@@ -193,13 +195,18 @@ class Casts(TorchDispatchMode):
 ROUND = torch.ops.aten._foreach_copy_.default        # weights to their copies
 
 
+def on_meta() -> tuple[MMDiT, tuple[Tensor, ...]]:
+    """A network of two blocks and its inputs on a device that stands for a GPU."""
+    with torch.device("meta"):
+        model = MMDiT(MMDiTConfig(2, 128, 24, 20, 4, 4), kernels.load("torch"), BF16)
+        return model, (torch.empty(2, 4, 8, 8), torch.empty(2), torch.empty(2, 5, 24),
+                       torch.empty(2, 20))
+
+
 def test_a_step_converts_no_weight_and_no_gradient():
     """On a device that has the product in fp32, which "meta" stands for. Before the first pass all
     weights are rounded at once; the patch embedding, a convolution, has no copy."""
-    with torch.device("meta"):
-        model = MMDiT(MMDiTConfig(2, 128, 24, 20, 4, 4), kernels.load("torch"), BF16)
-        inputs = (torch.empty(2, 4, 8, 8), torch.empty(2), torch.empty(2, 5, 24),
-                  torch.empty(2, 20))
+    model, inputs = on_meta()
     layers = AdamW(model, 1e-3, 0.0, 0.99).layers
     weights = {tuple(layer.weight.shape) for layer in layers}
     with Casts() as casts:
@@ -245,10 +252,7 @@ def test_the_product_of_a_bf16_pass_has_the_gradients_of_its_formula():
 
 def test_gelu_is_in_the_product_where_no_gradient_is_kept():
     """One operator instead of two; not where the layer does more than a product."""
-    with torch.device("meta"):
-        model = MMDiT(MMDiTConfig(2, 128, 24, 20, 4, 4), kernels.load("torch"), BF16)
-        inputs = (torch.empty(2, 4, 8, 8), torch.empty(2), torch.empty(2, 5, 24),
-                  torch.empty(2, 20))
+    model, inputs = on_meta()
 
     def gelus() -> tuple[int, int]:
         with Casts() as casts:
@@ -311,6 +315,31 @@ def test_compiled_blocks_read_the_copies():
     with torch.no_grad():
         model.joint_blocks[0].x_block.mlp.fc1.weight.zero_()
     assert loss_of(model).item() != before and current(model)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_have_the_same_operators():
+    """Forward with a gradient, backward and without one, of both blocks as torch.compile sees
+    them: every weight gradient is stored in fp32, no matrix is converted."""
+    (model, inputs), graphs = on_meta(), []
+
+    def keep(graph, _):
+        graphs.append(Counter(node.target for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()              # what another test compiled would be for any size
+    layers = AdamW(model, 1e-3, 0.0, 0.99).layers
+    for block in model.joint_blocks:
+        block.compile(fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+    model(*inputs).sum().backward()
+    with torch.no_grad():
+        model(*inputs)
+    forward, backward, without = (sum(pair, Counter()) for pair in (graphs[:2], graphs[2:4],
+                                                                    graphs[4:]))
+    aten, inside = torch.ops.aten, len(layers) - 7         # the others are in no block
+    assert forward[aten.addmm.default] == backward[aten.mm.dtype] == inside == 17
+    assert forward[aten.gelu.default] == without[aten._addmm_activation.default] == 3
+    assert without[aten.addmm.default] == inside - 3 and not without[aten.gelu.default]
 
 
 def test_only_16_bits_and_trained_weights_have_copies():
