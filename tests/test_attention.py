@@ -560,7 +560,8 @@ KERNELS = ["prepare", "forward", "stats", "backward", "finish"]
 
 def check_row(row: dict, arch: int) -> None:
     assert row["spills"] == 0 and row["ctas"] >= 1, row
-    product = row["kernel"].split(".")[1] in ("forward", "backward", "backward_q")
+    product = row["kernel"].split(".")[1] in ("forward", "forward_gluon", "backward",
+                                                    "backward_q")
     assert (row["products"] > 0) == product, row
     if product and arch >= 90:
         assert row["bulk"] > 0, row
