@@ -234,12 +234,12 @@ class Loop(NamedTuple):
     def overlapped(self) -> bool:
         """Return whether an exponential follows a product (HGMMA) that is not waited for yet, also
         from one pass of the loop to the next."""
-        flying, more = 0, False           # groups of products, the last one of which has more
+        flying = False
         for line in 2 * self.code:
             if line.startswith("HGMMA"):
-                flying, more = flying + (not more), "gsb0" not in line
-            elif m := re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d+)", line):
-                flying = min(flying, int(m[1], 16))
+                flying = True
+            elif line.startswith("WARPGROUP.DEPBAR.LE gsb0, 0x0"):      # others leave some products
+                flying = False
             elif flying and line.startswith("MUFU.EX2"):
                 return True
         return False
