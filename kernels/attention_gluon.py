@@ -8,7 +8,7 @@ emulator of PTX did. Heads have a width of 64.
 A program computes TILE queries of one head, and goes through all keys in tiles of TILE:
 
     producer, warp 8: copies q, then k and v of each tile by TMA into the next of STAGES slots
-    consumers c = 0 and 1, warps 0 to 3 and 4 to 7, with ROWS queries each; for each tile j:
+    consumers c = 0 and 1, warps 0 to 3 and 4 to 7, with M queries each; for each tile j:
         wait for the turn; issue s = q k_j^T and acc += p_(j-1) v_(j-1); give the turn to the other
         wait for s; p_j = exp2(s); wait for acc; free the slot of tile j - 1
 
@@ -38,8 +38,8 @@ try:
     from triton.experimental.gluon.language.nvidia.hopper import (fence_async_shared, mbarrier, tma,
                                                                   warpgroup_mma, warpgroup_mma_wait)
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-    if triton.__version__.startswith("3.6."):           # its warp_specialize takes other arguments
-        gluon = None
+    if triton.__version__.startswith("3.6."):
+        raise ImportError("warp_specialize takes other arguments")
 except ImportError:
     gluon = None
 
@@ -50,10 +50,10 @@ reference_joint_attention = attention.reference_joint_attention
 
 if gluon is not None:
     DH = gl.constexpr(64)                     # head width
-    TILE = gl.constexpr(attention.ROWS)       # queries of a program, keys of a tile: 128
-    ROWS = gl.constexpr(64)                   # queries of a consumer
+    M = gl.constexpr(64)                      # queries of a consumer
+    TILE = gl.constexpr(attention.ROWS)       # 2 M, and what a block of maxima has: 128
     STAGES = gl.constexpr(4)   # more than 2: tile j + 1 is waited for while j - 1 is still in use
-    # by TMA; Triton 3.7 has the second names, 3.9 the first ones, 3.8 both
+    # copies by TMA: Triton 3.7 has the second names, 3.9 the first ones, 3.8 both
     _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
     _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
@@ -64,7 +64,7 @@ if gluon is not None:
         arrived, full, free, _ = barriers
         for c in gl.static_range(2):
             mbarrier.expect(arrived.index(c), q.block_type.nbytes)
-            _load(q, [b, row + c * ROWS, head * DH], arrived.index(c), q_slots.index(c))
+            _load(q, [b, row + c * M, head * DH], arrived.index(c), q_slots.index(c))
         for j in range(tiles):
             keys, values, tile = k[1], v[1], j - 1
             if j == 0:
@@ -100,14 +100,14 @@ if gluon is not None:
         S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
         ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DH, 16])
         P: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
-        zero, acc = gl.zeros([ROWS, TILE], gl.float32, S), gl.zeros([ROWS, DH], gl.float32, ACC)
-        total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
-        top = gl.full([ROWS], -float("inf") if ONLINE else 0.0, gl.float32, gl.SliceLayout(1, S))
+        zero, acc = gl.zeros([M, TILE], gl.float32, S), gl.zeros([M, DH], gl.float32, ACC)
+        total = gl.zeros([M], gl.float32, gl.SliceLayout(1, S))
+        top = gl.full([M], -float("inf") if ONLINE else 0.0, gl.float32, gl.SliceLayout(1, S))
         i = gl.arange(0, TILE, gl.SliceLayout(0, S))
 
         mbarrier.wait(arrived.index(c), 0)
         mbarrier.wait(full.index(0), 0)
-        q = q_slots.index(c).reshape([ROWS, DH])
+        q = q_slots.index(c).reshape([M, DH])
         k = k_slots.index(0).reshape([TILE, DH])
         s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, [s])
@@ -142,7 +142,7 @@ if gluon is not None:
     @gluon.jit
     def _consume(c: gl.constexpr, out, lse, norms, slots, barriers, b, head, tile, row, length,
                  first, last, tiles, LIMIT: gl.constexpr, SCALE: gl.constexpr):
-        """Compute ROWS rows of out [b, l, n, dh] and of lse."""
+        """Compute M rows of out [b, l, n, dh] and of lse."""
         # the bound of the scores chooses the softmax
         others = gl.arange(0, 32, gl.BlockedLayout([1], [32], [4], [0]))
         largest = gl.zeros([32], gl.float32, others.type.layout)
@@ -154,12 +154,12 @@ if gluon is not None:
         else:
             acc, logs = _attend(c, slots, barriers, first, last, tiles, True, SCALE)
 
-        row += c * ROWS                     # may be beyond the end: then nothing is stored
+        row += c * M                        # may be beyond the end: then nothing is stored
         slot = slots[0].index(c)            # of the queries, which have been read
-        slot.reshape([ROWS, DH]).store(acc.to(slot.dtype))
-        fence_async_shared()
+        slot.reshape([M, DH]).store(acc.to(slot.dtype))
+        fence_async_shared()                # TMA reads what these threads wrote
         _store(out, [b, row, head * DH], slot)
-        rows = row + gl.arange(0, ROWS, logs.type.layout)
+        rows = row + gl.arange(0, M, logs.type.layout)
         gl.store(lse + rows, logs, rows < length)
         tma.store_wait(0)
 
@@ -186,7 +186,7 @@ if gluon is not None:
 
         TYPE: gl.constexpr = q_img.dtype
         BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-        slots = (gl.allocate_shared_memory(TYPE, [2, 1, ROWS, DH], q_img.layout),
+        slots = (gl.allocate_shared_memory(TYPE, [2, 1, M, DH], q_img.layout),
                  gl.allocate_shared_memory(TYPE, [STAGES, 1, TILE, DH], k_img.layout),
                  gl.allocate_shared_memory(TYPE, [STAGES, 1, TILE, DH], k_img.layout))
         barriers = (gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
@@ -200,10 +200,10 @@ if gluon is not None:
         for i in gl.static_range(STAGES):
             mbarrier.init(full.index(i), count=1)
             mbarrier.init(free.index(i), count=2)
-        fence_async_shared()
+        fence_async_shared()                            # TMA completes the barriers
         mbarrier.arrive(turn.index(0))
 
-        # the most registers that 2 * 128 + 128 threads can have, where the producer has the least
+        # The producer's warpgroup has the least number of registers, the consumers share the rest.
         gl.warp_specialize([
             (_consume, (0, target, lse, norms, slots, barriers, b, head, tile, row, length, first,
                         last, tiles, LIMIT, SCALE)),
@@ -217,10 +217,10 @@ if gluon is not None:
 
 def missing(device: torch.device) -> str:
     """Return what the kernel lacks on this device, or nothing."""
-    if gluon is None:
-        return "Gluon's attention needs Triton 3.7 or later"
     if attention.INTERPRET:
         return "Triton's interpreter does not run Gluon"
+    if gluon is None:
+        return "Gluon's attention needs Triton 3.7 or later"
     if device.type != "cuda" and attention.ARCH is None:
         return f"Gluon's attention needs a GPU (got {device})"
     if (arch := attention._arch(device)) != 90:
@@ -255,8 +255,8 @@ def forward(qkv_txt: Tensor | None, qkv_img: Tensor, qk_txt: Tensor, qk_img: Ten
     b, l_img, _, n, _ = qkv_img.shape
     l_txt = qkv_txt.shape[1] if attention._there(qkv_txt) else 0
     fold, qkv = qk_img.numel() > 0, (qkv_txt, qkv_img)
-    q, k, v = attention._qkv_tiles((qk_txt, qk_img) if fold else qkv, qkv, ROWS.value, TILE.value)
-    out = attention._pair(attention._tiles, out_txt, out_img, ROWS.value)
+    q, k, v = attention._qkv_tiles((qk_txt, qk_img) if fold else qkv, qkv, M.value, TILE.value)
+    out = attention._pair(attention._tiles, out_txt, out_img, M.value)
     tiles = [attention._cdiv(x.shape[1], TILE.value) for x in (out_txt, out_img)]
     _forward_gluon[(sum(tiles), n, b)](
         *map(_with_layout, (*q, *k, *v, *out)), lse, maxima, l_txt, l_img, lse.shape[2],

@@ -4,11 +4,8 @@ Triton has no interpreter for Gluon. In the first tests attention's own forward 
 takes the place of the kernel: they show that everything around it is right. Values of the kernel
 itself are tested on a GPU (test_gpu.py).
 """
-import json
-
 import pytest
 import torch
-from conftest import compiler
 from test_attention import call, interpreted, make, with_gradients
 from test_triton import seem
 
