@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import attention, heads, modulation, optimizer
+from kernels import attention, attention_gluon, heads, modulation, optimizer
 
-NAMES = "auto", "triton", "torch"
+NAMES = "auto", "triton", "gluon", "torch"
 LIMIT = 0.05        # of the largest value: what bf16 may differ by in a self-check
 
 
@@ -28,37 +28,43 @@ class Kernels(NamedTuple):
 HOMES = dict.fromkeys(Kernels._fields, modulation) | {"joint_attention": attention,
                                                       "discriminator_heads": heads,
                                                       "adamw": optimizer}
+GLUON = HOMES | {"joint_attention": attention_gluon}
 
 
 def load(name: str = "auto") -> Kernels:
     """Return the operations called `name`: "torch" are the references, "triton" the kernels, "auto"
-    the kernels where there is a CUDA device of compute capability 8.0 or more, else the references.
+    the kernels where there is a CUDA device of compute capability 8.0 or more, else the references,
+    "gluon" the kernels with attention's forward pass in Gluon, for compute capability 9.0.
 
     On a GPU each kernel is first compared with its reference, once a process (see `failures`).
     "auto" takes the reference of a kernel that fails; what is taken, and why, is printed once.
 
-    Raises ValueError for another name, for "triton" where it cannot run or where a kernel fails,
-    and for a GPU that a kernel left unusable.
+    Raises ValueError for another name, for "triton" and "gluon" where they cannot run or where a
+    kernel fails, and for a GPU that a kernel left unusable.
     """
     if name not in NAMES:
         raise ValueError(f"kernels must be {', '.join(NAMES[:-1])} or {NAMES[-1]} (got {name!r})")
     lacking, failed = missing(), {}
     interpreted = attention.triton is not None and attention.INTERPRET
-    if name == "triton" and lacking and not interpreted:
-        raise ValueError(f"kernels must be auto or torch here (got 'triton', but {lacking}); "
-                         "TRITON_INTERPRET=1 runs the kernels slowly without a GPU")
+    if lacking and (name == "gluon" or name == "triton" and not interpreted):
+        raise ValueError(f"kernels must be auto or torch here (got {name!r}, but {lacking}); "
+                         "TRITON_INTERPRET=1 runs those of triton slowly without a GPU")
     if name != "torch" and not lacking:
-        failed = failures(torch.device("cuda", torch.cuda.current_device()))
-        if failed and name == "triton":
+        device = torch.device("cuda", torch.cuda.current_device())
+        if name == "gluon" and (why := attention_gluon.missing(device)):
+            raise ValueError(f"kernels must be auto, triton or torch here (got 'gluon', but {why})")
+        failed = failures(device, name == "gluon")
+        if failed and name != "auto":
             raise ValueError(f"kernels: {'; '.join(failed.values())}; "
-                             "auto takes the reference instead")
+                             "auto takes another implementation instead")
     if name == "auto":
         name = "torch" if lacking else "triton"
         announce(f"kernels: {name} ({lacking or torch.cuda.get_device_name()})")
         for why in failed.values():
             announce(f"kernels: {why}; the reference is used instead")
     plain = Kernels._fields if name == "torch" else failed
-    return Kernels(*(getattr(HOMES[field], f"reference_{field}" if field in plain else field)
+    homes = GLUON if name == "gluon" else HOMES
+    return Kernels(*(getattr(homes[field], f"reference_{field}" if field in plain else field)
                      for field in Kernels._fields))
 
 
@@ -153,10 +159,11 @@ def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
 
 
 @cache
-def failures(device: torch.device) -> dict[str, str]:
+def failures(device: torch.device, gluon: bool = False) -> dict[str, str]:
     """Compare each kernel with its reference on the device, forward and backward on small inputs,
     in bf16 on a GPU and in fp32 under Triton's interpreter, once per process. Return a sentence for
-    each operation that failed: it could not run, or a value differs.
+    each operation that failed: it could not run, or a value differs. gluon: attention's forward
+    pass is the one in Gluon.
 
     Raises ValueError if a kernel leaves the GPU unusable, so that no reference can run either.
     """
@@ -165,20 +172,21 @@ def failures(device: torch.device) -> dict[str, str]:
         announce("kernels: each is compared with its reference, which may have to compile it")
     # a caller may be building on "meta", or without gradients
     with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
-        checked = {field: failure(field, *sample, device)
+        checked = {field: failure(GLUON if gluon else HOMES, field, *sample, device)
                    for field, sample in samples(device, dtype).items()}
     return {field: f"{field} fails its self-check ({why})" for field, why in checked.items() if why}
 
 
-def failure(field: str, call: Callable, leaves: list[Tensor], device: torch.device) -> str:
+def failure(homes: dict, field: str, call: Callable, leaves: list[Tensor],
+            device: torch.device) -> str:
     """Return why the kernel of this operation fails on these inputs, or nothing."""
     # what torch, Triton and its C compiler raise where a kernel cannot be built or launched
     cannot_run = (RuntimeError, AssertionError, ValueError, TypeError, AttributeError, LookupError,
                   ImportError, OSError, subprocess.SubprocessError, attention.triton.TritonError)
-    reference = getattr(HOMES[field], f"reference_{field}")
+    reference = getattr(homes[field], f"reference_{field}")
     expected = results(reference, call, [t.float() for t in leaves])
     try:
-        return difference(results(getattr(HOMES[field], field), call, leaves), expected)
+        return difference(results(getattr(homes[field], field), call, leaves), expected)
     except cannot_run as error:
         message = str(error).strip() or "no message"
         why = f"{type(error).__name__}: {message.splitlines()[-1]}"

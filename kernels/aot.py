@@ -25,6 +25,9 @@ all CTAs that fit on it, by resource:
                 words in several lanes and count those bytes once. Parts in --json: shared_operands,
                 shared_bulk, shared_access
 
+In a kernel whose warps have roles (Gluon), the loop is that of each warpgroup that multiplies, and
+what the producer copies counts as copied there.
+
 `bound` is the largest of them, and `limit` names it. On sm_90, where no exponential stands between
 a product and its wait, products and exponentials count as one after the other. "-" is an amount
 that the code does not tell; it is left out of the bound.
@@ -53,7 +56,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from kernels import attention, heads, modulation, optimizer
+from kernels import attention, attention_gluon, heads, modulation, optimizer
 
 MODULES = {"attention": attention, "modulation": modulation, "heads": heads,
            "optimizer": optimizer}
@@ -89,21 +92,22 @@ TMEM = 512              # columns of tensor memory of an SM, where it has one
 
 # --- what is compiled ---
 
-def cases() -> Iterator[tuple[str, str, Callable[[], None]]]:
+def cases(arch: int = 0) -> Iterator[tuple[str, str, Callable[[], None]]]:
     """Yield (module, case, run): the public functions at the shapes of sd3-medium, sd3.5-medium and
-    sd3.5-large at 1024 px, with the gradients of both networks' steps; one grid of 832x1216 px."""
+    sd3.5-large at 1024 px, with the gradients of both networks' steps; one grid of 832x1216 px.
+    For sm_90 also attention with its forward pass in Gluon."""
     bf16 = dict(dtype=torch.bfloat16)
     for model, n, norm, text in (("sd3-medium", 24, False, 154), ("sd3.5-medium", 24, True, 333),
                                  ("sd3.5-large", 38, True, 333)):
         d = 64 * n
 
-        def attend(n=n, norm=norm, text=text, dh=64, need_txt=True, alone=False,
-                   frozen=False) -> None:
+        def attend(n=n, norm=norm, text=text, dh=64, need_txt=True, alone=False, frozen=False,
+                   home=attention) -> None:
             qkv = [torch.empty(2, l, 3, n, dh, **bf16, requires_grad=True) for l in (text, 4096)]
             weights = [tuple(torch.empty(dh, **bf16, requires_grad=not frozen) for _ in range(2))
                        for _ in qkv] if norm else (None, None)
             txt, norm_txt = (None, None) if alone else (qkv[0], weights[0])
-            out = attention.joint_attention(txt, qkv[1], norm_txt, weights[1], need_txt=need_txt)
+            out = home.joint_attention(txt, qkv[1], norm_txt, weights[1], need_txt=need_txt)
             torch.autograd.backward([o for o in out if o is not None],
                                     [torch.empty_like(o) for o in out if o is not None])
 
@@ -135,6 +139,8 @@ def cases() -> Iterator[tuple[str, str, Callable[[], None]]]:
 
         yield "attention", f"{model}, training", attend
         yield "attention", f"{model}, last block", lambda f=attend: f(need_txt=False, frozen=True)
+        if arch == 90 and attention_gluon.gluon:
+            yield "attention", f"{model}, Gluon", lambda f=attend: f(home=attention_gluon)
         if model == "sd3.5-medium":
             yield "attention", f"{model}, image only", lambda f=attend: f(alone=True)
         if model == "sd3.5-large":
@@ -216,6 +222,7 @@ class Loop(NamedTuple):
     code: list[str]
     before: Sequence[str] = ()          # the code of the kernel above the loop
     reduced: float = 0                  # bytes that one bulk reduction (UTMAREDG) reads
+    fed: float = 0                      # bytes that a producer warp copies in a pass of its loop
 
     def count(self, pattern: str) -> int:
         """Return how many instructions match."""
@@ -235,11 +242,17 @@ class Loop(NamedTuple):
         return " ".join(word if n == 1 else f"{word}x{n}" for word, n in runs)
 
     def overlapped(self) -> bool:
-        """Return whether exponentials follow a product that is not waited for yet, also from one
-        pass of the loop to the next."""
-        words = self.order().split()
-        return any(a.startswith("MMA") and b.startswith("EX2")
-                   for a, b in zip(words, words[1:] + words[:1]))
+        """Return whether an exponential follows a product (HGMMA) that is not waited for yet, also
+        from one pass of the loop to the next."""
+        flying = False
+        for line in 2 * self.code:
+            if line.startswith("HGMMA"):
+                flying = True
+            elif line.startswith("WARPGROUP.DEPBAR.LE gsb0, 0x0"):      # others leave some products
+                flying = False
+            elif flying and line.startswith("MUFU.EX2"):
+                return True
+        return False
 
     def overwritten(self) -> list[str]:
         """Return the instructions that write registers of a left factor whose product (HGMMA) is in
@@ -305,7 +318,7 @@ class Loop(NamedTuple):
         the code does not tell. A barrier is told how many bytes to expect: a constant."""
         if self.count(r"(UTMASTG|UBLKCP)") or self.count("UTMAREDG") and not self.reduced:
             return None
-        total = self.count("UTMAREDG") * self.reduced
+        total = self.fed + self.count("UTMAREDG") * self.reduced
         for i, line in enumerate(self.code):
             if m := re.match(r"SYNCS\.ARRIVE\.TRANS64 RZ, \[.*\], (R\d+)", line):
                 expected = self.constant(m[1], i)
@@ -410,6 +423,11 @@ def describe(module: str, case: str, arch: int, name: str, options: dict[str, An
     row["hazards"] = sum(len(loop.overwritten()) for loop in found)
     if found:
         main = max(found, key=lambda loop: (loop.count(PRODUCT), len(loop.code)))
+        # a role of fewer warps than a product needs copies; it takes the place of a warpgroup
+        roles = re.findall(r"partition\d+\(.*\) num_warps\(([12])\)", compiled.asm.get("ttgir", ""))
+        if roles:
+            main = main._replace(fed=max(loop.copied() or 0 for loop in found))
+            warps -= 4 * len(roles)
         cycles = main.cycles(gpu, warps, max(1, ctas))
         limit, bound = main.bound(cycles)
         row |= {"instructions": len(main.code), "waits": main.count(WAIT),
@@ -439,7 +457,7 @@ def compile_all(arches: list[int], modules: list[str]) -> list[dict[str, Any]]:
     if any(getattr(module, "INTERPRET", False) for module in MODULES.values()):
         raise RuntimeError("aot: TRITON_INTERPRET=1 leaves nothing to compile; unset it")
     rows, done = [], set()
-    work = [(arch, *case) for arch in arches for case in cases() if case[0] in modules]
+    work = [(arch, *case) for arch in arches for case in cases(arch) if case[0] in modules]
     for arch, module, case, run in tqdm(work, desc="compile", dynamic_ncols=True):
         seen: list = []
         with recording(arch, seen):

@@ -166,42 +166,58 @@ if triton is not None:
         return top, total + tl.sum(p, 1), acc + _product(p.to(v.dtype), v, acc.dtype)
 
     @triton.jit
-    def _attend(q, keys, values, b, head, n, length, top, total, acc, ONLINE: tl.constexpr,
-                SCALE: tl.constexpr, AHEAD: tl.constexpr, N: tl.constexpr, DH: tl.constexpr):
-        """Add all keys of a stream. With AHEAD the product of the next tile comes before the
-        exponentials of this one: where products are asynchronous, both run at the same time."""
-        tiles, col_k, col_v = tl.cdiv(length, N), (n + head) * DH, (2 * n + head) * DH
-        if AHEAD:
-            s = _product(q, _load(keys, b, 0, col_k, N, DH).T, acc.dtype)
-            for j in range(tiles - 1):
-                # v is loaded before the product, because waiting for it is a barrier
-                v = _load(values, b, j * N, col_v, N, DH)
-                ahead = _product(q, _load(keys, b, (j + 1) * N, col_k, N, DH).T, acc.dtype)
-                top, total, acc = _weigh(s, v, top, total, acc, ONLINE, SCALE)
-                s = ahead
-        else:
-            for j in range(tiles - 1):
-                s = _product(q, _load(keys, b, j * N, col_k, N, DH).T, acc.dtype)
-                v = _load(values, b, j * N, col_v, N, DH)
-                top, total, acc = _weigh(s, v, top, total, acc, ONLINE, SCALE)
-            s = _product(q, _load(keys, b, (tiles - 1) * N, col_k, N, DH).T, acc.dtype)
-        if length % N != 0:
-            s = tl.where(((tiles - 1) * N + tl.arange(0, N) < length)[None, :], s, -float("inf"))
-        return _weigh(s, _load(values, b, (tiles - 1) * N, col_v, N, DH), top, total, acc, ONLINE,
-                      SCALE)
+    def _key_tile(x, b, j, images, col, TXT: tl.constexpr, N: tl.constexpr, DH: tl.constexpr):
+        """Load tile j of keys or values [n, dh]: the tiles of image from the last to the first,
+        then those of text from the first to the last. So the cut ones are at the ends."""
+        stream, tile = x[1], images - 1 - j
+        if TXT:
+            if j >= images:
+                stream, tile = x[0], j - images
+        return _load(stream, b, tile * N, col, N, DH)
 
     @triton.jit
-    def _attend_both(q, k, v, b, head, n, l, ONLINE: tl.constexpr, TXT: tl.constexpr,
-                     SCALE: tl.constexpr, AHEAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-                     DH: tl.constexpr, ACC: tl.constexpr):
+    def _cut(s, j, images, l, TXT: tl.constexpr, N: tl.constexpr):
+        """Return the scores s [m, n] of tile j, those of keys beyond the end as -inf."""
+        row, length = (images - 1 - j) * N, l[1]
+        if TXT:
+            if j >= images:
+                row, length = (j - images) * N, l[0]
+        # not arange < length - row: ptxas would keep all indices from the first tile to the last
+        return tl.where((row + tl.arange(0, N) < length)[None, :], s, -float("inf"))
+
+    @triton.jit
+    def _attend(q, k, v, b, head, n, l, ONLINE: tl.constexpr, TXT: tl.constexpr,
+                SCALE: tl.constexpr, AHEAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+                DH: tl.constexpr, ACC: tl.constexpr):
+        """Return out and lse of a tile of queries over all keys. With AHEAD the product of the next
+        tile comes before the exponentials of this one: where products are asynchronous, both run at
+        the same time."""
         top = tl.full([M], -float("inf") if ONLINE else 0.0, ACC)
         total, acc = tl.zeros([M], ACC), tl.zeros([M, DH], ACC)
-        top, total, acc = _attend(q, k[1], v[1], b, head, n, l[1], top, total, acc, ONLINE, SCALE,
-                                  AHEAD, N, DH)
+        col_k, col_v, images = (n + head) * DH, (2 * n + head) * DH, tl.cdiv(l[1], N)
+        tiles = images
         if TXT:
-            top, total, acc = _attend(q, k[0], v[0], b, head, n, l[0], top, total, acc, ONLINE,
-                                      SCALE, AHEAD, N, DH)
-        return acc / total[:, None], top + tl.log2(total)
+            tiles += tl.cdiv(l[0], N)
+        if AHEAD:
+            s = _product(q, _key_tile(k, b, 0, images, col_k, TXT, N, DH).T, ACC)
+            s = _cut(s, 0, images, l, TXT, N)
+            for j in range(tiles - 1):
+                # v is loaded before the product, because waiting for it is a barrier
+                tile_v = _key_tile(v, b, j, images, col_v, TXT, N, DH)
+                ahead = _product(q, _key_tile(k, b, j + 1, images, col_k, TXT, N, DH).T, ACC)
+                top, total, acc = _weigh(s, tile_v, top, total, acc, ONLINE, SCALE)
+                s = ahead
+            if TXT:
+                s = _cut(s, tiles - 1, images, l, TXT, N)
+            tile_v = _key_tile(v, b, tiles - 1, images, col_v, TXT, N, DH)
+            top, total, acc = _weigh(s, tile_v, top, total, acc, ONLINE, SCALE)
+        else:
+            for j in range(tiles):
+                s = _product(q, _key_tile(k, b, j, images, col_k, TXT, N, DH).T, ACC)
+                tile_v = _key_tile(v, b, j, images, col_v, TXT, N, DH)
+                s = _cut(s, j, images, l, TXT, N)
+                top, total, acc = _weigh(s, tile_v, top, total, acc, ONLINE, SCALE)
+        return acc * (1 / total)[:, None], top + tl.log2(total)
 
     @triton.jit
     def _forward(q_txt, q_img, k_txt, k_img, v_txt, v_img, out_txt, out_img, lse, maxima, l,
@@ -227,20 +243,21 @@ if triton is not None:
                 queries, target, row, length = q[0], out[0], tile * M, l[0]
                 block = row // R
                 lse += l[1] - l_lse
-        tile_q = _load(queries, b, row, head * DH, M, DH)
 
-        # the bound of the scores chooses the softmax
-        norms = maxima + at * 2 * blocks
-        largest = tl.zeros([64], ACC)
-        for i in range(0, blocks, 64):
-            others = i + tl.arange(0, 64)
-            largest = tl.maximum(largest, tl.load(norms + blocks + others, others < blocks, 0))
-        if tl.load(norms + block) * tl.max(largest) < LIMIT:
-            acc, logs = _attend_both(tile_q, k, v, b, head, n, l, False, TXT, SCALE, AHEAD,
-                                     M, N, DH, ACC)
+        # the bound of the scores chooses the softmax; the norms arrive while the queries do
+        norms, others = maxima + at * 2 * blocks, tl.arange(0, 64)
+        norm_q = tl.load(norms + block)
+        norm_k = tl.load(norms + blocks + others, others < blocks, 0)
+        tile_q = _load(queries, b, row, head * DH, M, DH)
+        for i in range(64, blocks, 64):
+            more = tl.load(norms + blocks + i + others, i + others < blocks, 0)
+            norm_k = tl.maximum(norm_k, more)
+
+        if norm_q * tl.max(norm_k) < LIMIT:
+            acc, logs = _attend(tile_q, k, v, b, head, n, l, False, TXT, SCALE, AHEAD, M, N, DH,
+                                ACC)
         else:
-            acc, logs = _attend_both(tile_q, k, v, b, head, n, l, True, TXT, SCALE, AHEAD,
-                                     M, N, DH, ACC)
+            acc, logs = _attend(tile_q, k, v, b, head, n, l, True, TXT, SCALE, AHEAD, M, N, DH, ACC)
 
         rows = row + tl.arange(0, M)
         tl.store(lse + rows, logs, rows < length)
@@ -466,7 +483,7 @@ TABLE = {
     (80, 64):   (Launch(128, 64, 8, 3),  Launch(32, 64, 4, 2),  Launch(64, 64, 4, 2)),
     #            1024 / 1280 (shared)    1280 / 2720 (shared), 2 CTAs
     (80, 128):  (Launch(64, 64, 8, 2),   Launch(32, 64, 8, 2),  Launch(64, 32, 8, 2)),
-    #            1024 / 2432 (shared)    1792 / 3872 (shared)
+    #            2048 / 4864 (shared, 2 CTAs)    1792 / 3872 (shared)
     (89, 64):   (Launch(128, 64, 8, 3),  Launch(32, 64, 4, 2),  Launch(64, 64, 4, 2)),
     #            2048 / 2048 (products)  2560 / 2720 (shared), 2 CTAs
     (89, 128):  (Launch(64, 32, 4, 2),   Launch(32, 64, 8, 2),  Launch(64, 32, 8, 2)),
@@ -479,7 +496,7 @@ TABLE = {
     (90, 128):  (Launch(128, 64, 8, 3),  Launch(32, 64, 8, 2),  Launch(128, 64, 8, 2)),
     #            1024 / 1568 (both)      896 / 2192 (shared)
     # overlap is assumed; tensor memory leaves two CTAs an SM forward and one backward
-    (100, 64):  (Launch(128, 128, 8, 3), Launch(64, 128, 8, 2), Launch(128, 64, 4, 2)),
+    (100, 64):  (Launch(128, 128, 8, 2), Launch(64, 128, 8, 2), Launch(128, 64, 4, 2)),
     #            1024 / 2080 (exp)       640 / 1424 (shared)
     (100, 128): (Launch(128, 128, 8, 2), Launch(32, 64, 8, 2),  Launch(128, 64, 8, 2)),
     #            1024 / 1296 (shared)    320 / 1264 (shared)

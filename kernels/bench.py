@@ -6,7 +6,7 @@
 Each round calls every contender once, in a new order, with a cold L2 cache. The contenders are
 `ours`; `eager`, the reference in the tensors' dtype; `compile`, torch.compile of it; and for
 attention the SDPA backends and FlashAttention 2 and 3 where they are installed, each with the
-QK-norm, the concatenation and the split that it needs.
+QK-norm, the concatenation and the split that it needs, and with --gluon attention_gluon.py.
 
 ms is the time on the GPU between two events, the gaps between the kernels of a call included. Many
 calls take less time on the GPU than Python takes to launch them (0.1 to 0.3 ms), so the GPU first
@@ -24,6 +24,7 @@ the CPU at tiny sizes, to test this file; its times mean nothing.
 import argparse
 import csv
 import datetime
+import functools
 import os
 import random
 import statistics
@@ -40,7 +41,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from kernels import attention, heads, modulation, optimizer
+from kernels import attention, attention_gluon, heads, modulation, optimizer
 
 # heads of attention (as many blocks as heads), QK-norm, text tokens
 MODELS = {"sd3-medium": (24, False, 154), "sd3.5-medium": (24, True, 333),
@@ -85,10 +86,12 @@ def sdpa(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return attend
 
 
-def attention_contenders(device: torch.device) -> dict[str, Callable]:
-    """Return the contenders for joint attention on a device, by name."""
+def attention_contenders(device: torch.device, gluon: bool = False) -> dict[str, Callable]:
+    """Return the contenders for joint attention on a device, by name; gluon: that in Gluon too."""
     out = {"ours": attention.joint_attention, "eager": attention.reference_joint_attention,
            "compile": torch.compile(library_attention(F.scaled_dot_product_attention))}
+    if gluon:
+        out["gluon"] = attention_gluon.joint_attention
     if device.type == "cuda":
         backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
                     "efficient": SDPBackend.EFFICIENT_ATTENTION}
@@ -132,7 +135,8 @@ def backward_of(function: Callable, inputs: list[Tensor], args: tuple) -> Callab
     return lambda: torch.autograd.grad(out, inputs, grads, retain_graph=True)
 
 
-def attention_work(model: str, batch: int, device: torch.device, small: bool) -> Iterator[Work]:
+def attention_work(model: str, batch: int, device: torch.device, small: bool,
+                   gluon: bool = False) -> Iterator[Work]:
     """Yield joint attention of a model at 1024 px, forward and backward."""
     n, norm, text = (2, True, 5) if small else MODELS[model]
     tokens, dtype = (24, torch.float32) if small else (TOKENS, torch.bfloat16)
@@ -145,12 +149,14 @@ def attention_work(model: str, batch: int, device: torch.device, small: bool) ->
     inputs = [*qkv, *(w for pair in norms if pair for w in pair)]
     args, l = (*qkv, *norms), text + tokens
     products = 4 * batch * n * 64 * l * l
-    contenders = attention_contenders(device)
+    contenders = attention_contenders(device, gluon)
     with torch.no_grad():
         expected = attention.reference_joint_attention(*[t.float() for t in qkv], *(
             tuple(w.float() for w in pair) if pair else None for pair in norms))
     plain = library_attention(F.scaled_dot_product_attention)
-    check("attention", contenders["ours"], plain, args, expected)
+    for name in ("ours", "gluon"):
+        if name in contenders:
+            check(f"attention ({name})", contenders[name], plain, args, expected)
 
     def forward(function: Callable) -> Callable[[], Any]:
         def run():
@@ -448,6 +454,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", nargs="+", choices=tuple(MODELS), default=list(MODELS))
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--gluon", action="store_true",
+                        help="also time attention with its forward pass in Gluon, for sm_90")
     parser.add_argument("--out", type=Path, help="default: kernels/results/<gpu>.csv")
     parser.add_argument("--smoke", action="store_true",
                         help="tiny sizes on the CPU, to test this file")
@@ -457,14 +465,17 @@ def main(argv: list[str]) -> None:
               file=sys.stderr)
         sys.exit(2)
     device = torch.device("cpu" if args.smoke else "cuda")
+    if args.gluon and (why := attention_gluon.missing(device)):
+        print(f"bench: --gluon: {why}", file=sys.stderr)
+        sys.exit(2)
     # twice the largest L2 of today: what was read or written before is gone
     flush = torch.empty(2 ** 20 if args.smoke else 2 ** 28, dtype=torch.uint8, device=device)
     copy, origin, rows = copy_bandwidth(flush, args.rounds), about(device), []
     name = f"{origin['gpu'].replace(' ', '-').lower()}.csv"
     path = args.out or Path(__file__).parent / "results" / name
     print(f"{origin}; copy bandwidth {copy / 1e9:.0f} GB/s")
-    works = {"attention": attention_work, "modulation": modulation_work, "heads": heads_work,
-             "optimizer": optimizer_work}
+    works = {"attention": functools.partial(attention_work, gluon=args.gluon),
+             "modulation": modulation_work, "heads": heads_work, "optimizer": optimizer_work}
     plan = [(k, m, b) for k in args.kernel for m in args.model
             for b in (args.batch[:1] if k == "optimizer" else args.batch)]
     for kernel, model, batch in tqdm(plan, desc="bench", dynamic_ncols=True):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The first 12 minutes on a GPU: what is right, then what is fast, then what a run takes. Each part
+# The first 13 minutes on a GPU: what is right, then what is fast, then what a run takes. Each part
 # has a time limit, so that one that hangs does not stop the others, and writes its output to a file
 # in the folder given (default: kernels/results/first).
 #
@@ -27,4 +27,7 @@ part sd3-medium 120 python train.py --preset sd3-medium --bench-steps 5
 part tiny 150 python train.py --preset tiny --name "first-$$" --n 512
 part sample 60 python sample.py --run "runs/first-$$" --prompt "large red circle left on black" \
   --steps 4 --out "$out/one.png"
+# last, because opt-in: a kernel that hangs or leaves the GPU unusable stops only this part
+part gluon 60 python -m kernels.bench --kernel attention --model sd3-medium --batch 2 --rounds 10 \
+  --gluon --out "$out/gluon.csv"
 cat "$out/summary.txt"

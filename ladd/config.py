@@ -133,7 +133,7 @@ class Config:
     recompute: str = option("none", "activation checkpointing: none, selective (all but "
                             "attention), full", MAIN, ("none", "selective", "full"))
     kernels: str = option("auto", "implementation of the fused operations", MORE,
-                          ("auto", "triton", "torch"))
+                          ("auto", "triton", "gluon", "torch"))
     precision: str = option("auto", "compute dtype; auto: bf16 where the device has it", MORE,
                             ("auto", "fp32", "bf16"))
     compile: str = option("auto", "torch.compile of each block; auto: on a GPU", MORE,

@@ -204,7 +204,7 @@ def launch_all(arch: int, modules: list[str], words: list[str], folder: Path | N
     for kernels in aot.MODULES.values():
         kernels.ARCH = arch
     failed = done = 0
-    for module, case, run in aot.cases():
+    for module, case, run in aot.cases(arch):
         if modules and module not in modules or words and not any(w in case for w in words):
             continue
         counts, error = attempt(standin, module, arch, run)

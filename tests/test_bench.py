@@ -242,6 +242,10 @@ def test_loops_are_the_innermost_ones():
     assert not aot.Loop([line for line in first.code if "MUFU" not in line]).overlapped()
     waits = ["HGMMA.64x128x16.F32.BF16 R24", "WARPGROUP.DEPBAR.LE gsb0, 0x0", "MUFU.EX2 R1, R2"]
     assert not aot.Loop(waits).overlapped()
+    two = [*2 * ["HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0"], "BAR.SYNC 0x1"]
+    for groups, overlapped in ((0, False), (1, True)):        # of two groups one is still computed
+        wait = f"WARPGROUP.DEPBAR.LE gsb0, 0x{groups}"
+        assert aot.Loop([*two, wait, "MUFU.EX2 R1, R2"]).overlapped() == overlapped
     assert first.before == ["MOV R1, c[0x0][0x28]"]
 
 
@@ -397,6 +401,24 @@ def test_how_many_ctas_fit_on_an_sm(monkeypatch, arch, shared, metadata, ctas):
     monkeypatch.setattr(aot, "tool", lambda name, *args: text[name])
     row = aot.describe("attention", "case", arch, "_f", {}, Compiled(shared, **metadata))
     assert row["ctas"] == ctas and row["tmem"] == metadata.get("tmem_size", 0)
+
+
+def test_a_producer_warp_feeds_the_loop_of_those_that_multiply(monkeypatch):
+    """Of 12 warps 8 multiply; the last warpgroup is a producer, whose loop copies 0x400 bytes."""
+    sass = SASS.replace("MOV R1, c", "MOV R7, 0x400 ;\n        /*0008*/ MOV R1, c").replace(
+        "HMMA.16816.F32.BF16 R4, R8, R10, R4",
+        "SYNCS.ARRIVE.TRANS64 RZ, [UR4], R7 ;\n        /*00a8*/ UTMALDG.3D [UR8], [UR6]")
+    monkeypatch.setattr(aot, "tool", lambda name, *args: {"cuobjdump": "REG:64 STACK:0",
+                                                          "nvdisasm": sass}[name])
+    compiled = Compiled(1024)
+    plain = aot.describe("attention", "case", 90, "_f", {}, compiled)
+    compiled.metadata.num_warps = 12
+    compiled.asm["ttgir"] = ("partition0(%a: i32 loc(unknown)) num_warps(4) {\n"
+                             "partition1(%a: i32 loc(unknown)) num_warps(1) {\n")
+    row = aot.describe("attention", "case", 90, "_f", {}, compiled)
+    assert (plain["ctas"], row["ctas"]) == (4, 2)
+    assert row["cycles_issue"] == plain["cycles_issue"] / 2 == 8 * 8 / 4 * 2
+    assert plain["cycles_shared_bulk"] == 0 and row["cycles_shared_bulk"] == 2 * 0x400 / 128
 
 
 def test_every_architecture_that_is_offered_is_described():

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import kernels
 import train
-from kernels import attention, bench, heads, modulation, optimizer
+from kernels import attention, attention_gluon, bench, heads, modulation, optimizer
 from ladd.core import sampler
 from ladd.core.mmdit import Linear, Mlp, Text
 from ladd.data.batches import Prefetch
@@ -65,24 +65,24 @@ def both_ways(function, tensors: list[Tensor], *rest) -> list[Tensor]:
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("dh", [64, 128])
 @pytest.mark.parametrize("l_txt, l_img", [(154, 4096), (333, 1024), (77, 113), (1, 799)])
-def test_attention(l_txt, l_img, dh, norm, seed=0):
+def test_attention(l_txt, l_img, dh, norm, seed=0, home=attention):
     tensors = [rand(2, l, 3, 3, dh, seed=10 * seed + i) for i, l in enumerate((l_txt, l_img))]
     tensors += [1 + .3 * rand(dh, seed=10 * seed + 5 + i) for i in range(4)] if norm else []
     pairs = lambda w: ((w[0], w[1]), (w[2], w[3])) if w else (None, None)
     run = lambda attend: lambda txt, img, *w: attend(txt, img, *pairs(w))
     plain = bench.library_attention(F.scaled_dot_product_attention)
     exact = both_ways(run(attention.reference_joint_attention), [t.float() for t in tensors])
-    results = [both_ways(run(f), tensors) for f in (attention.joint_attention, plain)]
+    results = [both_ways(run(f), tensors) for f in (home.joint_attention, plain)]
     twice([f"tensor {i}" for i in range(len(exact))], *results, exact)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0, 9.0])
-def test_attention_chooses_its_softmax(scale, lengths=(77, 500), seed=0):
+def test_attention_chooses_its_softmax(scale, lengths=(77, 500), seed=0, home=attention):
     """Norm weights from small scores to scores beyond the offset-free branch's bound."""
     tensors = [rand(1, l, 3, 2, 64, seed=10 * seed + i) for i, l in enumerate(lengths)]
     tensors += [scale * (1 + .1 * rand(64, seed=10 * seed + 5 + i)) for i in range(4)]
     run = lambda attend, *rest: lambda txt, img, *w: attend(txt, img, w[:2], w[2:], *rest)
-    ours = both_ways(run(attention.joint_attention), tensors)
+    ours = both_ways(run(home.joint_attention), tensors)
     rounded = both_ways(run(rounding.joint_attention, BF16), [t.double() for t in tensors])
     names = "text", "image", "d text", "d image", *(f"d weight {i}" for i in range(4))
     near(names, ours, rounded, order=2)     # one bit of one q times k moves a row's scores by 0.3
@@ -241,3 +241,23 @@ def test_a_short_run_ends_with_its_report(tmp_path, monkeypatch, flags):
              "--steps 2 --batch 16 --set heads_first=2 --n 16 --set eval_n=16 --sample-steps 2")
     train.main(f"--preset tiny --name short {short} {flags}".split())
     assert (tmp_path / "runs/short/report.png").exists()
+
+
+# last, because opt-in: a kernel that leaves the GPU unusable fails no other test
+
+def needs_gluon() -> None:
+    if why := attention_gluon.missing(torch.device(DEVICE)):
+        pytest.skip(why)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("l_txt, l_img", [(154, 4096), (333, 1024), (77, 113), (1, 799)])
+def test_attention_in_gluon(l_txt, l_img, norm):
+    needs_gluon()
+    test_attention(l_txt, l_img, 64, norm, home=attention_gluon)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0, 9.0])
+def test_attention_in_gluon_chooses_its_softmax(scale):
+    needs_gluon()
+    test_attention_chooses_its_softmax(scale, home=attention_gluon)

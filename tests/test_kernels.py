@@ -47,7 +47,7 @@ def test_load_names_the_references():
 
 
 def test_load_raises_for_an_unknown_name():
-    with pytest.raises(ValueError, match="must be auto, triton or torch .got 'cuda'"):
+    with pytest.raises(ValueError, match="must be auto, triton, gluon or torch .got 'cuda'"):
         kernels.load("cuda")
 
 

@@ -24,8 +24,11 @@ MAY_IMPORT = {
 }
 COMMANDS = {"encode", "export", "dpo", "lcm", "bench", "build"}
 TOOLS = {"__init__", "bench", "aot"}             # of kernels; they know the others
+# the one kernel file that does not stand alone: it has attention's pre-pass, backward and checks
+DEPENDENT = ROOT / "kernels/attention_gluon.py"
 LADD = sorted(path for path in ROOT.glob("ladd/**/*.py") if path.stem != "__init__")
-KERNELS = sorted(path for path in ROOT.glob("kernels/*.py") if path.stem not in TOOLS)
+KERNELS = sorted(path for path in ROOT.glob("kernels/*.py")
+                 if path.stem not in TOOLS and path != DEPENDENT)
 SOURCES = [*sorted(ROOT.glob("*.py")), *LADD, *sorted(ROOT.glob("kernels/*.py"))]
 TESTS = sorted(ROOT.glob("tests/*.py"))
 README, REQUIREMENTS = ROOT / "README.md", (ROOT / "requirements.txt").read_text().splitlines()
@@ -95,6 +98,14 @@ def test_no_function_of_the_packages_takes_the_whole_configuration():
 def test_a_kernel_file_imports_only_the_standard_library_torch_and_triton(path):
     roots = {name.split(".")[0] for name in imports(path)}
     assert not roots - set(sys.stdlib_module_names) - {"torch", "triton"}
+
+
+def test_one_kernel_file_imports_another_one():
+    found = imports(DEPENDENT)
+    assert {name for name in found if name.startswith("kernels")} == {"kernels",
+                                                                      "kernels.attention"}
+    roots = {name.split(".")[0] for name in found}
+    assert not roots - set(sys.stdlib_module_names) - {"torch", "triton", "kernels"}
 
 
 def test_kernel_files_import_where_nothing_else_is(tmp_path):

@@ -51,7 +51,7 @@ def seem(monkeypatch, name: str, major: int) -> None:
 def gpu(monkeypatch):
     """A machine that seems to have an H100, whose kernels all pass their self-check."""
     seem(monkeypatch, "H100", 9)
-    monkeypatch.setattr(kernels, "failures", lambda device: {})
+    monkeypatch.setattr(kernels, "failures", lambda device, gluon=False: {})
     monkeypatch.setattr(kernels.attention, "INTERPRET", False)
     kernels.announce.cache_clear()
 
@@ -86,7 +86,7 @@ def test_which_path_is_taken_and_why_is_said_once(monkeypatch, capsys, gpu, cuda
 
 def test_the_reference_is_taken_for_a_kernel_that_fails(monkeypatch, capsys, gpu):
     wrong = "gate fails its self-check (output 0 is 2 and must be 1 within 0.05)"
-    monkeypatch.setattr(kernels, "failures", lambda device: {"gate": wrong})
+    monkeypatch.setattr(kernels, "failures", lambda device, gluon=False: {"gate": wrong})
     found = [kernels.load() for _ in range(2)][0]
     assert capsys.readouterr().out == (f"kernels: triton (H100)\nkernels: {wrong}; "
                                        "the reference is used instead\n")
@@ -188,7 +188,7 @@ def test_the_cpu_gets_the_references_even_next_to_a_gpu(monkeypatch, gpu):
 def test_bf16_is_for_gpus_that_compute_in_it(monkeypatch, tmp_path, name, major, auto):
     """torch calls bf16 supported on a T4 too, by emulation; the kernels do not compile there."""
     seem(monkeypatch, name, major)
-    monkeypatch.setattr(kernels, "failures", lambda device: {})
+    monkeypatch.setattr(kernels, "failures", lambda device, gluon=False: {})
     cuda = torch.device("cuda", 0)
     assert compute_dtype("auto", cuda) == auto and compute_dtype("fp32", cuda) == torch.float32
     if auto == torch.bfloat16:

@@ -65,7 +65,7 @@ def make_compute(device: torch.device, flag: str, ops: str, precision: str, comp
 
 
 def pick_kernels(name: str, device: str, precision: str = "auto") -> Kernels:
-    """Return the operations called auto, triton or torch for the device of that name.
+    """Return the operations called auto, triton, gluon or torch for the device of that name.
 
     auto is torch on the CPU, and where activations are in fp32 because it was asked for or the GPU
     has no bf16: the kernels on a GPU compute in bf16. Raise InputError where they cannot run.
@@ -81,8 +81,8 @@ def pick_kernels(name: str, device: str, precision: str = "auto") -> Kernels:
     if name == "auto" and why:
         kernels.announce(f"kernels: torch ({why})")
         name = "torch"
-    if name == "triton" and gpu and why:
-        raise InputError(f"--kernels must be auto or torch for {why} (got triton)")
+    if name in ("triton", "gluon") and gpu and why:
+        raise InputError(f"--kernels must be auto or torch for {why} (got {name})")
     try:
         return kernels.load(name)
     except ValueError as error:
@@ -251,7 +251,8 @@ class OnMeta(NamedTuple):
 
 def uses_triton(ops: Kernels) -> bool:
     """Return whether these operations are the Triton kernels."""
-    return ops.joint_attention is kernels.attention.joint_attention
+    return ops.joint_attention in (kernels.attention.joint_attention,
+                                   kernels.attention_gluon.joint_attention)
 
 
 def choose_shards(memory: float, world: int, replicas: int, plan: Callable[..., dict[str, int]],

@@ -29,6 +29,7 @@ from ladd.core.mmdit import MMDiT
 aten = torch.ops.aten
 # what selective checkpointing keeps: it takes the most time to compute for its size
 ATTENTION = [torch.ops.ladd.joint_attention_forward.default,
+             torch.ops.ladd.joint_attention_forward_gluon.default,
              aten._scaled_dot_product_flash_attention_for_cpu.default,
              aten._scaled_dot_product_flash_attention.default,
              aten._scaled_dot_product_efficient_attention.default,
