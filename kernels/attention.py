@@ -775,7 +775,7 @@ def backward(g_txt: Tensor | None, g_img: Tensor, qkv_txt: Tensor | None, qkv_im
         _finish[(n, blocks, b)](
             dq, _pair(_rows, *qkv), _pair(_rows, dqkv_txt, dqkv_img), (wq_txt, wq_img), parts_q, n,
             blocks_txt, blocks, EPS=eps, DQ_SCALE=dh ** -0.5, DQ=want_q, WEIGHT=weight, **rows,
-            num_warps=8, num_stages=1)
+            num_warps=dh // 16, num_stages=1)
     if grad[0] and not txt_q:
         dqkv_txt[:, :, 0].zero_()
     for out, part in zip(dw, (parts_q[0], parts_k[0], parts_q[1], parts_k[1])):
