@@ -300,12 +300,16 @@ if triton is not None:
         return r * (gw - x * (tl.sum(gw * x, 1) / DH)[:, None]), tl.sum(g * x, 0)
 
     @triton.jit
-    def _queries(tile_k, tile_v, dk, dv, q, g, stats, dq, b, col, length, rows, there,
+    def _queries(tile_k, tile_v, dk, dv, q, g, stats, dq, first, b, col, length, rows, there,
                  MASK: tl.constexpr, GRAD: tl.constexpr, DQ: tl.constexpr, SCALE: tl.constexpr,
                  M: tl.constexpr, DH: tl.constexpr):
         """Add what the queries of a stream give to dk and dv of a tile of keys, and the share of
-        dq that comes from the tile."""
-        for i in range(tl.cdiv(length, M)):
+        dq, rows from `first` on, that comes from the tile."""
+        tiles = tl.cdiv(length, M)
+        start = tl.program_id(0) % tiles        # programs of a head add to different rows of dq
+        for step in range(tiles):
+            i = start + step
+            i -= tl.where(i < tiles, 0, tiles)
             tile_q, tile_g = _load(q, b, i * M, col, M, DH), _load(g, b, i * M, col, M, DH)
             at = stats + i * M + tl.arange(0, M)
             logs, delta = tl.load(at), tl.load(at + rows)
@@ -319,21 +323,25 @@ if triton is not None:
             if GRAD:
                 dk += _product(ds, tile_q, dk.dtype)
             if DQ:
-                to = dq + (i * M + tl.arange(0, M))[:, None] * DH + tl.arange(0, DH)[None, :]
-                tl.atomic_add(to, _product(ds.T, tile_k, dk.dtype), sem="relaxed")
+                part = _product(ds.T, tile_k, dk.dtype)
+                if isinstance(dq, tl.tensor_descriptor):
+                    dq.atomic_add([(first + i * M).to(tl.int32), 0], part)
+                else:
+                    to = dq + (first + i * M) * DH + tl.arange(0, M)[:, None] * DH
+                    tl.atomic_add(to + tl.arange(0, DH)[None, :], part, sem="relaxed")
         return dk, dv
 
     @triton.jit
-    def _both_queries(tile_k, tile_v, q, g, stats, dq, b, head, l, first, rows, there,
+    def _both_queries(tile_k, tile_v, q, g, stats, dq, at, b, head, l, first, rows, there,
                       MASK: tl.constexpr, GRAD: tl.constexpr, TXT_Q: tl.constexpr, DQ: tl.constexpr,
                       SCALE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DH: tl.constexpr,
                       ACC: tl.constexpr):
         dk, dv = tl.zeros([N, DH], ACC), tl.zeros([N, DH], ACC)
-        dk, dv = _queries(tile_k, tile_v, dk, dv, q[1], g[1], stats + first, dq + first * DH, b,
-                          head * DH, l[1], rows, there, MASK, GRAD, DQ[1], SCALE, M, DH)
+        dk, dv = _queries(tile_k, tile_v, dk, dv, q[1], g[1], stats + first, dq, at * rows + first,
+                          b, head * DH, l[1], rows, there, MASK, GRAD, DQ[1], SCALE, M, DH)
         if TXT_Q:
-            dk, dv = _queries(tile_k, tile_v, dk, dv, q[0], g[0], stats, dq, b, head * DH, l[0],
-                              rows, there, MASK, GRAD, DQ[0], SCALE, M, DH)
+            dk, dv = _queries(tile_k, tile_v, dk, dv, q[0], g[0], stats, dq, at * rows, b,
+                              head * DH, l[0], rows, there, MASK, GRAD, DQ[0], SCALE, M, DH)
         return dk, dv
 
     @triton.jit
@@ -360,7 +368,7 @@ if triton is not None:
         qkv = k if qkv_img is None else (qkv_txt, qkv_img)
         tile, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         at, rows, first = b.to(tl.int64) * n + head, blocks * R, blocks_txt * R
-        stats, dq = stats + at * 2 * rows, dq + at * rows * DH
+        stats += at * 2 * rows
 
         # the keys
         keys, values, row, length = k[1], qkv[1], (tile - tiles_txt) * N, l[1]
@@ -373,11 +381,13 @@ if triton is not None:
 
         # all queries
         if row + N <= length:
-            dk, dv = _both_queries(tile_k, tile_v, q, g, stats, dq, b, head, l, first, rows, there,
-                                   False, GRAD[0] or GRAD[1], TXT_Q, DQ, SCALE, M, N, DH, ACC)
+            dk, dv = _both_queries(tile_k, tile_v, q, g, stats, dq, at, b, head, l, first, rows,
+                                   there, False, GRAD[0] or GRAD[1], TXT_Q, DQ, SCALE, M, N, DH,
+                                   ACC)
         else:
-            dk, dv = _both_queries(tile_k, tile_v, q, g, stats, dq, b, head, l, first, rows, there,
-                                   True, GRAD[0] or GRAD[1], TXT_Q, DQ, SCALE, M, N, DH, ACC)
+            dk, dv = _both_queries(tile_k, tile_v, q, g, stats, dq, at, b, head, l, first, rows,
+                                   there, True, GRAD[0] or GRAD[1], TXT_Q, DQ, SCALE, M, N, DH,
+                                   ACC)
         dk *= DK_SCALE
         if GRAD[0]:
             if tile < tiles_txt:
@@ -754,9 +764,12 @@ def backward(g_txt: Tensor | None, g_img: Tensor, qkv_txt: Tensor | None, qkv_im
         q, k, v = _qkv_tiles(qk, qkv, m, keys)
         # ds is the gradient by natural scores; the folded q brings its own scale and log2(e)
         dk_scale = math.log(2) if fold else dh ** -0.5
+        add_to = dq
+        if _tma(dq.device) and not INTERPRET:       # Triton's interpreter does not reduce by them
+            add_to = _Tile(dq, (b * n * blocks * ROWS, dh), (dh, 1), (m, dh))
         _backward[(sum(tiles), n, b)](
             *q, *_pair(_tiles, *g, m), *k, *v, *_pair(_tiles, dqkv_txt, dqkv_img, keys),
-            (wk_txt, wk_img), parts_k, stats, dq, l, n, blocks_txt, blocks, tiles[0],
+            (wk_txt, wk_img), parts_k, stats, add_to, l, n, blocks_txt, blocks, tiles[0],
             TXT=tiles[0] > 0, TXT_Q=txt_q, GRAD=grad, WEIGHT=weight,
             DQ=(want_q[0] and atomic, want_q[1] and atomic), EPS=eps, SCALE=scale,
             DK_SCALE=dk_scale, M=m, N=keys, **rows, num_warps=warps, num_stages=stages)
