@@ -387,10 +387,11 @@ def loops(sass: str, reduced: float = 0) -> list[Loop]:
 
 def reduction(ttgir: str, count: int) -> float:
     """Return the bytes that each of `count` bulk reductions reads, from Triton's GPU dialect: on
-    average, 0 where it has none."""
+    average, 0 where it has none. Each of the dialect becomes as many instructions, less those that
+    ptxas merges."""
     shapes = re.findall(r"async_tma_reduce.*memdesc<((?:\d+x)+)[a-z]+(\d+)", ttgir)
     sizes = [math.prod(map(int, shape.split("x")[:-1])) * int(bits) / 8 for shape, bits in shapes]
-    return sum(sizes) / count if count else 0.0
+    return sum(sizes) / (len(sizes) * -(-count // len(sizes))) if count else 0.0
 
 
 def describe(module: str, case: str, arch: int, name: str, options: dict[str, Any],

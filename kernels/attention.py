@@ -300,40 +300,50 @@ if triton is not None:
         return r * (gw - x * (tl.sum(gw * x, 1) / DH)[:, None]), tl.sum(g * x, 0)
 
     @triton.jit
-    def _queries(tile_k, tile_v, dk, dv, q, g, stats, dq, b, col, length, rows, there,
-                 MASK: tl.constexpr, GRAD: tl.constexpr, DQ: tl.constexpr, SCALE: tl.constexpr,
-                 M: tl.constexpr, DH: tl.constexpr):
+    def _queries(tile_k, tile_v, dk, dv, q, g, stats, dq, first, b, col, length, rows, there,
+                 MASK: tl.constexpr, GRAD: tl.constexpr, DQ: tl.constexpr, HELD: tl.constexpr,
+                 SCALE: tl.constexpr, M: tl.constexpr, DH: tl.constexpr):
         """Add what the queries of a stream give to dk and dv of a tile of keys, and the share of
-        dq that comes from the tile."""
-        for i in range(tl.cdiv(length, M)):
+        dq, rows from `first` on, that comes from the tile."""
+        left_k, left_v, tiles = tile_k, tile_v, tl.cdiv(length, M)
+        if HELD:        # wgmma takes what was computed from registers, what was loaded from memory
+            left_k, left_v = tile_k + 0, tile_v + 0
+        start = tl.program_id(0) % tiles        # programs of a head add to different rows of dq
+        for step in range(tiles):
+            i = start + step
+            i -= tl.where(i < tiles, 0, tiles)
             tile_q, tile_g = _load(q, b, i * M, col, M, DH), _load(g, b, i * M, col, M, DH)
             at = stats + i * M + tl.arange(0, M)
             logs, delta = tl.load(at), tl.load(at + rows)
-            p = tl.exp2(_product(tile_k, tile_q.T, dk.dtype) * SCALE - logs[None, :])    # [n, m]
+            p = tl.exp2(_product(left_k, tile_q.T, dk.dtype) * SCALE - logs[None, :])    # [n, m]
             if MASK:      # keys beyond the end score 0, which may be far above the others
                 p = tl.where(there[:, None], p, 0)
-            dp = _product(tile_v, tile_g.T, dk.dtype)
+            dp = _product(left_v, tile_g.T, dk.dtype)
             if GRAD:
                 dv += _product(p.to(tile_g.dtype), tile_g, dv.dtype)
             ds = (p * (dp - delta[None, :])).to(tile_q.dtype)
             if GRAD:
                 dk += _product(ds, tile_q, dk.dtype)
             if DQ:
-                to = dq + (i * M + tl.arange(0, M))[:, None] * DH + tl.arange(0, DH)[None, :]
-                tl.atomic_add(to, _product(ds.T, tile_k, dk.dtype), sem="relaxed")
+                part = _product(ds.T, tile_k, dk.dtype)
+                if isinstance(dq, tl.tensor_descriptor):
+                    dq.atomic_add([(first + i * M).to(tl.int32), 0], part)
+                else:
+                    to = dq + (first + i * M) * DH + tl.arange(0, M)[:, None] * DH
+                    tl.atomic_add(to + tl.arange(0, DH)[None, :], part, sem="relaxed")
         return dk, dv
 
     @triton.jit
-    def _both_queries(tile_k, tile_v, q, g, stats, dq, b, head, l, first, rows, there,
+    def _both_queries(tile_k, tile_v, q, g, stats, dq, at, b, head, l, first, rows, there,
                       MASK: tl.constexpr, GRAD: tl.constexpr, TXT_Q: tl.constexpr, DQ: tl.constexpr,
-                      SCALE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DH: tl.constexpr,
-                      ACC: tl.constexpr):
+                      HELD: tl.constexpr, SCALE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+                      DH: tl.constexpr, ACC: tl.constexpr):
         dk, dv = tl.zeros([N, DH], ACC), tl.zeros([N, DH], ACC)
-        dk, dv = _queries(tile_k, tile_v, dk, dv, q[1], g[1], stats + first, dq + first * DH, b,
-                          head * DH, l[1], rows, there, MASK, GRAD, DQ[1], SCALE, M, DH)
+        dk, dv = _queries(tile_k, tile_v, dk, dv, q[1], g[1], stats + first, dq, at * rows + first,
+                          b, head * DH, l[1], rows, there, MASK, GRAD, DQ[1], HELD, SCALE, M, DH)
         if TXT_Q:
-            dk, dv = _queries(tile_k, tile_v, dk, dv, q[0], g[0], stats, dq, b, head * DH, l[0],
-                              rows, there, MASK, GRAD, DQ[0], SCALE, M, DH)
+            dk, dv = _queries(tile_k, tile_v, dk, dv, q[0], g[0], stats, dq, at * rows, b,
+                              head * DH, l[0], rows, there, MASK, GRAD, DQ[0], HELD, SCALE, M, DH)
         return dk, dv
 
     @triton.jit
@@ -351,16 +361,18 @@ if triton is not None:
     def _backward(q_txt, q_img, g_txt, g_img, k_txt, k_img, qkv_txt, qkv_img, dqkv_txt, dqkv_img, w,
                   parts, stats, dq, l, n, blocks_txt, blocks, tiles_txt, TXT: tl.constexpr,
                   TXT_Q: tl.constexpr, GRAD: tl.constexpr, WEIGHT: tl.constexpr, DQ: tl.constexpr,
-                  EPS: tl.constexpr, SCALE: tl.constexpr, DK_SCALE: tl.constexpr, R: tl.constexpr,
-                  M: tl.constexpr, N: tl.constexpr, DH: tl.constexpr, ACC: tl.constexpr):
+                  HELD: tl.constexpr, EPS: tl.constexpr, SCALE: tl.constexpr,
+                  DK_SCALE: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+                  DH: tl.constexpr, ACC: tl.constexpr):
         """Compute dk (through the norm), dv and the partial sum of dw_k of a tile of keys of either
-        stream; add what the tile gives to dq to dq [b, n, rows, dh]."""
+        stream; add what the tile gives to dq to dq [b, n, rows, dh], a pointer or a descriptor of
+        its rows. HELD: keys and values are factors in registers."""
         q, g, dqkv = (q_txt, q_img), (g_txt, g_img), (dqkv_txt, dqkv_img)
         k = q if k_img is None else (k_txt, k_img)
         qkv = k if qkv_img is None else (qkv_txt, qkv_img)
         tile, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         at, rows, first = b.to(tl.int64) * n + head, blocks * R, blocks_txt * R
-        stats, dq = stats + at * 2 * rows, dq + at * rows * DH
+        stats += at * 2 * rows
 
         # the keys
         keys, values, row, length = k[1], qkv[1], (tile - tiles_txt) * N, l[1]
@@ -373,11 +385,13 @@ if triton is not None:
 
         # all queries
         if row + N <= length:
-            dk, dv = _both_queries(tile_k, tile_v, q, g, stats, dq, b, head, l, first, rows, there,
-                                   False, GRAD[0] or GRAD[1], TXT_Q, DQ, SCALE, M, N, DH, ACC)
+            dk, dv = _both_queries(tile_k, tile_v, q, g, stats, dq, at, b, head, l, first, rows,
+                                   there, False, GRAD[0] or GRAD[1], TXT_Q, DQ, HELD, SCALE, M, N,
+                                   DH, ACC)
         else:
-            dk, dv = _both_queries(tile_k, tile_v, q, g, stats, dq, b, head, l, first, rows, there,
-                                   True, GRAD[0] or GRAD[1], TXT_Q, DQ, SCALE, M, N, DH, ACC)
+            dk, dv = _both_queries(tile_k, tile_v, q, g, stats, dq, at, b, head, l, first, rows,
+                                   there, True, GRAD[0] or GRAD[1], TXT_Q, DQ, HELD, SCALE, M, N,
+                                   DH, ACC)
         dk *= DK_SCALE
         if GRAD[0]:
             if tile < tiles_txt:
@@ -488,13 +502,12 @@ TABLE = {
     #            2048 / 2048 (products)  2560 / 2720 (shared), 2 CTAs
     (89, 128):  (Launch(64, 32, 4, 2),   Launch(32, 64, 8, 2),  Launch(64, 32, 8, 2)),
     #            2048 / 2176 (shared)    3584 / 3872 (shared)
-    # exponentials run under the next product; the backward reads both factors of two products from
-    # shared memory
+    # exponentials run under the next product; the backward holds its keys and values in registers
     (90, 64):   (Launch(128, 128, 8, 3), Launch(64, 128, 8, 3), Launch(128, 64, 8, 3)),
-    #            1024 / 1056 (exp)       1280 / 1808 (shared)
+    #            1024 / 1056 (exp)       1280 / 1552 (shared)
     # exponentials are not under a product here
     (90, 128):  (Launch(128, 64, 8, 3),  Launch(32, 64, 8, 2),  Launch(128, 64, 8, 2)),
-    #            1024 / 1568 (both)      896 / 2192 (shared)
+    #            1024 / 1568 (both)      896 / 1168 (shared)
     # overlap is assumed; tensor memory leaves two CTAs an SM forward and one backward
     (100, 64):  (Launch(128, 128, 8, 2), Launch(64, 128, 8, 2), Launch(128, 64, 4, 2)),
     #            1024 / 2080 (exp)       640 / 1424 (shared)
@@ -754,12 +767,15 @@ def backward(g_txt: Tensor | None, g_img: Tensor, qkv_txt: Tensor | None, qkv_im
         q, k, v = _qkv_tiles(qk, qkv, m, keys)
         # ds is the gradient by natural scores; the folded q brings its own scale and log2(e)
         dk_scale = math.log(2) if fold else dh ** -0.5
+        add_to = dq
+        if _tma(dq.device) and not INTERPRET:       # Triton's interpreter does not reduce by them
+            add_to = _Tile(dq, (b * n * blocks * ROWS, dh), (dh, 1), (m, dh))
         _backward[(sum(tiles), n, b)](
             *q, *_pair(_tiles, *g, m), *k, *v, *_pair(_tiles, dqkv_txt, dqkv_img, keys),
-            (wk_txt, wk_img), parts_k, stats, dq, l, n, blocks_txt, blocks, tiles[0],
+            (wk_txt, wk_img), parts_k, stats, add_to, l, n, blocks_txt, blocks, tiles[0],
             TXT=tiles[0] > 0, TXT_Q=txt_q, GRAD=grad, WEIGHT=weight,
-            DQ=(want_q[0] and atomic, want_q[1] and atomic), EPS=eps, SCALE=scale,
-            DK_SCALE=dk_scale, M=m, N=keys, **rows, num_warps=warps, num_stages=stages)
+            DQ=(want_q[0] and atomic, want_q[1] and atomic), HELD=_arch(dq.device) == 90, EPS=eps,
+            SCALE=scale, DK_SCALE=dk_scale, M=m, N=keys, **rows, num_warps=warps, num_stages=stages)
     if deterministic and any(want_q):
         m, keys, warps, stages = second
         tiles = [_cdiv(x, m) if wanted else 0 for x, wanted in zip(l, want_q)]
@@ -775,7 +791,7 @@ def backward(g_txt: Tensor | None, g_img: Tensor, qkv_txt: Tensor | None, qkv_im
         _finish[(n, blocks, b)](
             dq, _pair(_rows, *qkv), _pair(_rows, dqkv_txt, dqkv_img), (wq_txt, wq_img), parts_q, n,
             blocks_txt, blocks, EPS=eps, DQ_SCALE=dh ** -0.5, DQ=want_q, WEIGHT=weight, **rows,
-            num_warps=8, num_stages=1)
+            num_warps=dh // 16, num_stages=1)
     if grad[0] and not txt_q:
         dqkv_txt[:, :, 0].zero_()
     for out, part in zip(dw, (parts_q[0], parts_k[0], parts_q[1], parts_k[1])):
