@@ -28,13 +28,13 @@ partials per tile, which a few small kernels of torch merge: no atomics.
 
 What the convolution reads, y and dv, is stored with one zero after each row of the grid but the
 last, the padding of two rows at once: positions [h (w + 1) - 1] instead of tokens [h w]. A shift of
-the convolution is then a shift along one axis, and a tile is a run of positions that a descriptor
-(TMA) reads whatever the grid; positions before the first and after the last read as zero.
+the convolution is then a shift along one axis, and a tile is a run of positions, read by TMA or
+cp.async whatever the grid; positions before the first and after the last read as zero.
 
 Bytes forward: the features copied once into one tensor (read and written), and in activations of
 k b l c: u, y, v written, u, y, v read, and y nine times by the convolution, mostly from L2. Kept
 for backward: u and v, and for the weights' gradient the copied features. Slower than it should be
-before sm_90 (no TMA, so that loads are not asynchronous) and in fp32 (no tensor cores).
+in fp32 (no tensor cores).
 """
 import functools
 import os
@@ -174,6 +174,23 @@ if triton is not None:
         return tl.where(x > 0, x, x * LEAK)
 
     @triton.jit
+    def _load(x, i, row, col, R: tl.constexpr, C: tl.constexpr, T: tl.constexpr = False):
+        """Load [R, C], or with T its transpose, at x[i, row, col]; zero outside. x, [n, rows,
+        columns], is a descriptor or (pointer, rows, columns)."""
+        if isinstance(x, tl.tensor_descriptor):
+            tile = x.load([i, row, col]).reshape(R, C)
+            if T:
+                tile = tile.T
+        else:
+            start, rows, columns = x
+            r, c = row + tl.arange(0, R)[:, None], col + tl.arange(0, C)[None]
+            if T:              # what is transposed after its load is not copied by cp.async
+                r, c = row + tl.arange(0, R)[None], col + tl.arange(0, C)[:, None]
+            tile = tl.load(start + i.to(tl.int64) * rows * columns + (r * columns + c),
+                           (r >= 0) & (r < rows) & (c < columns), 0.0)
+        return tile
+
+    @triton.jit
     def _halves(x):
         """Return the first and the second half of the columns."""
         return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
@@ -233,11 +250,11 @@ if triton is not None:
             tap, k0 = step // steps, step % steps * BK
             shift = (tap // 3 - 1) * (w + 1) + tap % 3 - 1 if TAPS == 9 else 0
             if BACK:
-                a = src.load([kb, first - shift, k0]).reshape(TOKENS, BK)
-                wt = weight.load([k * TAPS + tap, n0, k0]).reshape(BN, BK).T
+                a = _load(src, kb, first - shift, k0, TOKENS, BK)
+                wt = _load(weight, k * TAPS + tap, n0, k0, BN, BK).T
             else:
-                a = src.load([kb, first + shift, k0]).reshape(TOKENS, BK)
-                wt = weight.load([k * TAPS + tap, k0, n0]).reshape(BK, BN)
+                a = _load(src, kb, first + shift, k0, TOKENS, BK)
+                wt = _load(weight, k * TAPS + tap, k0, n0, BK, BN)
             acc = tl.dot(a.to(wt.dtype), wt, acc, input_precision="ieee", out_dtype=ACC)
 
         # the epilogue, in PIECES of the channels to save registers
@@ -275,9 +292,9 @@ if triton is not None:
         acc = tl.zeros([BM, BN], ACC)
         for step in range(s * (b * tiles) // SPLIT, (s + 1) * (b * tiles) // SPLIT):
             kb, first = k * b + step // tiles, step % tiles * TOKENS
-            a = src.load([kb, first + shift, m0]).reshape(TOKENS, BM)
-            g = grad.load([kb, first, n0]).reshape(TOKENS, BN)
-            acc = tl.dot(a.to(g.dtype).T, g, acc, input_precision="ieee", out_dtype=ACC)
+            g = _load(grad, kb, first, n0, TOKENS, BN)
+            a = _load(src, kb, first + shift, m0, TOKENS, BM, True)
+            acc = tl.dot(a.to(g.dtype), g, acc, input_precision="ieee", out_dtype=ACC)
         m, n = m0 + tl.arange(0, BM), n0 + tl.arange(0, BN)
         tl.store(out_ptr + pid.to(tl.int64) * d * c + (m[:, None] * c + n[None]), acc,
                  (m < d)[:, None] & (n < c)[None])
@@ -419,9 +436,8 @@ class Tiles(NamedTuple):
 # python -m kernels.aot: products / bound (resource).
 TABLE = {
     (0, "any"):      Tiles(64, 32, 64, 4, 1, 64, 32, 64, 4, 1),        # the interpreter
-    # before sm_90 a descriptor becomes plain loads: each step waits for memory
-    (80, "wide"):    Tiles(128, 128, 32, 8, 2, 128, 128, 32, 8, 2),    # 512 / 734 to 1380 (issue)
-    (80, "narrow"):  Tiles(64, 64, 32, 4, 2, 64, 64, 32, 4, 2),
+    (80, "wide"):    Tiles(128, 128, 64, 8, 3, 128, 128, 32, 8, 4),    # 1024 / 1024 (products)
+    (80, "narrow"):  Tiles(64, 64, 64, 4, 3, 64, 64, 64, 4, 3),
     (80, "fp32"):    Tiles(64, 32, 16, 4, 2, 32, 64, 16, 4, 2),        # no tensor cores
     # a smaller tile would be bound by shared memory, which takes 1024 as well
     (90, "wide"):    Tiles(128, 256, 64, 8, 4, 128, 256, 64, 8, 3),    # 1024 / 1024 (products)
@@ -492,9 +508,16 @@ def _positions(h: int, w: int) -> int:
     return h * (w + 1) - 1
 
 
-def _tile_of(x: Tensor, *block: int) -> "TensorDescriptor":
-    """Return a descriptor of x [n, rows, columns] that reads `block` rows and columns of one n."""
-    return TensorDescriptor(x, x.shape, x.stride(), (1, *block))
+def _tma(device: torch.device) -> bool:
+    """Return whether tiles are copied by descriptors (TMA); else by pointers (cp.async)."""
+    return not 0 < _arch(device) < 90
+
+
+def _tile_of(x: Tensor, *block: int) -> "TensorDescriptor | tuple":
+    """Return what _load reads `block` rows and columns of contiguous x [n, rows, columns] by."""
+    if _tma(x.device):
+        return TensorDescriptor(x, x.shape, x.stride(), (1, *block))
+    return x, *x.shape[1:]
 
 
 def _multiply(src: Tensor, weight: Tensor, out: Tensor, grid: tuple[int, int], acc, taps: int = 1,
