@@ -196,10 +196,9 @@ if triton is not None:
         return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
 
     @triton.jit
-    def _group_stats(acc, inside, part, bias_ptr, g, n, k, c):
-        """Return acc with its bias; store count, mean and M2 of each group in part."""
+    def _group_stats(acc, inside, part, g, c):
+        """Store count, mean and M2 of each group of acc in part."""
         there = _down(inside)
-        acc += _across(tl.load(bias_ptr + k * c + n, n < c, 0.0))
         # never 0: zeros are not neighbours, so that every tile has at least one token
         count = tl.sum(inside.to(acc.dtype)) * GROUP
         mean = _over_groups(tl.where(there, acc, 0.0)) / count
@@ -208,17 +207,13 @@ if triton is not None:
         tl.store(part + g, tl.zeros_like(mean) + count, g < groups)
         tl.store(part + groups + g, mean, g < groups)
         tl.store(part + 2 * groups + g, _over_groups(apart * apart), g < groups)
-        return acc
 
     @triton.jit
-    def _norm_back(acc, rows, inside, part, g, n, kb, k, l, c, u_ptr, stat_ptr, gamma_ptr, beta_ptr,
-                   grad_ptr, readout_ptr):
-        """Add the residual's gradient to acc, the convolution's gradient to y, and take the sum
-        back through leaky ReLU. Store sums over tokens in part: of the result, of it times xhat, of
-        xhat."""
+    def _norm_back(acc, rows, inside, part, g, n, kb, k, l, c, u_ptr, stat_ptr, gamma_ptr,
+                   beta_ptr):
+        """Take acc, the gradient of y, back through leaky ReLU. Store sums over tokens in part: of
+        the result, of it times xhat, of xhat."""
         here = _down(inside) & _across(n < c)
-        grad = tl.load(grad_ptr + kb.to(tl.int64) * l + rows, inside, 0.0)
-        acc += _down(grad) * _across(tl.load(readout_ptr + kb * c + n, n < c, 0.0) * HALF)
         u_ptr += kb.to(tl.int64) * l * c
         u = tl.load(u_ptr + (_down(rows * c) + _across(n)), here, 0.0).to(acc.dtype)
         xhat, y, _, _ = _norm(u, stat_ptr, gamma_ptr, beta_ptr, kb, k, g, n, c)
@@ -246,6 +241,14 @@ if triton is not None:
         k, first = kb // b, t * TOKENS
         steps = tl.cdiv(d, BK)
         acc = tl.zeros([TOKENS, BN], ACC)
+        # the sum starts with the bias or the residual's gradient: registers are scarce after it
+        n = n0 + tl.arange(0, BN)
+        if EPILOGUE == "stats":
+            acc += tl.load(bias_ptr + k * c + n, n < c, 0.0)[None]
+        elif EPILOGUE == "norm":
+            rows, inside = _tokens(first + tl.arange(0, TOKENS), h * w, w)
+            acc += (tl.load(grad_ptr + kb.to(tl.int64) * h * w + rows, inside, 0.0)[:, None]
+                    * (tl.load(readout_ptr + kb * c + n, n < c, 0.0) * HALF)[None])
         for step in range(TAPS * steps):
             tap, k0 = step // steps, step % steps * BK
             shift = (tap // 3 - 1) * (w + 1) + tap % 3 - 1 if TAPS == 9 else 0
@@ -269,10 +272,10 @@ if triton is not None:
             piece = piece.reshape(TOKENS // 16, 16, few // GROUP, GROUP).permute(0, 2, 1, 3)
             g, n = (n0 + i * few) // GROUP + group, n0 + i * few + channel
             if EPILOGUE == "stats":
-                piece = _group_stats(piece, inside, part, bias_ptr, g, n, k, c)
+                _group_stats(piece, inside, part, g, c)
             elif EPILOGUE == "norm":
                 piece = _norm_back(piece, rows, inside, part, g, n, kb, k, h * w, c, u_ptr,
-                                   stat_ptr, gamma_ptr, beta_ptr, grad_ptr, readout_ptr)
+                                   stat_ptr, gamma_ptr, beta_ptr)
             tl.store(out_ptr + (_down(rows * c) + _across(n)), piece.to(out_ptr.dtype.element_ty),
                      _down(inside) & _across(n < c))
 

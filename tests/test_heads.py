@@ -411,7 +411,8 @@ def test_compiled_for_gpus_that_are_not_here(arch, machine_code, small_machine_c
              if row["arch"] == arch and row["kernel"].startswith("heads.")]
     assert len(small) == 24 and {r["kernel"] for r in small} == {r["kernel"] for r in large}
     summed = [r for r in small if r["epilogue"] == "norm" or r["kernel"] == "heads.readout_sums"]
-    assert len(summed) == 4 and not any(r["words"] for r in summed), summed
+    # a vector that changes threads writes one; one sum wrote ten or more
+    assert len(summed) == 4 and all(r["words"] < 4 for r in summed), summed
     for row in small + large:
         if row["kernel"] in ("heads.product", "heads.weight_grad"):
             assert row["products"] and row["bulk" if arch >= 90 else "async"], row
