@@ -35,11 +35,9 @@ that the code does not tell; it is left out of the bound.
 The model ranks candidates for a launch table; it does not predict time. It cannot see latencies,
 barriers that make warps wait for each other, bank conflicts, L2 or memory, the prologue and the
 epilogue of a kernel, or whether the overlap that the order of the instructions allows happens. Bank
-conflicts cannot be counted from machine code alone, since the addresses are known only at run time:
-executing the PTX found 16-way conflicts in the epilogue "norm" of the heads' product, which no
-column shows. For sm_100 which wait belongs to which product is not known, and overlap is assumed.
-Products by mma.sync count at the peak of wgmma or tcgen05 where a GPU has them, which is too few
-cycles.
+conflicts cannot be counted from machine code alone, since the addresses are known only at run time.
+For sm_100 which wait belongs to which product is not known, and overlap is assumed. Products by
+mma.sync count at the peak of wgmma or tcgen05 where a GPU has them, which is too few cycles.
 """
 import argparse
 import contextlib

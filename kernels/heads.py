@@ -28,13 +28,13 @@ partials per tile, which a few small kernels of torch merge: no atomics.
 
 What the convolution reads, y and dv, is stored with one zero after each row of the grid but the
 last, the padding of two rows at once: positions [h (w + 1) - 1] instead of tokens [h w]. A shift of
-the convolution is then a shift along one axis, and a tile is a run of positions that a descriptor
-(TMA) reads whatever the grid; positions before the first and after the last read as zero.
+the convolution is then a shift along one axis, and a tile is a run of positions, read by TMA or
+cp.async whatever the grid; positions before the first and after the last read as zero.
 
 Bytes forward: the features copied once into one tensor (read and written), and in activations of
 k b l c: u, y, v written, u, y, v read, and y nine times by the convolution, mostly from L2. Kept
 for backward: u and v, and for the weights' gradient the copied features. Slower than it should be
-before sm_90 (no TMA, so that loads are not asynchronous) and in fp32 (no tensor cores).
+in fp32 (no tensor cores).
 """
 import functools
 import os
@@ -118,27 +118,77 @@ def reference_discriminator_heads(feats: list[Tensor], params: HeadParams, cond:
 if triton is not None:
     GROUP, LEAK, HALF = tl.constexpr(GROUP_SIZE), tl.constexpr(SLOPE), tl.constexpr(0.5 ** 0.5)
 
+    # A tile of rows (tokens or positions) and channels has four axes, [A, groups, B, GROUP] with
+    # A B rows. Triton deals elements to lanes, then warps, from the last axis on. So with B = 16
+    # a warp of a tile of 128 channels holds a group of all rows, and sums over rows need no shared
+    # memory; with B = 1 a warp reads whole rows.
+
     @triton.jit
-    def _tokens(first, l, w, COUNT: tl.constexpr):
-        """Return the tokens of COUNT positions from `first` on, and which of them hold one."""
-        i = first + tl.arange(0, COUNT)
+    def _index(A: tl.constexpr, B: tl.constexpr, N: tl.constexpr):
+        """Return the indices of A B rows [A, B], N / GROUP groups and their N channels
+        [groups, GROUP]."""
+        g = tl.arange(0, N // GROUP)
+        return ((tl.arange(0, A) * B)[:, None] + tl.arange(0, B)[None], g,
+                (g * GROUP)[:, None] + tl.arange(0, GROUP)[None])
+
+    @triton.jit
+    def _down(x):
+        """Return x [A, B], of rows, as [A, 1, B, 1]."""
+        return x[:, None, :, None]
+
+    @triton.jit
+    def _across(x):
+        """Return x [groups, GROUP], of channels, as [1, groups, 1, GROUP]."""
+        return x[None, :, None, :]
+
+    @triton.jit
+    def _over_rows(x):
+        """Return sums [groups, GROUP] over rows."""
+        return tl.sum(tl.sum(x, 0), 1)
+
+    @triton.jit
+    def _over_groups(x):
+        """Return sums [groups] over rows and the channels of a group; in this order few values are
+        left where warps have different rows, as the products leave them."""
+        return tl.sum(tl.sum(tl.sum(x, 3), 2), 0)
+
+    @triton.jit
+    def _tokens(i, l, w):
+        """Return the tokens of positions i, and which of them hold one."""
         row, x = i // (w + 1), i % (w + 1)
         return row * w + x, (x < w) & (row * w + x < l)
 
     @triton.jit
-    def _norm(x, stat_ptr, gamma_ptr, beta_ptr, kb, k, n, c):
-        """Return (xhat, gamma xhat + beta, rstd, gamma) of x [rows, channels n]."""
-        at, groups = n // GROUP, c // GROUP
-        mean = tl.load(stat_ptr + kb * 2 * groups + at, n < c, 0.0)
-        rstd = tl.load(stat_ptr + (kb * 2 + 1) * groups + at, n < c, 0.0)
-        gamma = tl.load(gamma_ptr + k * c + n, n < c, 0.0)
-        beta = tl.load(beta_ptr + k * c + n, n < c, 0.0)
-        xhat = (x - mean[None]) * rstd[None]
-        return xhat, xhat * gamma[None] + beta[None], rstd, gamma
+    def _norm(x, stat_ptr, gamma_ptr, beta_ptr, kb, k, g, n, c):
+        """Return (xhat, gamma xhat + beta, rstd, gamma) of x at groups g and channels n."""
+        groups = c // GROUP
+        mean = tl.load(stat_ptr + kb * 2 * groups + g, g < groups, 0.0)[None, :, None, None]
+        rstd = tl.load(stat_ptr + (kb * 2 + 1) * groups + g, g < groups, 0.0)[None, :, None, None]
+        gamma = _across(tl.load(gamma_ptr + k * c + n, n < c, 0.0))
+        beta = _across(tl.load(beta_ptr + k * c + n, n < c, 0.0))
+        xhat = (x - mean) * rstd
+        return xhat, xhat * gamma + beta, rstd, gamma
 
     @triton.jit
     def _leaky(x):
         return tl.where(x > 0, x, x * LEAK)
+
+    @triton.jit
+    def _load(x, i, row, col, R: tl.constexpr, C: tl.constexpr, T: tl.constexpr = False):
+        """Load [R, C], or with T its transpose, at x[i, row, col]; zero outside. x, [n, rows,
+        columns], is a descriptor or (pointer, rows, columns)."""
+        if isinstance(x, tl.tensor_descriptor):
+            tile = x.load([i, row, col]).reshape(R, C)
+            if T:
+                tile = tile.T
+        else:
+            start, rows, columns = x
+            r, c = row + tl.arange(0, R)[:, None], col + tl.arange(0, C)[None]
+            if T:              # what is transposed after its load is not copied by cp.async
+                r, c = row + tl.arange(0, R)[None], col + tl.arange(0, C)[:, None]
+            tile = tl.load(start + i.to(tl.int64) * rows * columns + (r * columns + c),
+                           (r >= 0) & (r < rows) & (c < columns), 0.0)
+        return tile
 
     @triton.jit
     def _halves(x):
@@ -146,40 +196,31 @@ if triton is not None:
         return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
 
     @triton.jit
-    def _group_stats(acc, inside, part, bias_ptr, n0, k, c, N: tl.constexpr):
-        """Return acc [tokens, N channels from n0 on] with its bias; store count, mean and M2 of
-        each group in part."""
-        n, g, groups = n0 + tl.arange(0, N), n0 // GROUP + tl.arange(0, N // GROUP), c // GROUP
-        acc += tl.load(bias_ptr + k * c + n, n < c, 0.0)[None]
+    def _group_stats(acc, inside, part, g, c):
+        """Store count, mean and M2 of each group of acc in part."""
+        there = _down(inside)
         # never 0: zeros are not neighbours, so that every tile has at least one token
-        count = tl.sum(inside.to(acc.dtype), 0) * GROUP
-        total = tl.sum(tl.where(inside[:, None], acc, 0.0), 0)
-        mean = tl.sum(total.reshape(N // GROUP, GROUP), 1) / count
-        center = tl.broadcast_to(mean[:, None], (N // GROUP, GROUP)).reshape(N)
-        apart = tl.where(inside[:, None], acc - center[None], 0.0)
-        m2 = tl.sum(tl.sum(apart * apart, 0).reshape(N // GROUP, GROUP), 1)
+        count = tl.sum(inside.to(acc.dtype)) * GROUP
+        mean = _over_groups(tl.where(there, acc, 0.0)) / count
+        apart = tl.where(there, acc - mean[None, :, None, None], 0.0)
+        groups = c // GROUP
         tl.store(part + g, tl.zeros_like(mean) + count, g < groups)
         tl.store(part + groups + g, mean, g < groups)
-        tl.store(part + 2 * groups + g, m2, g < groups)
-        return acc
+        tl.store(part + 2 * groups + g, _over_groups(apart * apart), g < groups)
 
     @triton.jit
-    def _norm_back(acc, rows, inside, part, n0, kb, k, l, c, u_ptr, stat_ptr, gamma_ptr, beta_ptr,
-                   grad_ptr, readout_ptr, N: tl.constexpr):
-        """Add the residual's gradient to acc, the convolution's gradient to y [tokens, N channels
-        from n0 on], and take the sum back through leaky ReLU. Store sums over tokens in part: of
+    def _norm_back(acc, rows, inside, part, g, n, kb, k, l, c, u_ptr, stat_ptr, gamma_ptr,
+                   beta_ptr):
+        """Take acc, the gradient of y, back through leaky ReLU. Store sums over tokens in part: of
         the result, of it times xhat, of xhat."""
-        n = n0 + tl.arange(0, N)
-        here = inside[:, None] & (n < c)[None]
-        grad = tl.load(grad_ptr + kb.to(tl.int64) * l + rows, inside, 0.0)
-        acc += grad[:, None] * (tl.load(readout_ptr + kb * c + n, n < c, 0.0) * HALF)[None]
+        here = _down(inside) & _across(n < c)
         u_ptr += kb.to(tl.int64) * l * c
-        u = tl.load(u_ptr + (rows[:, None] * c + n[None]), here, 0.0).to(acc.dtype)
-        xhat, y, _, _ = _norm(u, stat_ptr, gamma_ptr, beta_ptr, kb, k, n, c)
+        u = tl.load(u_ptr + (_down(rows * c) + _across(n)), here, 0.0).to(acc.dtype)
+        xhat, y, _, _ = _norm(u, stat_ptr, gamma_ptr, beta_ptr, kb, k, g, n, c)
         acc = tl.where(here, tl.where(y > 0, acc, acc * LEAK), 0.0)
-        tl.store(part + n, tl.sum(acc, 0), n < c)
-        tl.store(part + c + n, tl.sum(acc * xhat, 0), n < c)
-        tl.store(part + 2 * c + n, tl.sum(tl.where(here, xhat, 0.0), 0), n < c)
+        tl.store(part + n, _over_rows(acc), n < c)
+        tl.store(part + c + n, _over_rows(acc * xhat), n < c)
+        tl.store(part + 2 * c + n, _over_rows(tl.where(here, xhat, 0.0)), n < c)
         return acc
 
     @triton.jit
@@ -200,35 +241,43 @@ if triton is not None:
         k, first = kb // b, t * TOKENS
         steps = tl.cdiv(d, BK)
         acc = tl.zeros([TOKENS, BN], ACC)
+        # the sum starts with the bias or the residual's gradient: registers are scarce after it
+        n = n0 + tl.arange(0, BN)
+        if EPILOGUE == "stats":
+            acc += tl.load(bias_ptr + k * c + n, n < c, 0.0)[None]
+        elif EPILOGUE == "norm":
+            rows, inside = _tokens(first + tl.arange(0, TOKENS), h * w, w)
+            acc += (tl.load(grad_ptr + kb.to(tl.int64) * h * w + rows, inside, 0.0)[:, None]
+                    * (tl.load(readout_ptr + kb * c + n, n < c, 0.0) * HALF)[None])
         for step in range(TAPS * steps):
             tap, k0 = step // steps, step % steps * BK
             shift = (tap // 3 - 1) * (w + 1) + tap % 3 - 1 if TAPS == 9 else 0
             if BACK:
-                a = src.load([kb, first - shift, k0]).reshape(TOKENS, BK)
-                wt = weight.load([k * TAPS + tap, n0, k0]).reshape(BN, BK).T
+                a = _load(src, kb, first - shift, k0, TOKENS, BK)
+                wt = _load(weight, k * TAPS + tap, n0, k0, BN, BK).T
             else:
-                a = src.load([kb, first + shift, k0]).reshape(TOKENS, BK)
-                wt = weight.load([k * TAPS + tap, k0, n0]).reshape(BK, BN)
+                a = _load(src, kb, first + shift, k0, TOKENS, BK)
+                wt = _load(weight, k * TAPS + tap, k0, n0, BK, BN)
             acc = tl.dot(a.to(wt.dtype), wt, acc, input_precision="ieee", out_dtype=ACC)
 
-        # the epilogue, in 1 or 8 PIECES of the channels to save registers
-        rows, inside = _tokens(first, h * w, w, TOKENS)
+        # the epilogue, in PIECES of the channels to save registers
         few: tl.constexpr = BN // PIECES
+        row, group, channel = _index(TOKENS // 16, 16, few)
+        rows, inside = _tokens(first + row, h * w, w)
         out_ptr += kb.to(tl.int64) * h * w * c
         part = (part_ptr
                 + (kb * tiles + t).to(tl.int64) * 3 * (c if EPILOGUE == "norm" else c // GROUP))
         for i in tl.static_range(PIECES):
-            piece = (_halves(_halves(_halves(acc)[i // 4])[i // 2 % 2])[i % 2] if PIECES == 8
-                     else acc)
-            start = n0 + i * few
+            piece = _halves(acc)[i] if PIECES == 2 else acc
+            piece = piece.reshape(TOKENS // 16, 16, few // GROUP, GROUP).permute(0, 2, 1, 3)
+            g, n = (n0 + i * few) // GROUP + group, n0 + i * few + channel
             if EPILOGUE == "stats":
-                piece = _group_stats(piece, inside, part, bias_ptr, start, k, c, few)
+                _group_stats(piece, inside, part, g, c)
             elif EPILOGUE == "norm":
-                piece = _norm_back(piece, rows, inside, part, start, kb, k, h * w, c, u_ptr,
-                                   stat_ptr, gamma_ptr, beta_ptr, grad_ptr, readout_ptr, few)
-            n = start + tl.arange(0, few)
-            tl.store(out_ptr + (rows[:, None] * c + n[None]), piece.to(out_ptr.dtype.element_ty),
-                     inside[:, None] & (n < c)[None])
+                piece = _norm_back(piece, rows, inside, part, g, n, kb, k, h * w, c, u_ptr,
+                                   stat_ptr, gamma_ptr, beta_ptr)
+            tl.store(out_ptr + (_down(rows * c) + _across(n)), piece.to(out_ptr.dtype.element_ty),
+                     _down(inside) & _across(n < c))
 
     @triton.jit
     def _weight_grad(src, grad, out_ptr, b, h, w, d, c, heads, TAPS: tl.constexpr,
@@ -246,115 +295,127 @@ if triton is not None:
         acc = tl.zeros([BM, BN], ACC)
         for step in range(s * (b * tiles) // SPLIT, (s + 1) * (b * tiles) // SPLIT):
             kb, first = k * b + step // tiles, step % tiles * TOKENS
-            a = src.load([kb, first + shift, m0]).reshape(TOKENS, BM)
-            g = grad.load([kb, first, n0]).reshape(TOKENS, BN)
-            acc = tl.dot(a.to(g.dtype).T, g, acc, input_precision="ieee", out_dtype=ACC)
+            g = _load(grad, kb, first, n0, TOKENS, BN)
+            a = _load(src, kb, first + shift, m0, TOKENS, BM, True)
+            acc = tl.dot(a.to(g.dtype), g, acc, input_precision="ieee", out_dtype=ACC)
         m, n = m0 + tl.arange(0, BM), n0 + tl.arange(0, BN)
         tl.store(out_ptr + pid.to(tl.int64) * d * c + (m[:, None] * c + n[None]), acc,
                  (m < d)[:, None] & (n < c)[None])
 
     @triton.jit
-    def _store_positions(out_ptr, x, kb, first, l, w, n, c, R: tl.constexpr):
-        """Store x [R, channels n] in out [k b, positions, c] from position `first` on."""
-        count, i = l + l // w - 1, first + tl.arange(0, R)
-        tl.store(out_ptr + kb.to(tl.int64) * count * c + (i[:, None] * c + n[None]),
-                 x.to(out_ptr.dtype.element_ty), (i < count)[:, None] & (n < c)[None])
+    def _place(c, R: tl.constexpr, C: tl.constexpr):
+        """Return the sample, rows, groups and channels of a program of a pass over elements."""
+        pid, across = tl.program_id(0), tl.cdiv(c, C)
+        row, g, n = _index(R, 1, C)
+        return (tl.program_id(1), pid // across * R + row, pid % across * (C // GROUP) + g,
+                pid % across * C + n)
+
+    @triton.jit
+    def _store_positions(out_ptr, x, kb, i, l, w, n, c):
+        """Store x in out [k b, positions, c] at positions i and channels n."""
+        count = l + l // w - 1
+        tl.store(out_ptr + kb.to(tl.int64) * count * c + (_down(i * c) + _across(n)),
+                 x.to(out_ptr.dtype.element_ty), _down(i < count) & _across(n < c))
 
     @triton.jit
     def _load_positions(y_ptr, kb, rows, l, w, n, c):
         """Load y [k b, positions, c] at tokens `rows` and channels n."""
-        at, here = (rows + rows // w)[:, None] * c + n[None], (rows < l)[:, None] & (n < c)[None]
-        return tl.load(y_ptr + kb.to(tl.int64) * (l + l // w - 1) * c + at, here, 0.0)
+        at = _down((rows + rows // w) * c) + _across(n)
+        return tl.load(y_ptr + kb.to(tl.int64) * (l + l // w - 1) * c + at,
+                       _down(rows < l) & _across(n < c), 0.0)
 
     @triton.jit
     def _activate(u_ptr, y_ptr, stat_ptr, gamma_ptr, beta_ptr, b, l, w, c, R: tl.constexpr,
                   C: tl.constexpr, ACC: tl.constexpr):
         """Compute y = lrelu(GN(u)), R positions and C channels per program."""
-        kb, first = tl.program_id(1), tl.program_id(0) // tl.cdiv(c, C) * R
-        n = tl.program_id(0) % tl.cdiv(c, C) * C + tl.arange(0, C)
-        rows, inside = _tokens(first, l, w, R)
-        here = inside[:, None] & (n < c)[None]
-        u = tl.load(u_ptr + kb.to(tl.int64) * l * c + (rows[:, None] * c + n[None]),
+        kb, i, g, n = _place(c, R, C)
+        rows, inside = _tokens(i, l, w)
+        here = _down(inside) & _across(n < c)
+        u = tl.load(u_ptr + kb.to(tl.int64) * l * c + (_down(rows * c) + _across(n)),
                     here, 0.0).to(ACC)
-        y = _leaky(_norm(u, stat_ptr, gamma_ptr, beta_ptr, kb, kb // b, n, c)[1])
-        _store_positions(y_ptr, tl.where(here, y, 0.0), kb, first, l, w, n, c, R)
+        y = _leaky(_norm(u, stat_ptr, gamma_ptr, beta_ptr, kb, kb // b, g, n, c)[1])
+        _store_positions(y_ptr, tl.where(here, y, 0.0), kb, i, l, w, n, c)
 
     @triton.jit
     def _readout(y_ptr, v_ptr, logit_ptr, stat_ptr, gamma_ptr, beta_ptr, readout_ptr, bias_ptr, b,
                  l, w, c, R: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr):
         """Compute the logits of R tokens: <(y + lrelu(GN(v))) / sqrt 2, readout> + b_out."""
-        kb, rows = tl.program_id(1), tl.program_id(0) * R + tl.arange(0, R)
-        base, k = kb.to(tl.int64) * l * c, kb // b
-        logit = tl.zeros([R], ACC)
+        row, group, channel = _index(R, 1, C)
+        kb, rows = tl.program_id(1), tl.program_id(0) * R + row
+        base, k = kb.to(tl.int64) * l, kb // b
+        logit = tl.zeros([R, C // GROUP, 1, GROUP], ACC)
         for n0 in range(0, c, C):
-            n = n0 + tl.arange(0, C)
-            at, here = rows[:, None] * c + n[None], (rows < l)[:, None] & (n < c)[None]
+            g, n = n0 // GROUP + group, n0 + channel
+            here = _down(rows < l) & _across(n < c)
             y = _load_positions(y_ptr, kb, rows, l, w, n, c).to(ACC)
-            v = tl.load(v_ptr + base + at, here, 0.0).to(ACC)
-            z = y + _leaky(_norm(v, stat_ptr, gamma_ptr, beta_ptr, kb, k, n, c)[1])
-            logit += tl.sum(z * (tl.load(readout_ptr + kb * c + n, n < c, 0.0) * HALF)[None], 1)
-        tl.store(logit_ptr + kb.to(tl.int64) * l + rows, logit + tl.load(bias_ptr + k), rows < l)
+            v = tl.load(v_ptr + base * c + (_down(rows * c) + _across(n)), here, 0.0).to(ACC)
+            z = y + _leaky(_norm(v, stat_ptr, gamma_ptr, beta_ptr, kb, k, g, n, c)[1])
+            logit += z * _across(tl.load(readout_ptr + kb * c + n, n < c, 0.0) * HALF)
+        logit = tl.sum(tl.sum(logit, 3), 1) + tl.load(bias_ptr + k)
+        tl.store(logit_ptr + base + rows, logit, rows < l)
 
     @triton.jit
     def _readout_sums(y_ptr, v_ptr, grad_ptr, part_ptr, stat_ptr, gamma_ptr, beta_ptr, readout_ptr,
                       b, l, w, c, WEIGHTS: tl.constexpr, LOOPS: tl.constexpr, R: tl.constexpr,
                       C: tl.constexpr, ACC: tl.constexpr):
-        """Compute sums over LOOPS R tokens, per channel, of g (the gradient of the second norm's
-        output), g xhat and, with WEIGHTS, xhat and logit gradient times z."""
-        kb, chunk, n = tl.program_id(2), tl.program_id(1), tl.program_id(0) * C + tl.arange(0, C)
+        """Compute sums over LOOPS R tokens, per channel, of a (the gradient of the second norm's
+        output), a xhat and, with WEIGHTS, xhat and logit gradient times z."""
+        row, group, channel = _index(R // 16, 16, C)
+        kb, chunk = tl.program_id(2), tl.program_id(1)
+        g, n = tl.program_id(0) * (C // GROUP) + group, tl.program_id(0) * C + channel
         base, k = kb.to(tl.int64) * l, kb // b
-        readout = tl.load(readout_ptr + kb * c + n, n < c, 0.0) * HALF
+        readout = _across(tl.load(readout_ptr + kb * c + n, n < c, 0.0) * HALF)
         # each thread adds up its rows in registers; threads are summed once at the end
-        s_g = tl.zeros([R, C], ACC)
-        s_gx, s_x, s_z = s_g, s_g, s_g
+        s_a = tl.zeros([R // 16, C // GROUP, 16, GROUP], ACC)
+        s_ax, s_x, s_z = s_a, s_a, s_a
         for loop in range(LOOPS):
-            rows = (chunk * LOOPS + loop) * R + tl.arange(0, R)
-            at, here = rows[:, None] * c + n[None], (rows < l)[:, None] & (n < c)[None]
-            grad = tl.load(grad_ptr + base + rows, rows < l, 0.0)[:, None]
-            v = tl.load(v_ptr + base * c + at, here, 0.0).to(ACC)
-            xhat, pre, _, _ = _norm(v, stat_ptr, gamma_ptr, beta_ptr, kb, k, n, c)
-            g = grad * readout[None]
-            g = tl.where(here, tl.where(pre > 0, g, g * LEAK), 0.0)
-            s_g += g
-            s_gx += g * xhat
+            rows = (chunk * LOOPS + loop) * R + row
+            here = _down(rows < l) & _across(n < c)
+            grad = _down(tl.load(grad_ptr + base + rows, rows < l, 0.0))
+            v = tl.load(v_ptr + base * c + (_down(rows * c) + _across(n)), here, 0.0).to(ACC)
+            xhat, pre, _, _ = _norm(v, stat_ptr, gamma_ptr, beta_ptr, kb, k, g, n, c)
+            a = grad * readout
+            a = tl.where(here, tl.where(pre > 0, a, a * LEAK), 0.0)
+            s_a += a
+            s_ax += a * xhat
             if WEIGHTS:
                 s_x += tl.where(here, xhat, 0.0)
                 z = _load_positions(y_ptr, kb, rows, l, w, n, c).to(ACC) + _leaky(pre)
                 s_z += grad * z
         part = (part_ptr
                 + (kb * tl.num_programs(1) + chunk).to(tl.int64) * (4 if WEIGHTS else 2) * c + n)
-        tl.store(part, tl.sum(s_g, 0), n < c)
-        tl.store(part + c, tl.sum(s_gx, 0), n < c)
+        tl.store(part, _over_rows(s_a), n < c)
+        tl.store(part + c, _over_rows(s_ax), n < c)
         if WEIGHTS:
-            tl.store(part + 2 * c, tl.sum(s_x, 0), n < c)
-            tl.store(part + 3 * c, tl.sum(s_z, 0) * HALF, n < c)
+            tl.store(part + 2 * c, _over_rows(s_x), n < c)
+            tl.store(part + 3 * c, _over_rows(s_z) * HALF, n < c)
 
     @triton.jit
     def _norm_grad(x_ptr, g_ptr, out_ptr, grad_ptr, stat_ptr, gamma_ptr, beta_ptr, readout_ptr,
                    mean_ptr, b, l, w, c, SECOND: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
                    ACC: tl.constexpr):
-        """Compute out = rstd (gamma g - m1 - xhat m2), the way back through a group norm.
+        """Compute out = rstd (gamma a - m1 - xhat m2), the way back through a group norm.
 
-        g is read (out may be its memory) or, at the SECOND norm, computed from the gradient of the
+        a is read (out may be its memory) or, at the SECOND norm, computed from the gradient of the
         logits. out has the positions of width w, which is l where they are the tokens.
         """
-        kb, first = tl.program_id(1), tl.program_id(0) // tl.cdiv(c, C) * R
-        n = tl.program_id(0) % tl.cdiv(c, C) * C + tl.arange(0, C)
-        rows, inside = _tokens(first, l, w, R)
-        base, at = kb.to(tl.int64) * l, rows[:, None] * c + n[None]
-        here = inside[:, None] & (n < c)[None]
+        kb, i, g, n = _place(c, R, C)
+        rows, inside = _tokens(i, l, w)
+        base, at = kb.to(tl.int64) * l, _down(rows * c) + _across(n)
+        here = _down(inside) & _across(n < c)
         x = tl.load(x_ptr + base * c + at, here, 0.0).to(ACC)
-        xhat, pre, rstd, gamma = _norm(x, stat_ptr, gamma_ptr, beta_ptr, kb, kb // b, n, c)
+        xhat, pre, rstd, gamma = _norm(x, stat_ptr, gamma_ptr, beta_ptr, kb, kb // b, g, n, c)
         if SECOND:
-            g = (tl.load(grad_ptr + base + rows, inside, 0.0)[:, None]
-                 * (tl.load(readout_ptr + kb * c + n, n < c, 0.0) * HALF)[None])
-            g = tl.where(pre > 0, g, g * LEAK)
+            a = (_down(tl.load(grad_ptr + base + rows, inside, 0.0))
+                 * _across(tl.load(readout_ptr + kb * c + n, n < c, 0.0) * HALF))
+            a = tl.where(pre > 0, a, a * LEAK)
         else:
-            g = tl.load(g_ptr + base * c + at, here, 0.0).to(ACC)
-        m1 = tl.load(mean_ptr + kb * 2 * (c // GROUP) + n // GROUP, n < c, 0.0)
-        m2 = tl.load(mean_ptr + (kb * 2 + 1) * (c // GROUP) + n // GROUP, n < c, 0.0)
-        out = rstd[None] * (g * gamma[None] - m1[None] - xhat * m2[None])
-        _store_positions(out_ptr, tl.where(here, out, 0.0), kb, first, l, w, n, c, R)
+            a = tl.load(g_ptr + base * c + at, here, 0.0).to(ACC)
+        groups = c // GROUP
+        m1 = tl.load(mean_ptr + kb * 2 * groups + g, g < groups, 0.0)
+        m2 = tl.load(mean_ptr + (kb * 2 + 1) * groups + g, g < groups, 0.0)
+        out = rstd * (a * gamma - m1[None, :, None, None] - xhat * m2[None, :, None, None])
+        _store_positions(out_ptr, tl.where(here, out, 0.0), kb, i, l, w, n, c)
 
 
 # --- launches ---
@@ -373,14 +434,13 @@ class Tiles(NamedTuple):
     w_stages: int
 
 
-# (architecture, class) -> Tiles. Nothing is measured on a GPU. No row spills but one product on
-# sm_120, 8 bytes (Triton 3.7.1). The comments give the cycles of the products in a pass of the
-# inner loop and what bounds that pass, by python -m kernels.aot: products / bound (resource).
+# (architecture, class) -> Tiles. Nothing is measured on a GPU. No row spills (Triton 3.7.1). The
+# comments give the cycles of the products in a pass of the inner loop and what bounds that pass, by
+# python -m kernels.aot: products / bound (resource).
 TABLE = {
     (0, "any"):      Tiles(64, 32, 64, 4, 1, 64, 32, 64, 4, 1),        # the interpreter
-    # before sm_90 a descriptor becomes plain loads: each step waits for memory
-    (80, "wide"):    Tiles(128, 128, 32, 8, 2, 128, 128, 32, 8, 2),    # 512 / 734 to 1380 (issue)
-    (80, "narrow"):  Tiles(64, 64, 32, 4, 2, 64, 64, 32, 4, 2),
+    (80, "wide"):    Tiles(128, 128, 64, 8, 3, 128, 128, 32, 8, 4),    # 1024 / 1024 (products)
+    (80, "narrow"):  Tiles(64, 64, 64, 4, 3, 64, 64, 64, 4, 3),
     (80, "fp32"):    Tiles(64, 32, 16, 4, 2, 32, 64, 16, 4, 2),        # no tensor cores
     # a smaller tile would be bound by shared memory, which takes 1024 as well
     (90, "wide"):    Tiles(128, 256, 64, 8, 4, 128, 256, 64, 8, 3),    # 1024 / 1024 (products)
@@ -451,9 +511,16 @@ def _positions(h: int, w: int) -> int:
     return h * (w + 1) - 1
 
 
-def _tile_of(x: Tensor, *block: int) -> "TensorDescriptor":
-    """Return a descriptor of x [n, rows, columns] that reads `block` rows and columns of one n."""
-    return TensorDescriptor(x, x.shape, x.stride(), (1, *block))
+def _tma(device: torch.device) -> bool:
+    """Return whether tiles are copied by descriptors (TMA); else by pointers (cp.async)."""
+    return not 0 < _arch(device) < 90
+
+
+def _tile_of(x: Tensor, *block: int) -> "TensorDescriptor | tuple":
+    """Return what _load reads `block` rows and columns of contiguous x [n, rows, columns] by."""
+    if _tma(x.device):
+        return TensorDescriptor(x, x.shape, x.stride(), (1, *block))
+    return x, *x.shape[1:]
 
 
 def _multiply(src: Tensor, weight: Tensor, out: Tensor, grid: tuple[int, int], acc, taps: int = 1,
@@ -464,7 +531,7 @@ def _multiply(src: Tensor, weight: Tensor, out: Tensor, grid: tuple[int, int], a
     (h, w), (k, b, _, c), d = grid, out.shape, src.shape[-1]
     tiles = _tiles(weight, h * w, c)
     bk, count = tiles.depth, triton.cdiv(_positions(h, w), tiles.tokens)
-    pieces = 8 if tiles.tokens * tiles.channels >= 128 ** 2 else 1
+    pieces = 2 if tiles.channels > 128 else 1
     epilogue, rows, columns = "store", 0, 0
     if bias is not None:
         epilogue, rows, columns = "stats", count, c // GROUP_SIZE
