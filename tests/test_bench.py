@@ -188,7 +188,8 @@ def test_smoke_writes_a_row_for_each_contender(tmp_path):
     done = [*((k, d) for k in ("attention", "modulate", "gate_modulate")
               for d in ("forward", "backward")),
             *(("heads", d) for d in ("forward", "features", "weights"))]
-    assert names == {(*work, c) for work in done for c in ("ours", "eager", "compile")}
+    assert names == {*((*work, c) for work in done for c in ("ours", "eager", "compile")),
+                     *(("optimizer", "step", c) for c in ("ours", "torch"))}
     for row in rows:
         assert float(row["ms_20"]) <= float(row["ms"]) <= float(row["ms_80"])
         assert row["gpu"] == "cpu" and row["host_ms"] == row["ms"]
