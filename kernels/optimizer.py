@@ -192,7 +192,8 @@ def adamw(weights: Sequence[Tensor], grads: Sequence[Tensor], firsts: Sequence[T
                                    ALIGNED=aligned),
                 rate, 1 - lr * weight_decay, beta1, beta2, 1 - beta1, 1 - beta2, eps, 1 - decay)
     # autograd cannot see what a kernel writes
-    torch.autograd.graph.increment_version([*weights, *(averages or ())])
+    halves = [c for c in copies if c is not None]
+    torch.autograd.graph.increment_version([*weights, *(averages or ()), *halves])
 
 
 # --- check and time: python kernels/optimizer.py ---

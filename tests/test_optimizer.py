@@ -100,7 +100,9 @@ def test_the_kernel_is_its_formula_bit_for_bit(beta1):
         for name in ("firsts", "seconds", "averages", "copies"):
             state[name][1] = state[name][1].flatten()
         state["copies"][2] = None
-    versions = [w._version for w in (*ours["weights"], *ours["averages"])]
+    written = [t for name in ("weights", "averages", "copies") for t in ours[name]
+               if t is not None]
+    versions = [t._version for t in written]
     for t in (1, 2):
         formula(theirs, grads_of(theirs, t), beta1, t)
         advance(optimizer.adamw, ours, beta1, t)
@@ -108,7 +110,7 @@ def test_the_kernel_is_its_formula_bit_for_bit(beta1):
         for a, e in zip(ours[name], expected):
             assert a is e is None or torch.equal(a, e), name
     # autograd sees that the tensors have changed
-    assert all(w._version > v for w, v in zip((*ours["weights"], *ours["averages"]), versions))
+    assert all(t._version > v for t, v in zip(written, versions))
 
 
 @interpreted
@@ -294,6 +296,42 @@ def test_copies_follow_the_weights():
         changed = loss_of(model).item()
     assert changed != before and current(model)
     assert casts.ops[ROUND] == 1
+
+
+def test_copies_follow_other_weights():
+    """Whose count of changes is that of the weights before them."""
+    model = copy.deepcopy(mixed())
+    layers = AdamW(model, 1e-2, 0.0, 0.99).layers
+    loss_of(model)
+    counts = [layer.weight._version for layer in layers]
+    model.load_state_dict({k: 2 * t for k, t in model.state_dict().items()}, assign=True)
+    assert counts == [layer.weight._version for layer in layers]
+    loss_of(model)
+    assert current(model)
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.mul_(2)
+    twin = copy.deepcopy(model)                 # whose weights begin to count at 0
+    loss_of(twin)
+    assert current(twin)
+
+
+def test_a_step_marks_only_the_copies_that_it_makes():
+    """Not that of a weight without a gradient; two optimizers have the same copies."""
+    model = mixed()
+    adam, other = (AdamW(model, 1e-2, 0.0, 0.99) for _ in range(2))
+    loss_of(model).backward()
+    embedder = model.context_embedder
+    embedder.weight.grad = None
+    with torch.no_grad():
+        embedder.weight.mul_(2)
+    adam.step()
+    loss_of(model)
+    assert current(model)
+    train(model, other)
+    assert current(model)
+    train(model, adam)
+    assert current(model)
 
 
 def test_a_deep_copy_has_its_own_copies():
