@@ -252,6 +252,24 @@ def test_the_product_of_a_bf16_pass_has_the_gradients_of_its_formula():
                                  ).view(3, 5, 40).to(BF16))
 
 
+def test_the_product_has_no_second_derivative():
+    """Of dx with respect to the weight it would lack a part without an error."""
+    x = torch.randn(3, 24).to(BF16).requires_grad_()
+    dx, = torch.autograd.grad(Linear(24, 40)(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.square().sum().backward()
+
+
+def test_a_frozen_layer_keeps_no_input():
+    """Of a frozen fp32 weight only the input's gradient is computed, as in ladd.dpo."""
+    layer, x, kept = Linear(24, 40), torch.randn(3, 24).to(BF16).requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape), lambda t: t):
+        layer(x)
+        assert x.shape in kept and len(kept) == 2
+        layer.requires_grad_(False)(x)
+    assert x.shape not in kept[2:] and len(kept) == 3           # the weight, to multiply with
+
+
 def test_gelu_is_in_the_product_where_no_gradient_is_kept():
     """One operator instead of two; not where the layer does more than a product."""
     model, inputs = on_meta()
