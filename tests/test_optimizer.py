@@ -144,6 +144,8 @@ def test_the_kernel_is_the_reference():
     (dict(seconds=[torch.zeros(3, 2).t()]), r"second must be contiguous .* of strides \(1, 2\)"),
     (dict(weights=[torch.zeros(2, 3).double()]), r"weight must be .* torch.float32 on .*float64"),
     (dict(copies=[torch.zeros(2, 3)]), r"copy must be .* one of torch.bfloat16, torch.float16"),
+    (dict(copies=[torch.zeros(2, 3).to(BF16), torch.zeros(2, 3).half()]),
+     r"copies must have one dtype \(got torch.bfloat16, torch.float16\)"),
     (dict(firsts=[torch.zeros(2, 3)]), r"firsts must be None where beta1 is 0, and only there"),
     (dict(averages=[]), "shorter")])
 def test_what_the_kernel_does_not_take(change, message):
