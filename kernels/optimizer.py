@@ -171,11 +171,14 @@ def adamw(weights: Sequence[Tensor], grads: Sequence[Tensor], firsts: Sequence[T
                          f"{beta1})")
     groups: dict[bool, list[tuple[Tensor | None, ...]]] = {}
     halves = {c.dtype for c in copies if c is not None} or {torch.bfloat16}
+    if len(halves) > 1:
+        raise ValueError("adamw: copies must have one dtype (got "
+                         f"{', '.join(sorted(map(str, halves)))})")
     for row in _rows(weights, grads, firsts, seconds, averages, copies):
         w = row[0]
         for x, name in zip(row, NAMES):
             dtypes = HALVES if name == "copy" else (torch.float32,)
-            if x is not None and (x.dtype not in dtypes or x.shape != w.shape or len(halves) > 1
+            if x is not None and (x.dtype not in dtypes or x.shape != w.shape
                                   or x.device != factor.device or not x.is_contiguous()):
                 raise ValueError(f"adamw: {name} must be contiguous {list(w.shape)} in one of "
                                  f"{', '.join(map(str, dtypes))} on {factor.device} (got "
@@ -192,7 +195,8 @@ def adamw(weights: Sequence[Tensor], grads: Sequence[Tensor], firsts: Sequence[T
                                    ALIGNED=aligned),
                 rate, 1 - lr * weight_decay, beta1, beta2, 1 - beta1, 1 - beta2, eps, 1 - decay)
     # autograd cannot see what a kernel writes
-    torch.autograd.graph.increment_version([*weights, *(averages or ())])
+    written = [*weights, *(averages or ()), *(c for c in copies if c is not None)]
+    torch.autograd.graph.increment_version(written)
 
 
 # --- check and time: python kernels/optimizer.py ---

@@ -13,6 +13,7 @@ import kernels
 from ladd import bench, build
 from ladd.build import compute_of, plan_of
 from ladd.config import Config, parse_config
+from ladd.core import lora
 from ladd.core.discriminator import Discriminator, DiscriminatorConfig
 from ladd.core.losses import LaddConfig, Mismatched, draw
 from ladd.core.mmdit import JointBlock, MMDiT, MMDiTConfig, Text
@@ -243,6 +244,23 @@ def test_8b_on_8_gpus_of_80_gb():
     assert plan["teacher (frozen)"] == 2 * n + 2 * table
     assert plan["sum"] < 80e9 and plan["activations and features"] > 15e9
     assert large(recompute="none")["sum"] > 120e9
+
+
+def test_the_plan_counts_trained_weights_in_16_bits_too():
+    """In one process: copies of all, or what graphs keep of a LoRA: of one block where they are
+    recomputed."""
+    def stored(recompute: str) -> int:
+        return memory_plan(student, teacher, heads, 2, 1, 8, 16, recompute, False,
+                           shared=True)["student (weights, moment, EMA)"]
+
+    with torch.device("meta"):
+        student, teacher, heads = Case().networks()
+    teacher.bfloat16()
+    tables = 2 * 4 * student.pos_embed.numel()
+    assert stored("none") == stored("full") == 14 * count(student) + tables
+    lora.add(student.bfloat16(), 8, 8.0, lora.ATTENTION, rng())
+    n, block = count(student, True), max(count(b, True) for b in student.joint_blocks)
+    assert stored("none") == 14 * n and stored("full") == 12 * n + 2 * block
 
 
 def test_what_is_sharded_is_what_must_be():

@@ -100,7 +100,9 @@ def test_the_kernel_is_its_formula_bit_for_bit(beta1):
         for name in ("firsts", "seconds", "averages", "copies"):
             state[name][1] = state[name][1].flatten()
         state["copies"][2] = None
-    versions = [w._version for w in (*ours["weights"], *ours["averages"])]
+    written = [t for name in ("weights", "averages", "copies") for t in ours[name]
+               if t is not None]
+    versions = [t._version for t in written]
     for t in (1, 2):
         formula(theirs, grads_of(theirs, t), beta1, t)
         advance(optimizer.adamw, ours, beta1, t)
@@ -108,7 +110,7 @@ def test_the_kernel_is_its_formula_bit_for_bit(beta1):
         for a, e in zip(ours[name], expected):
             assert a is e is None or torch.equal(a, e), name
     # autograd sees that the tensors have changed
-    assert all(w._version > v for w, v in zip((*ours["weights"], *ours["averages"]), versions))
+    assert all(t._version > v for t, v in zip(written, versions))
 
 
 @interpreted
@@ -142,6 +144,8 @@ def test_the_kernel_is_the_reference():
     (dict(seconds=[torch.zeros(3, 2).t()]), r"second must be contiguous .* of strides \(1, 2\)"),
     (dict(weights=[torch.zeros(2, 3).double()]), r"weight must be .* torch.float32 on .*float64"),
     (dict(copies=[torch.zeros(2, 3)]), r"copy must be .* one of torch.bfloat16, torch.float16"),
+    (dict(copies=[torch.zeros(2, 3).to(BF16), torch.zeros(2, 3).half()]),
+     r"copies must have one dtype \(got torch.bfloat16, torch.float16\)"),
     (dict(firsts=[torch.zeros(2, 3)]), r"firsts must be None where beta1 is 0, and only there"),
     (dict(averages=[]), "shorter")])
 def test_what_the_kernel_does_not_take(change, message):
@@ -250,6 +254,24 @@ def test_the_product_of_a_bf16_pass_has_the_gradients_of_its_formula():
                                  ).view(3, 5, 40).to(BF16))
 
 
+def test_the_product_has_no_second_derivative():
+    """Of dx with respect to the weight it would lack a part without an error."""
+    x = torch.randn(3, 24).to(BF16).requires_grad_()
+    dx, = torch.autograd.grad(Linear(24, 40)(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.square().sum().backward()
+
+
+def test_a_frozen_layer_keeps_no_input():
+    """Of a frozen fp32 weight only the input's gradient is computed, as in ladd.dpo."""
+    layer, x, kept = Linear(24, 40), torch.randn(3, 24).to(BF16).requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape), lambda t: t):
+        layer(x)
+        assert x.shape in kept and len(kept) == 2
+        layer.requires_grad_(False)(x)
+    assert x.shape not in kept[2:] and len(kept) == 3           # the weight, to multiply with
+
+
 def test_gelu_is_in_the_product_where_no_gradient_is_kept():
     """One operator instead of two; not where the layer does more than a product."""
     model, inputs = on_meta()
@@ -294,6 +316,42 @@ def test_copies_follow_the_weights():
         changed = loss_of(model).item()
     assert changed != before and current(model)
     assert casts.ops[ROUND] == 1
+
+
+def test_copies_follow_other_weights():
+    """Whose count of changes is that of the weights before them."""
+    model = copy.deepcopy(mixed())
+    layers = AdamW(model, 1e-2, 0.0, 0.99).layers
+    loss_of(model)
+    counts = [layer.weight._version for layer in layers]
+    model.load_state_dict({k: 2 * t for k, t in model.state_dict().items()}, assign=True)
+    assert counts == [layer.weight._version for layer in layers]
+    loss_of(model)
+    assert current(model)
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.mul_(2)
+    twin = copy.deepcopy(model)                 # whose weights begin to count at 0
+    loss_of(twin)
+    assert current(twin)
+
+
+def test_a_step_marks_only_the_copies_that_it_makes():
+    """Not that of a weight without a gradient; two optimizers have the same copies."""
+    model = mixed()
+    adam, other = (AdamW(model, 1e-2, 0.0, 0.99) for _ in range(2))
+    loss_of(model).backward()
+    embedder = model.context_embedder
+    embedder.weight.grad = None
+    with torch.no_grad():
+        embedder.weight.mul_(2)
+    adam.step()
+    loss_of(model)
+    assert current(model)
+    train(model, other)
+    assert current(model)
+    train(model, adam)
+    assert current(model)
 
 
 def test_a_deep_copy_has_its_own_copies():

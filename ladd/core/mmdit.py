@@ -14,6 +14,7 @@ from einops import rearrange
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from kernels import Kernels
 
@@ -92,18 +93,15 @@ class MixedProduct(torch.autograd.Function):
         return F.linear(x, copy, bias.to(x.dtype))
 
     @staticmethod
+    @once_differentiable               # dx depends on the weight, but copy has no gradient
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         x, copy = ctx.saved_tensors
-        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
-        rows, dx, dw, db = g.flatten(0, -2), None, None, None                  # [rows, n]
-        if need_x:
-            dx = g @ copy
+        rows = g.flatten(0, -2)                                                # [rows, n]
+        dx = g @ copy if ctx.needs_input_grad[0] else None
         # on the CPU torch has no such product, and such a sum is slower
         stored = {} if g.device.type == "cpu" else {"out_dtype": ctx.dtype}
-        if need_weight:
-            dw = torch.mm(rows.t(), x.flatten(0, -2), **stored).to(ctx.dtype)
-        if need_bias:
-            db = rows.sum(0, dtype=stored.get("out_dtype")).to(ctx.dtype)
+        dw = torch.mm(rows.t(), x.flatten(0, -2), **stored).to(ctx.dtype)
+        db = rows.sum(0, dtype=stored.get("out_dtype")).to(ctx.dtype)
         return dx, dw, db, None
 
 
@@ -122,8 +120,8 @@ class Linear(nn.Linear):
         return self.weight.detach().to(dtype) if self.copy is None else self.copy
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == self.weight.dtype:
-            return F.linear(x, self.weight, self.bias)
+        if x.dtype == self.weight.dtype or not self.weight.requires_grad:
+            return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
         return MixedProduct.apply(x, self.weight, self.bias, self.rounded(x.dtype))
 
 

@@ -67,7 +67,8 @@ def memory_plan(student: MMDiT, teacher: MMDiT, heads: Discriminator, pairs: int
     frozen = s * (count(student) - n) // shard
     table = student.pos_embed.numel() * (s if frozen else 4)
     copies = 1 - shared if frozen and world == 1 else 2     # in addition to the teacher's
-    halves = (s < 4 and world == 1 and not frozen) * s * n      # fp32 weights in the compute dtype
+    # fp32 weights in the compute dtype: copies, or what graphs keep of a LoRA
+    halves = (s < 4 and world == 1) * s * (block if frozen and not plain else n)
     plan = {"student (weights, moment, EMA)": 12 * n // shard + halves + copies * (frozen + table),
             "student (gradients)": gradients,
             "teacher (frozen)": s * count(teacher) // teacher_shard + teacher.pos_embed.nbytes,

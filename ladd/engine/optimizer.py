@@ -41,8 +41,6 @@ class AdamW:
         self.second = {name: torch.zeros_like(p) for name, p in self.params.items()}
         self.first = {name: torch.zeros_like(p) for name, p in self.params.items()} if beta1 else {}
         self.layers = keep_copies(model) if isinstance(model, MMDiT) else []
-        copies = {layer.weight: layer.copy for layer in self.layers}
-        self.copies = {name: copies.get(p) for name, p in self.params.items()}
 
     def state(self) -> dict[str, Tensor]:
         """Return what a checkpoint holds: `steps`, and the moments as parameter name + .exp_avg
@@ -61,17 +59,19 @@ class AdamW:
         """
         norms = parallel.gradient_norms(self.model)
         params = {name: p for name, p in self.params.items() if p.grad is not None}
+        layers = {layer.weight: layer for layer in self.layers}
+        stepped = [layers.get(p) for p in params.values()]
         self.steps += 1
         self.model.kernels.adamw(
             own(params.values()), [g.contiguous() for g in own(p.grad for p in params.values())],
             own(self.first[name] for name in params) if self.beta1 else None,
             own(self.second[name] for name in params),
             own(self.averages[name] for name in params) if self.averages else None,
-            [self.copies[name] for name in params],
+            [layer.copy if layer else None for layer in stepped],
             (CLIP / (norms.total + 1e-6)).clamp(max=1), self.lr, self.beta1, self.beta2,
             self.weight_decay, EPS, decay, int(self.steps))
-        for layer in self.layers:
-            layer.copied = layer.weight._version
+        for layer in filter(None, stepped):
+            layer.copied = version(layer)
         for p in params.values():
             p.grad = None           # it needs no memory during the next forward
         return norms
@@ -104,8 +104,14 @@ def keep_copies(model: MMDiT) -> list[Linear]:
 @torch.no_grad()
 def round_changed(layers: Sequence[Linear], *_) -> None:
     """Make the copies of the weights that have changed."""
-    changed = [layer for layer in layers if layer.copied != layer.weight._version]
+    changed = [layer for layer in layers if layer.copied != version(layer)]
     if changed:
         torch._foreach_copy_([layer.copy for layer in changed], [layer.weight for layer in changed])
     for layer in changed:
-        layer.copied = layer.weight._version
+        layer.copied = version(layer)
+
+
+def version(layer: Linear) -> tuple[int, int]:
+    """Return what changes with the weight: its address, where it is another tensor, and torch's
+    count of changes."""
+    return layer.weight.data_ptr(), layer.weight._version
