@@ -262,6 +262,19 @@ def optimizer_work(model: str, _: int, device: torch.device, small: bool) -> Ite
     factor = torch.tensor(0.5, device=device)
     rest = factor, 1e-6, 0.0, 0.99, 0.0, 1e-8, 0.99, 5
     args = weights, grads, None, seconds, averages, copies, *rest
+
+    def stepped(function: Callable) -> Callable[..., list[Tensor]]:
+        """Return a function that steps clones of the first tensors, so far that errors show."""
+        def run(*lists: list[Tensor]) -> list[Tensor]:
+            w, g, v, ema = ([t.clone() for t in tensors] for tensors in lists)
+            function(w, g, None, v, ema, [None] * len(w), factor.to(w[0]), 0.1, *rest[2:])
+            return [*w, *v, *ema]
+        return run
+
+    lists = weights[:5], grads[:5], seconds[:5], averages[:5]
+    plain = stepped(optimizer.reference_adamw)
+    expected = plain(*([t.double() for t in tensors] for tensors in lists))
+    check("adamw", stepped(optimizer.adamw), plain, lists, expected)
     parameters = [torch.nn.Parameter(w) for w in weights]
     for p, g in zip(parameters, grads):
         p.grad = g
