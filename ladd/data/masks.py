@@ -128,8 +128,8 @@ def check_mask(mask: Tensor, hw: tuple[int, int]) -> Tensor:
 
 def latent_mask(mask: Tensor) -> Tensor:
     """Return the mask [b, H, W] of latents, float32 [b, 1, H/8, W/8]: 1 where any of the 8 x 8
-    pixels of a latent is repainted. No latent that is kept then depends on repainted pixels; a VAE
-    whose receptive field is larger than 8 x 8 also needs `masked` images for this."""
+    pixels of a latent is repainted. A latent that is kept may still depend on repainted pixels
+    nearby, so that networks are given latents of `masked` images (image_condition)."""
     return F.max_pool2d(mask[:, None].float(), 8)
 
 

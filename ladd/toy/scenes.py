@@ -38,6 +38,7 @@ RADII = {1: ((0.25, 0.26), (0.355, 0.365)), 2: ((0.09, 0.105), (0.15, 0.175))}
 GAP = 0.04               # least gap between two objects, in units
 # In r: half the side of a square, the height of a triangle, half the thickness of a cross's arm.
 SQUARE, TALL, ARM = 0.88, 1.725, 0.36
+EDGE = 3.0               # width of an edge in pixels, as soft as the codec's finest waves
 # by SHAPES: area in r^2; distance of the centroid below the centre of the bounding box, in r
 AREA = torch.tensor([math.pi, TALL**2 / math.sqrt(3), 8 * ARM - 4 * ARM**2, 4 * SQUARE**2])
 SINK = torch.tensor([0.0, TALL / 6, 0.0, 0.0])
@@ -160,10 +161,10 @@ def pixel_grid(h: int, w: int, centre: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def coverage(shape: int, h: int, w: int, centre: Tensor, r: Tensor) -> Tensor:
-    """Return how much of each pixel a shape covers, [n, h, w]: clamp(1/2 - signed distance).
+    """Return how much of each pixel a shape covers, [n, h, w]: clamp(1/2 - signed distance / EDGE).
     centre [n, 2] (x, y) and r [n, 1] in pixels."""
     distance = signed_distance(shape, *pixel_grid(h, w, centre), r[..., None])
-    return (0.5 - distance).clamp_(0, 1)
+    return (0.5 - distance / EDGE).clamp_(0, 1)
 
 
 def render(scenes: Scenes, hw: tuple[int, int]) -> Tensor:
@@ -198,34 +199,64 @@ SCALE, SHIFT = 1.5305, 0.0609                    # SD3's affine: latent = (z - S
 # (colour axis, vertical frequency, horizontal frequency, gain) of each channel. Axes: luma, red -
 # blue, red + blue - 2 green. Gains are proportional to deviation^-0.7 over the dataset, such that
 # the mean of luma has deviation 1 and the finest detail 0.3.
-CHANNELS = ((0, 0, 0, 0.08), (0, 0, 1, 0.35), (0, 1, 0, 0.35), (0, 1, 1, 0.61), (0, 0, 2, 0.63),
-            (0, 2, 0, 0.62), (1, 0, 0, 0.18), (1, 0, 1, 0.41), (1, 1, 0, 0.41), (1, 1, 1, 0.71),
-            (1, 0, 2, 0.74), (2, 0, 0, 0.21), (2, 0, 1, 0.5), (2, 1, 0, 0.5), (2, 1, 1, 0.88),
-            (2, 2, 0, 0.88))
+CHANNELS = ((0, 0, 0, 0.08), (0, 0, 1, 0.4), (0, 1, 0, 0.4), (0, 1, 1, 0.67), (0, 0, 2, 0.87),
+            (0, 2, 0, 0.87), (1, 0, 0, 0.17), (1, 0, 1, 0.47), (1, 1, 0, 0.47), (1, 1, 1, 0.78),
+            (1, 0, 2, 1.01), (2, 0, 0, 0.2), (2, 0, 1, 0.56), (2, 1, 0, 0.56), (2, 1, 1, 0.94),
+            (2, 2, 0, 1.22))
 
 
 @lru_cache
-def _filters(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return orthonormal filters [16, 3, 8, 8], each a colour axis times a 2-D DCT wave, and their
-    gains [16, 1, 1, 1]."""
+def _lapped(side: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the waves [3 side / 8, side] of analysis and of synthesis: the three lowest of the 8
+    frequencies of each block of 8 pixels, which overlap their neighbours by 4 and fade out there.
+
+    It is a lapped biorthogonal transform: the odd part of the 8 pixels around each border of two
+    blocks goes through `odd`, then each block through a DCT; synthesis is the inverse.
+    Source: Tran et al. 2003, "Lapped transform via time-domain pre- and post-filtering".
+    """
+    half = torch.arange(4, dtype=torch.float64) + 0.5
+    dct = cosine_waves(4).double() / 2
+    odd = dct.T @ (dct.new_tensor([[2.0], [1], [1], [1]]).sqrt()
+                   * torch.cos(math.pi / 4 * half[:, None] * half) / math.sqrt(2))
+    eye, flip = torch.eye(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64).flip(0)
+    parts = torch.cat([torch.cat([eye, flip], 1), torch.cat([flip, -eye], 1)]) / math.sqrt(2)
+    border = parts @ torch.block_diag(eye, odd.flip(0, 1)) @ parts
+    before = torch.block_diag(eye, *[border] * (side // 8 - 1), eye)
+    analysis = torch.block_diag(*[cosine_waves(8).double() / math.sqrt(8)] * (side // 8)) @ before
+    both = analysis, torch.linalg.inv(analysis).T
+    low, high = (waves.unflatten(0, (-1, 8))[:, :3].flatten(0, 1) for waves in both)
+    return low.float().to(device), high.float().to(device)
+
+
+@lru_cache
+def _channels(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the colour axes [3, 3], orthonormal rows; the number 9 axis + 3 vertical + horizontal
+    frequency of each channel [16]; and the gains [16, 1, 1]."""
     axis, row, column, gain = (torch.tensor(field) for field in zip(*CHANNELS))
     colour = F.normalize(torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]]))
-    wave = cosine_waves(8) / math.sqrt(8)
-    filters = torch.einsum("kc,ky,kx->kcyx", colour[axis], wave[row], wave[column])
-    return filters.to(device), gain.to(device)[:, None, None, None]
+    number, gain = 9 * axis + 3 * row + column, gain[:, None, None]
+    return colour.to(device), number.to(device), gain.to(device)
 
 
 def encode(images: Tensor) -> Tensor:
-    """Return latents [n, 16, H/8, W/8] of images [n, 3, H, W]:
-    (gain * <filter, 8x8 block> - SHIFT) * SCALE."""
-    filters, gain = _filters(images.device)
-    return (F.conv2d(images.float(), filters * gain, stride=8) - SHIFT) * SCALE
+    """Return latents [n, 16, H/8, W/8] of images [n, 3, H, W]: (gain * wave's coefficient - SHIFT)
+    * SCALE for the waves of CHANNELS."""
+    colour, number, gain = _channels(images.device)
+    rows, columns = (_lapped(side, images.device)[0] for side in images.shape[2:])
+    x = rows @ (images.float() @ columns.T)                             # [n, 3, 3 h, 3 w]
+    x = x.unflatten(3, (-1, 3)).unflatten(2, (-1, 3))                   # [n, 3, h, 3, w, 3]
+    x = torch.einsum("ac,nchrws->narshw", colour, x).flatten(1, 3)[:, number]
+    return (x * gain - SHIFT) * SCALE
 
 
 def decode(latents: Tensor) -> Tensor:
-    """Return images [n, 3, H, W] of latents, clamped to [-1, 1]. A block is the sum of the filters,
-    each times its coefficient / gain."""
-    filters, gain = _filters(latents.device)
-    blocks = F.conv2d(latents.float() / SCALE + SHIFT,
-                      (filters / gain).flatten(1).t()[..., None, None])
-    return F.pixel_shuffle(blocks, 8).clamp_(-1, 1)     # faster than conv_transpose2d on a CPU
+    """Return images [n, 3, H, W] of latents, clamped to [-1, 1]: the sum of the waves, each times
+    its coefficient / gain. Latents of any values come back from `encode`, unless clamped."""
+    colour, number, gain = _channels(latents.device)
+    n, _, h, w = latents.shape
+    rows, columns = (_lapped(8 * side, latents.device)[1] for side in (h, w))
+    x = latents.new_zeros(n, 27, h, w, dtype=torch.float32)
+    x[:, number] = (latents.float() / SCALE + SHIFT) / gain
+    x = torch.einsum("ac,narshw->nchrws", colour, x.view(n, 3, 3, 3, h, w))
+    x = x.reshape(n, 3, 3 * h, 3 * w)
+    return (rows.T @ x @ columns).clamp_(-1, 1)
