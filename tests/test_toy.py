@@ -220,30 +220,25 @@ def test_codec_is_a_linear_projection():
 
 
 def naive_lapped(side):
-    """The waves of analysis [side, side] of blocks of 8 pixels, written out pixel by pixel."""
-    def dct2(k, j, n):
-        return math.cos(math.pi / n * k * (j + .5)) * math.sqrt((1 if k == 0 else 2) / n)
-
-    def dct4(k, j):
-        return math.cos(math.pi / 4 * (k + .5) * (j + .5)) / math.sqrt(2)
-
+    """The waves of analysis [side, side] of blocks of 8 pixels that overlap by 2, written out pixel
+    by pixel."""
     out = torch.zeros(side, side, dtype=torch.float64)
     for pixel in range(side):                   # the coefficients of an image with one pixel of 1
         x = [float(i == pixel) for i in range(side)]
         for border in range(8, side, 8):
-            # sums and differences of the pixels at the same distance, the outermost pair first
-            pairs = [(x[border - 4 + i], x[border + 3 - i]) for i in range(4)]
-            odd = [(a - b) / math.sqrt(2) for a, b in pairs]
-            odd = [sum(dct4(k, j) * odd[j] for j in range(4)) for k in range(4)]
-            odd[0] *= math.sqrt(2)
-            odd = [sum(dct2(k, i, 4) * odd[k] for k in range(4)) for i in range(4)]
-            for i, (a, b) in enumerate(pairs):
-                even = (a + b) / math.sqrt(2)
-                x[border - 4 + i] = (even + odd[i]) / math.sqrt(2)
-                x[border + 3 - i] = (even - odd[i]) / math.sqrt(2)
+            # the outer and the inner pair of pixels around the border: sums and differences
+            outer, inner = (x[border - 2], x[border + 1]), (x[border - 1], x[border])
+            (e0, d0), (e1, d1) = ((a + b, a - b) for a, b in (outer, inner))
+            c, s = math.cos(math.pi / 8), math.sin(math.pi / 8)
+            low, high = math.sqrt(2) * (c * d0 + s * d1), s * d0 - c * d1       # DCT-IV
+            d0, d1 = (low + high) / math.sqrt(2), (low - high) / math.sqrt(2)     # inverse DCT-II
+            x[border - 2], x[border + 1] = (e0 + d0) / 2, (e0 - d0) / 2
+            x[border - 1], x[border] = (e1 + d1) / 2, (e1 - d1) / 2
         for block in range(0, side, 8):
             for k in range(8):
-                out[block + k, pixel] = sum(dct2(k, j, 8) * x[block + j] for j in range(8))
+                wave = [math.cos(math.pi / 8 * k * (j + .5)) for j in range(8)]
+                total = sum(a * b for a, b in zip(wave, x[block:block + 8]))
+                out[block + k, pixel] = total * math.sqrt((1 if k == 0 else 2) / 8)
     return out
 
 
@@ -258,21 +253,21 @@ def test_lapped_waves_equal_a_naive_transform(side):
 
 
 def test_decoded_blocks_have_no_edges():
-    """A wave overlaps each neighbour by 4 pixels and is small at its ends; with blocks that do not
+    """A wave reaches 2 pixels into each neighbour and is small at its ends; with blocks that do not
     overlap, the wave of frequency 0 is a box."""
     for wave in _lapped(48, torch.device("cpu"))[1][6:9]:               # of the block 16:24
         size = wave.abs()
-        assert size[:12].max() < 1e-5 and size[28:].max() < 1e-5
-        assert size[[12, 27]].max() < .06 * size.max() and size[[15, 24]].min() > .2 * size.max()
+        assert size[:14].max() < 1e-5 and size[26:].max() < 1e-5
+        assert size[[14, 25]].max() < .05 * size.max()
 
 
 @pytest.mark.parametrize("objects, hw", WORLDS)
 def test_latent_channels_have_comparable_deviation(objects, hw):
     """Measured .99 for luma's mean and at least .30 with one object at 48 to 64 px,
-    .133 at 256 px with two."""
+    .129 at 256 px with two."""
     deviation = encode(draw(1024 if objects == 1 else 100, hw, objects)[1]).std((0, 2, 3))
     assert .95 < deviation[0] < 1.05 and deviation[1:].max() < deviation[0], deviation
-    assert deviation.min() > {1: .28, 2: .13}[objects], deviation
+    assert deviation.min() > {1: .28, 2: .125}[objects], deviation
 
 
 # --- grader ---
@@ -362,8 +357,8 @@ READ = {"black": (0, 0), "empty": (0, 0), "nan": (0, 0), "noise": (0, 0), "gauss
         "two objects": (.06, .03),          # .042, .01
         "two of a colour": (.09, .01),      # .068, 0
         "half an object": (.5, .01),        # .42, 0: something of a colour at a place, but no shape
-        # .84, .380: at 64 px 63 circles of 192 outlive it, 10 crosses turn into circles
-        "blur": (1, .38)}
+        # .84, .203: at 64 px 39 circles of 192 outlive it
+        "blur": (1, .2)}
 
 
 @pytest.mark.parametrize("hw", [(48, 80), (64, 64)])

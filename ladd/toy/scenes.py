@@ -38,7 +38,7 @@ RADII = {1: ((0.25, 0.26), (0.355, 0.365)), 2: ((0.09, 0.105), (0.15, 0.175))}
 GAP = 0.04               # least gap between two objects, in units
 # In r: half the side of a square, the height of a triangle, half the thickness of a cross's arm.
 SQUARE, TALL, ARM = 0.88, 1.725, 0.36
-EDGE = 3.0               # width of an edge in pixels, as soft as the codec's finest waves
+EDGE = 4.0               # width of an edge in pixels, about that of the codec's finest waves
 # by SHAPES: area in r^2; distance of the centroid below the centre of the bounding box, in r
 AREA = torch.tensor([math.pi, TALL**2 / math.sqrt(3), 8 * ARM - 4 * ARM**2, 4 * SQUARE**2])
 SINK = torch.tensor([0.0, TALL / 6, 0.0, 0.0])
@@ -196,32 +196,33 @@ def cosine_waves(dim: int) -> Tensor:
 # --- latent codec ---
 
 SCALE, SHIFT = 1.5305, 0.0609                    # SD3's affine: latent = (z - SHIFT) * SCALE
+LAP = 2             # pixels that a wave of the codec reaches into the neighbouring blocks
 # (colour axis, vertical frequency, horizontal frequency, gain) of each channel. Axes: luma, red -
 # blue, red + blue - 2 green. Gains are proportional to deviation^-0.7 over the dataset, such that
 # the mean of luma has deviation 1 and the finest detail 0.3.
-CHANNELS = ((0, 0, 0, 0.08), (0, 0, 1, 0.4), (0, 1, 0, 0.4), (0, 1, 1, 0.67), (0, 0, 2, 0.87),
-            (0, 2, 0, 0.87), (1, 0, 0, 0.17), (1, 0, 1, 0.47), (1, 1, 0, 0.47), (1, 1, 1, 0.78),
-            (1, 0, 2, 1.01), (2, 0, 0, 0.2), (2, 0, 1, 0.56), (2, 1, 0, 0.56), (2, 1, 1, 0.94),
-            (2, 2, 0, 1.22))
+CHANNELS = ((0, 0, 0, 0.08), (0, 0, 1, 0.4), (0, 1, 0, 0.4), (0, 1, 1, 0.69), (0, 0, 2, 0.97),
+            (0, 2, 0, 0.97), (1, 0, 0, 0.18), (1, 0, 1, 0.47), (1, 1, 0, 0.47), (1, 1, 1, 0.8),
+            (1, 0, 2, 1.13), (2, 0, 0, 0.21), (2, 0, 1, 0.56), (2, 1, 0, 0.56), (2, 1, 1, 0.97),
+            (2, 2, 0, 1.34))
 
 
 @lru_cache
 def _lapped(side: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the waves [3 side / 8, side] of analysis and of synthesis: the three lowest of the 8
-    frequencies of each block of 8 pixels, which overlap their neighbours by 4 and fade out there.
+    frequencies of each block of 8 pixels, which reach LAP pixels into its neighbours and fade out.
 
-    It is a lapped biorthogonal transform: the odd part of the 8 pixels around each border of two
-    blocks goes through `odd`, then each block through a DCT; synthesis is the inverse.
+    It is a lapped biorthogonal transform: the odd part of the 2 LAP pixels around each border of
+    two blocks goes through `odd`, then each block through a DCT; synthesis is the inverse.
     Source: Tran et al. 2003, "Lapped transform via time-domain pre- and post-filtering".
     """
-    half = torch.arange(4, dtype=torch.float64) + 0.5
-    dct = cosine_waves(4).double() / 2
-    odd = dct.T @ (dct.new_tensor([[2.0], [1], [1], [1]]).sqrt()
-                   * torch.cos(math.pi / 4 * half[:, None] * half) / math.sqrt(2))
-    eye, flip = torch.eye(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64).flip(0)
+    eye, half = torch.eye(LAP, dtype=torch.float64), torch.arange(LAP, dtype=torch.float64) + 0.5
+    dct2 = cosine_waves(LAP).double() / math.sqrt(LAP)
+    dct4 = torch.cos(math.pi / LAP * half[:, None] * half) * math.sqrt(2 / LAP)
+    dct4[0] *= math.sqrt(2)                             # waves then end near 0
+    odd, flip = (dct2.T @ dct4).flip(0, 1), eye.flip(0)
     parts = torch.cat([torch.cat([eye, flip], 1), torch.cat([flip, -eye], 1)]) / math.sqrt(2)
-    border = parts @ torch.block_diag(eye, odd.flip(0, 1)) @ parts
-    before = torch.block_diag(eye, *[border] * (side // 8 - 1), eye)
+    border, inner = parts @ torch.block_diag(eye, odd) @ parts, torch.eye(8 - 2 * LAP)
+    before = torch.block_diag(eye, *[inner, border] * (side // 8 - 1), inner, eye)
     analysis = torch.block_diag(*[cosine_waves(8).double() / math.sqrt(8)] * (side // 8)) @ before
     both = analysis, torch.linalg.inv(analysis).T
     low, high = (waves.unflatten(0, (-1, 8))[:, :3].flatten(0, 1) for waves in both)
