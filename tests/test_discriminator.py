@@ -7,6 +7,7 @@ from test_kernels import head_inputs
 from torch import Tensor
 
 import kernels
+from kernels import heads as heads_file
 from kernels.heads import HeadParams, reference_discriminator_heads
 from ladd.core.discriminator import Discriminator, DiscriminatorConfig, channel_moments
 from ladd.core.losses import hinge_d
@@ -63,6 +64,20 @@ def test_batched_heads_equal_naive_ones_with_every_gradient(h, w):
         # one token: a group has 16 values, its conv bias meets gradients that cancel down to
         # rounding
         assert (a - e).abs().max() <= 1e-10 * e.abs().max() + 1e-13, name
+
+
+@pytest.mark.parametrize("h, w", [(3, 5), (1, 1), (1, 7)])
+def test_the_product_of_patches_equals_the_convolution(h, w):
+    """The reference takes the first on a GPU, the second on the CPU."""
+    g = rng(3)
+    leaves = [torch.randn(shape, generator=g, dtype=torch.float64, requires_grad=True)
+              for shape in ((2, 3, h, w, 16), (2, 3, 3, 16, 16), (2, 16))]
+    out = [f(*leaves) for f in (heads_file._by_patches, heads_file._by_convolution)]
+    assert_close("convolution", *out)
+    weight = torch.randn(out[0].shape, generator=g, dtype=torch.float64)
+    grads = [torch.autograd.grad((y * weight).sum(), leaves) for y in out]
+    for name, a, e in zip(("y", "weight", "bias"), *grads):
+        assert_close(name, a, e)
 
 
 def test_heads_pass_gradcheck():

@@ -53,7 +53,9 @@ def memory_plan(student: MMDiT, teacher: MMDiT, heads: Discriminator, pairs: int
     graph_s, graph_t = sum(graphs(student, recompute)), sum(graphs(teacher, recompute, last))
     block_s, block_t = max(graphs(student, "none")), max(graphs(teacher, "none", last))
     kept = graph_s + graph_t + pairs * image * d * s * (3 + k * (s < r and plain))
-    loss_d = d * (s * read + r * (read + pairs)) + c * (read + pairs) * (5 * s / 2 if fused else 80)
+    # bytes per channel of a head; on a GPU the reference's convolution keeps 9 copies
+    head = 5 * s / 2 if fused else 48 if device == "cpu" else 80
+    loss_d = d * (s * read + r * (read + pairs)) + c * (read + pairs) * head
     loss_g = pairs * (d * (r + s * (s < r)) + c * (2 * s if fused else 24))
     real = read * d * s * (image * (14 + k) + 5 * text)     # the teacher's pass without a graph
     inside = 7 * s * d * pairs * (image + text)             # gradients in a block
