@@ -255,8 +255,7 @@ def distill(config: Config, run: Path, teacher: MMDiT, latents: Latents, shown: 
     pace = speed.Pace(config.batch, device, world,
                       partial(bench.step_flops, config, teacher.config, compute.dtype))
     stream = Prefetch(partial(step_parts, dc, batching, latents),
-                      ((it, j) for it in range(start, total) for j in range(config.heads_steps)),
-                      device)
+                      ((it,) for it in range(start, total)), device)
     batches = iter(stream)
 
     def evaluate_student(it: int) -> None:
@@ -304,14 +303,12 @@ def distill(config: Config, run: Path, teacher: MMDiT, latents: Latents, shown: 
                 profiler = torch.profiler.profile()
                 profiler.start()
 
-            # 2. discriminator steps, each with its own batch; the last one updates the student too
+            # 2. steps of the discriminator and of the student
             p.opt_g.lr = config.lr * rate_factor(optim, done, done)
             p.opt_d.lr = config.heads_lr * rate_factor(optim, done, it)
-            for j in range(config.heads_steps):
-                parts = next(batches)
-                watch.heartbeat(it)
-                update_student = warm and j == config.heads_steps - 1
-                stats, norms = ladd_step(dc, p, parts, config.ema, update_student)
+            parts = next(batches)
+            watch.heartbeat(it)
+            stats, norms = ladd_step(dc, p, parts, config.ema, warm)
 
             # 3. once in a while: log, save
             bar.update()

@@ -33,13 +33,12 @@ from ladd.report.speed import Laps, forwards, peak_flops, wait
 
 def step_costs(c: Config, networks: OnMeta, micro: int) -> tuple[dict[str, float], float]:
     """Return cost.step_cost of a micro-batch at the first size of the run, and the FLOPs of an
-    iteration over all processes, all its discriminator steps included."""
+    iteration over all processes."""
     h, w = c.hw[0]
     teacher, student, heads = networks
     costs = cost.step_cost(student, teacher, heads, (16, h // 8, w // 8),
                            (text_tokens(c), teacher.config.context_dim), micro, c.ladd, c.recompute)
-    step = costs["flops_step"] + (c.heads_steps - 1) * costs["flops_heads_step"]
-    return costs, step * c.batch // micro
+    return costs, costs["flops_step"] * c.batch // micro
 
 
 def step_flops(c: Config, teacher: MMDiTConfig, dtype: torch.dtype) -> float:
@@ -152,14 +151,13 @@ def bench(c: Config, compute: Compute) -> None:
     del base
     calibrate(c.ladd, batching, p.teacher, p.heads, latents)
 
-    keys = ((it, j) for it in itertools.count() for j in range(c.heads_steps))
+    keys = ((it,) for it in itertools.count())
     batches = iter(Prefetch(partial(step_parts, c.ladd, batching, latents), keys, device))
 
     def step(lap: Callable[[str], None] = no_lap) -> None:
-        for j in range(c.heads_steps):
-            parts = next(batches)
-            lap("batch and noise")
-            ladd_step(c.ladd, p, parts, c.ema, j == c.heads_steps - 1, lap)
+        parts = next(batches)
+        lap("batch and noise")
+        ladd_step(c.ladd, p, parts, c.ema, True, lap)
 
     for _ in range(2):              # not timed: they compile, allocate and make Adam's moments
         step()

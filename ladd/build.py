@@ -73,7 +73,7 @@ def text_tokens(c: Config) -> int:
 def batching_of(c: Config) -> Batching:
     """Return which part of each step's batch this process takes, in which micro-batches."""
     rank, world = parallel.ranks()
-    return Batching(c.seed, c.batch, c.micro(world), c.heads_steps, c.heads_first, rank, world)
+    return Batching(c.seed, c.batch, c.micro(world), c.heads_first, rank, world)
 
 
 def networks_on_meta(c: Config, teacher: MMDiTConfig, dtype: torch.dtype) -> OnMeta:
@@ -105,4 +105,5 @@ def plan_of(c: Config, networks: OnMeta, compute: Compute,
     more = round(c.mismatched * micro) + micro * (c.r1_weight > 0)      # mismatched, R1
     return partial(memory_plan, networks.student, networks.teacher, networks.heads, micro, more,
                    text_tokens(c), h * w // 256, c.recompute, fused, world,
-                   accumulate=c.batch // world // micro, shared=not c.teacher_fp8, device=device)
+                   accumulate=c.batch // world // micro, repeats=c.heads_repeats,
+                   shared=not c.teacher_fp8, device=device)

@@ -92,11 +92,11 @@ class Config:
     predicts: str = option("x0", "prediction target of the network: velocity or clean latent",
                            PRESET, ("v", "x0"))
     # --- student ---
-    steps: int = option(180, "training steps of the student; 0: only train the teacher", MAIN,
+    steps: int = option(270, "training steps of the student; 0: only train the teacher", MAIN,
                         low=0)
     batch: int = option(64, "pairs per step", MAIN, low=1)
     micro_batch: int = option(0, "pairs at a time in each process; 0: all", MAIN, low=0)
-    lr: float = option(1.5e-4, "learning rate of the student", MAIN, low=1e-9, high=1)
+    lr: float = option(1e-4, "learning rate of the student", MAIN, low=1e-9, high=1)
     lora: int = option(0, "the student is a LoRA of this rank; 0: all weights train", MAIN, low=0,
                        high=1024)
     lora_targets: tuple[str, ...] = option(("all",), "layers with a LoRA: all, attention, or names "
@@ -116,7 +116,8 @@ class Config:
     beta2: float = option(0.95, "beta2 of Adam", PRESET, low=0, high=0.9999)
     # --- discriminator ---
     heads_lr: float = option(3e-3, "learning rate of the discriminator heads", low=1e-9, high=1)
-    heads_steps: int = option(2, "discriminator steps per student step", low=1, high=1000)
+    heads_repeats: int = option(4, "steps of the heads on the features of each batch", low=1,
+                                high=100)
     taps: tuple[int, ...] = option((0, 1, 2), "teacher blocks that the heads read")
     d_mean: float = option(-2.0, "noise levels of the discriminator: LogitNormal(d_mean, 1)",
                            low=-10, high=10)
@@ -243,7 +244,7 @@ SD3 = dict(
     data_size=16384, shard_size=64, sample_steps=28, steps=2000, batch=16, micro_batch=2, lr=2e-6,
     heads_lr=2e-5, beta2=0.99, warmup=100, ema=0.995, sampler="euler", probs=(0.7, 0.1, 0.1, 0.1),
     teacher_steps=5000, teacher_batch=64, teacher_lr=2e-5, easy_steps=500, shift=3.0, d_mean=1.0,
-    heads_steps=1, head_width=512, eval_every=250, save_every=250, sample_batch=4)
+    heads_repeats=1, head_width=512, eval_every=250, save_every=250, sample_batch=4)
 PRESETS = {
     "tiny": {},
     "tiny-edit": dict(task="edit", teacher_images=16384, teacher_steps=720, guidance=1.5,
@@ -257,7 +258,7 @@ PRESETS = {
         teacher_lr=5e-4, teacher_means=(0.7, 2.0), data_size=16384, shard_size=512,
         sample_steps=16, steps=2000, batch=64, lr=5e-5, heads_lr=5e-4, ema=0.995,
         probs=(0.7, 0.1, 0.1, 0.1), shift=2.0, d_mean=0.7, taps=(2, 5, 8, 11), head_width=256,
-        heads_steps=1, eval_every=500, save_every=500, eval_n=512, sample_batch=128),
+        eval_every=500, save_every=500, eval_n=512, sample_batch=128),
     "sd3-medium": dict(SD3, depth=24, width=1536, pos_grid=192, taps=tuple(range(24)),
                        guidance=5.0),
     "sd3.5-medium": dict(SD3, depth=24, width=1536, pos_grid=384, taps=tuple(range(24)),

@@ -69,18 +69,19 @@ def lcm_loss(student: MMDiT, ema: MMDiT, teacher: MMDiT, x0: Tensor, text: Text,
     return ((error + HUBER ** 2).sqrt() - HUBER).mean()
 
 
-def draw_parts(latents: Latents, index: int, step: int, batch: int, micro: int, seed: int,
-               path_steps: int, shift: float) -> list[tuple[Tensor, Tensor, Tensor, Text]]:
-    """Return x0, eps, sigma and text of each micro-batch of a step, from batch number `index`.
+def draw_parts(latents: Latents, step: int, batch: int, micro: int, seed: int, path_steps: int,
+               shift: float) -> list[tuple[Tensor, Tensor, Tensor, Text]]:
+    """Return x0, eps, sigma and text of each micro-batch of a step: of the batch that the LADD
+    iteration of the same number has.
 
     Noise levels are drawn evenly from the grid of `path_steps` steps. Everything is a function of
     the arguments, and each sample has its own noise: resuming needs no saved state, and the size of
     the micro-batches changes nothing.
     """
-    key = (seed, 2, step, 0)
+    key = (seed, 2, step)
     grid = tuple((path_steps - i) / path_steps for i in range(path_steps))
     sigma = flow.student_levels(batch, grid, (1 / path_steps,) * path_steps, flow.generator(*key))
-    found = latents.batch(index, batch, seed, latents.holdout)
+    found = latents.batch(step, batch, seed, latents.holdout)
     eps = torch.stack([torch.randn(found.x0.shape[1:], generator=flow.generator(*key, i))
                        for i in range(batch)])
     level = flow.shift(sigma, shift)
@@ -160,9 +161,7 @@ def train(config: Config, path_steps: int, base: MMDiT, teacher: MMDiT, compute:
     health = Health()
     bar = progress("lcm", config.steps, start)
     steps = range(start, config.steps)
-    # The batch with which the LADD iteration of the same number begins, so that both methods see
-    # the same latents in the same order.
-    keys = ((step * config.heads_steps, step) for step in steps)
+    keys = ((step,) for step in steps)
     with saver, bar:
         for step, parts in zip(steps, Prefetch(make, keys, device)):
             optimizer.lr = config.lr * rate_factor(optim, step, step)

@@ -528,7 +528,7 @@ CASES = {"seed": [("log", "teacher", "1"), ("shards", "data", "1"), ("log", "stu
          "probs": [("log", "student", ".1,.1,.1,.7")], "easy_steps": [("log", "student", "2")],
          "shift": [("log", "student", "3"), ("shards", "data", "3")],
          "d_mean": [("log", "student", "1")], "taps": [("weights", "student", "1")],
-         "head_width": [("weights", "student", "32")], "heads_steps": [("log", "student", "2")],
+         "head_width": [("weights", "student", "32")], "heads_repeats": [("log", "student", "2")],
          "heads_first": [("log", "student", "2")], "mismatched": [("log", "student", "0")],
          "task": [("weights", "teacher", "edit"), ("weights", "teacher", "inpaint")],
          "base": [("weights", "teacher", "t.safetensors")],

@@ -78,7 +78,7 @@ def setting(flags: str) -> tuple[Config, Networks, list]:
     for p in base.parameters():
         torch.nn.init.normal_(p, std=0.05)
     latents = of_noise(config, (4, 8))
-    return config, made(config, base), step_parts(config.ladd, batching_of(config), latents, 0, 0)
+    return config, made(config, base), step_parts(config.ladd, batching_of(config), latents, 0)
 
 
 @pytest.mark.parametrize("precision, targets", [("fp32", "all"), ("bf16", "attention,mlp.fc1")])
@@ -237,7 +237,7 @@ def test_a_teacher_starts_from_a_base_that_stays(home, task):
     "--lora 8 --recompute full", marks=pytest.mark.slow)])
 def test_the_plan_is_the_allocators_peak(flags):
     """From the making of the networks on, to 10 %; the frozen weights count once."""
-    line = ("--device cpu --precision fp32 --batch 4 --set depth=3 --heads-steps 1 "
+    line = ("--device cpu --precision fp32 --batch 4 --set depth=3 --heads-repeats 1 "
             f"--set text_dim=64 {flags}")
     config = parse_config([*line.split(), "--sizes", "96x96"])
     torch.manual_seed(0)
@@ -247,7 +247,7 @@ def test_the_plan_is_the_allocators_peak(flags):
     def run() -> None:
         p = made(config, base)
         for i in range(2):
-            parts = step_parts(config.ladd, batching, latents, i, 0)
+            parts = step_parts(config.ladd, batching, latents, i)
             ladd_step(config.ladd, p, parts, config.ema, True)
 
     planned = plan_of(config, networks_on_meta(config, base.config, compute.dtype), compute, 1)

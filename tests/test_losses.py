@@ -17,13 +17,20 @@ import kernels
 from ladd.core import flow, losses
 from ladd.core.discriminator import Discriminator, DiscriminatorConfig, channel_moments
 from ladd.core.losses import (R1_SIGMA, LaddConfig, Draws, Mismatched, draw, fake_pass, flow_loss,
-                              heads_loss, hinge_d, predict_x0, student_loss)
+                              hinge_d, predict_x0, shown, student_loss)
 from ladd.core.mmdit import Text
 
 LEVELS = (1.0, 0.75, 0.5, 0.25)
 CONFIG = LaddConfig(levels=LEVELS, probs=(0.25,) * 4, easy_steps=0, shift=1.0, d_mean=0.0,
                        mismatched=0.0, r1_weight=0.0, distill_weight=0.0)
 B, TAPS = 4, (0, 1)
+
+
+def heads_loss(teacher, heads, x0, text, others, fake_feats, draws, config):
+    """The discriminator loss of one batch."""
+    seen = shown(teacher, heads, x0, text, others, fake_feats, draws, config)
+    assert not any(f.requires_grad for f in (*seen.fake, *seen.others))
+    return losses.heads_loss(heads, seen, config)
 
 
 def batch(b: int = B, dtype=torch.float64) -> tuple[Tensor, Text]:
@@ -171,14 +178,11 @@ def test_draws_have_the_stated_distributions():
         assert all(abs(found[level] / n - p) < 0.01 for level, p in zip((1, 0.9, 0.75, 0.5), probs))
         assert len(found) == sum(p > 0 for p in probs)
     draws = draw(x0, 10, replace(config, r1_weight=1.0), (0,))
-    for sigma in (draws.sigma_d, draws.sigma_r):
-        u = torch.logit(sigma)
-        assert abs(u.mean() + 0.5) < 0.02 and abs(u.std() - 1) < 0.02
-    noises = torch.stack([t.flatten() for t in (draws.eps_s, draws.eps_d, draws.eps_r,
-                                                draws.eps_r1)])
+    u = torch.logit(draws.sigma_d)
+    assert abs(u.mean() + 0.5) < 0.02 and abs(u.std() - 1) < 0.02
+    noises = torch.stack([t.flatten() for t in (draws.eps_s, draws.eps_d, draws.eps_r1)])
     # standard normal, mutually independent
-    assert (torch.cov(noises) - torch.eye(4)).abs().max() < 0.03
-    assert abs(torch.corrcoef(torch.stack([draws.sigma_d, draws.sigma_r]))[0, 1]) < 0.02
+    assert (torch.cov(noises) - torch.eye(3)).abs().max() < 0.03
 
 
 def test_noise_of_r1_is_drawn_only_with_r1():
@@ -251,16 +255,16 @@ def test_heads_loss_by_hand():
     fake = fake_pass(student, teacher, heads, x0, text, draws, CONFIG)
     teacher.seen.clear()
     loss, stats = heads_loss(teacher, heads, x0, text, others, fake.feats, draws, CONFIG)
-    xt_real, xt_fake = mix(x0, draws.eps_r, draws.sigma_r), mix(fake.x0_hat, draws.eps_d,
+    xt_real, xt_fake = mix(x0, draws.eps_d, draws.sigma_d), mix(fake.x0_hat, draws.eps_d,
                                                                 draws.sigma_d)
-    real = logits_of(heads, xt_real, draws.sigma_r, *text)
+    real = logits_of(heads, xt_real, draws.sigma_d, *text)
     made = logits_of(heads, xt_fake, draws.sigma_d, *text)
     assert_close("loss_d", loss, hinge(real, made))
     assert_close("logits_real", stats["logits_real"].flatten(2), real)
     assert_close("logits_fake", stats["logits_fake"].flatten(2), made)
     assert stats["logits_mismatched"] is None and stats["loss_r1"] == 0
     assert not any(t.requires_grad for t in stats.values() if t is not None)
-    assert all(teacher.saw(xt_real, draws.sigma_r, text.context))
+    assert all(teacher.saw(xt_real, draws.sigma_d, text.context))
     # one forward, no graph
     assert len(teacher.seen) == B and not any(grad for *_, grad in teacher.seen)
 
@@ -290,7 +294,7 @@ def test_mismatched_captions_count_as_fake(share):
     rows = others.rows
     # twice the share, twice as many
     assert len(rows) == stats["logits_mismatched"].shape[1] == share * B
-    xt, sigma = mix(x0, draws.eps_r, draws.sigma_r), draws.sigma_r
+    xt, sigma = mix(x0, draws.eps_d, draws.sigma_d), draws.sigma_d
     mismatched = logits_of(heads, xt[rows], sigma[rows], *others.text)
     real = logits_of(heads, xt, sigma, *text)
     made = logits_of(heads, mix(fake.x0_hat, draws.eps_d, draws.sigma_d), draws.sigma_d, *text)
@@ -322,11 +326,11 @@ def test_every_pass_reads_the_samples_own_image():
     assert_close("x0_hat", fake.x0_hat, x0_hat)
 
     loss_d, stats = heads_loss(teacher, heads, x0, text, others, fake.feats, draws, config)
-    xt_fake, xt_real = mix(x0_hat, draws.eps_d, draws.sigma_d), mix(x0, draws.eps_r, draws.sigma_r)
+    xt_fake, xt_real = mix(x0_hat, draws.eps_d, draws.sigma_d), mix(x0, draws.eps_d, draws.sigma_d)
     made = logits_of(heads, xt_fake + image, draws.sigma_d, *text[:2])
-    real = logits_of(heads, xt_real + image, draws.sigma_r, *text[:2])
+    real = logits_of(heads, xt_real + image, draws.sigma_d, *text[:2])
     rows = others.rows
-    bad = logits_of(heads, (xt_real + image)[rows], draws.sigma_r[rows], *others.text[:2])
+    bad = logits_of(heads, (xt_real + image)[rows], draws.sigma_d[rows], *others.text[:2])
     response = R1_SIGMA * torch.stack(
         [(k + 1) * patches(draws.eps_r1) @ w for k, w in zip(TAPS, heads.w)])
     for name, expected in (("real", real), ("fake", made), ("mismatched", bad)):
@@ -372,8 +376,8 @@ def test_r1_compares_one_level_and_has_its_value(monkeypatch):
         expected = (sigma * response).square().mean()
         assert_close("loss_r1", stats["loss_r1"], expected.detach(), 1e-10)
         assert_close("loss_d", loss, plain + weight * expected, 1e-10)
-        xt = mix(x0, draws.eps_r, draws.sigma_r) + sigma * draws.eps_r1
-        assert all(teacher.saw(xt, draws.sigma_r, text.context))
+        xt = mix(x0, draws.eps_d, draws.sigma_d) + sigma * draws.eps_r1
+        assert all(teacher.saw(xt, draws.sigma_d, text.context))
         assert not any(grad for *_, grad in teacher.seen)
         if sigma == 0:
             assert stats["loss_r1"] == 0
@@ -517,18 +521,18 @@ def test_gradients_equal_those_of_separate_forwards(changes):
     with torch.no_grad():
         x0_hat = lone(student, mix(x0, draws.eps_s, draws.sigma_s), draws.sigma_s)
         made = teacher(mix(x0_hat, draws.eps_d, draws.sigma_d), draws.sigma_d, *text, taps=TAPS)[1]
-        xt = mix(x0, draws.eps_r, draws.sigma_r)
-        real = teacher(xt, draws.sigma_r, *text, taps=TAPS)[1]
+        xt = mix(x0, draws.eps_d, draws.sigma_d)
+        real = teacher(xt, draws.sigma_d, *text, taps=TAPS)[1]
         noise = 0.0 if draws.eps_r1 is None else R1_SIGMA * draws.eps_r1
-        near = teacher(xt + noise, draws.sigma_r, *text, taps=TAPS)[1]
+        near = teacher(xt + noise, draws.sigma_d, *text, taps=TAPS)[1]
         rows, other = (others.rows, others.text) if others else ([], None)
-        bad = teacher(xt[rows], draws.sigma_r[rows], *other, taps=TAPS)[1] if others else []
-    d_real = heads(real, draws.sigma_r, text.pooled, (2, 3))
+        bad = teacher(xt[rows], draws.sigma_d[rows], *other, taps=TAPS)[1] if others else []
+    d_real = heads(real, draws.sigma_d, text.pooled, (2, 3))
     d_fake = [heads(made, draws.sigma_d, text.pooled, (2, 3))]
     if len(rows):
-        d_fake.append(heads(bad, draws.sigma_r[rows], other.pooled, (2, 3)))
+        d_fake.append(heads(bad, draws.sigma_d[rows], other.pooled, (2, 3)))
     loss_d = hinge(d_real, torch.cat(d_fake, 1))
-    d_near = heads(near, draws.sigma_r, text.pooled, (2, 3))
+    d_near = heads(near, draws.sigma_d, text.pooled, (2, 3))
     (loss_d + config.r1_weight * (d_near - d_real).square().mean()).backward()
     naive_d = named_grads(heads)
     x0_hat = lone(student, mix(x0, draws.eps_s, draws.sigma_s), draws.sigma_s)
@@ -570,7 +574,8 @@ def test_the_student_pays_one_forward_and_the_teacher_two():
 # move; the other must not.
 LIVE = {"levels": ({}, (0.9, 0.6, 0.4, 0.2), "dg"), "probs": ({}, (0.0, 0.0, 0.0, 1.0), "dg"),
         "easy_steps": ({}, 10, "dg"), "shift": ({}, 3.0, "dg"), "d_mean": ({}, 1.0, "dg"),
-        "mismatched": ({}, 0.5, "d"), "r1_weight": ({}, 1.0, "d"), "distill_weight": ({}, 1.0, "g")}
+        "mismatched": ({}, 0.5, "d"), "r1_weight": ({}, 3.0, "d"), "distill_weight": ({}, 1.0, "g"),
+        "heads_repeats": ({}, 3, "")}          # moves the heads after both losses: test_step.py
 
 
 @pytest.mark.parametrize("field", [f.name for f in fields(LaddConfig)])
@@ -620,8 +625,8 @@ def distance_after(seed: int, steps: int, adversarial: float = 1.0) -> float:
         x0 = target + 0.3 * torch.randn(8, 4, 4, 4)
         draws = draw(x0, step, config, (1000 * seed + step,))
         if step == 0:
-            xt = mix(x0, draws.eps_r, draws.sigma_r)
-            heads.calibrate(channel_moments(teacher(xt, draws.sigma_r, *text, taps=TAPS)[1]))
+            xt = mix(x0, draws.eps_d, draws.sigma_d)
+            heads.calibrate(channel_moments(teacher(xt, draws.sigma_d, *text, taps=TAPS)[1]))
         fake = fake_pass(student, teacher, heads, x0, text, draws, config)
         optimizer_d.zero_grad()
         loss_d = heads_loss(teacher, heads, x0, text, None, fake.feats, draws, config)[0]

@@ -39,8 +39,8 @@ def test_bench_steps_times_the_step_and_its_stages(capsys, tmp_path, monkeypatch
                                      "student loss", "heads' optimizer", "student's optimizer, EMA"]
     assert sum(whole["stages"].values()) == pytest.approx(1)
     assert not list(tmp_path.iterdir())                                        # no files
-    more = bench(capsys, "--mismatched .5 --heads-steps 2")
-    assert more["forwards"] == {"student": 2, "teacher": 4}
+    more = bench(capsys, "--mismatched .5 --heads-repeats 4")
+    assert more["forwards"] == {"student": 1, "teacher": 2}
     micro = bench(capsys, "--mismatched 0 --micro-batch 4")
     assert micro["forwards"] == {"student": 2, "teacher": 4}
     assert micro["flops"] == pytest.approx(whole["flops"], rel=1e-3)

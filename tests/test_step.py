@@ -4,7 +4,6 @@ import dataclasses
 import gc
 import weakref
 from collections import Counter
-from itertools import product
 
 import pytest
 import torch
@@ -41,7 +40,8 @@ class Calls(TorchDispatchMode):
 def setting(flags: str = "", edit: bool = False):
     """Return (config, distillation config, networks, micro-batches of a step); `edit`: latents with
     images."""
-    config = parse_config(f"{TINY} --kernels torch --batch 8 --set heads_first=0 {flags}".split())
+    config = parse_config(f"{TINY} --kernels torch --batch 8 --heads-repeats 1 "
+                          f"--set heads_first=0 {flags}".split())
     compute = compute_of(config)
     torch.manual_seed(0)
     base = MMDiT(MMDiTConfig(2, 64, 2, 4, 2 + edit, 2, pos_grid=4), compute.ops)
@@ -50,7 +50,7 @@ def setting(flags: str = "", edit: bool = False):
     networks = step.make_networks(base, compute, config.group(step.Optim),
                                   heads_of(config, base.config), config.student_depth,
                                   student_lora(config), config.teacher_fp8)
-    parts = step.step_parts(config.ladd, batching_of(config), latents(with_images=edit), 0, 0)
+    parts = step.step_parts(config.ladd, batching_of(config), latents(with_images=edit), 0)
     return config, config.ladd, networks, parts
 
 
@@ -66,10 +66,11 @@ def test_a_step_reads_nothing_back(flags):
     assert set(calls.count) >= {"aten::_local_scalar_dense", "aten::nonzero"}
 
 
-@pytest.mark.parametrize("flags", ["", "--micro-batch 2"])
-def test_features_are_freed_when_nobody_needs_them(monkeypatch, flags):
-    """Alive at once at most the real ones and the fakes of one micro-batch; none when a micro-batch
-    starts, and none after the step."""
+@pytest.mark.parametrize("flags, waiting", [("", 0), ("--micro-batch 2", 0),
+                                            ("--micro-batch 2 --heads-repeats 3", 1)])
+def test_features_are_freed_when_nobody_needs_them(monkeypatch, flags, waiting):
+    """Alive at once at most the real ones and the fakes of one micro-batch, and those that wait for
+    the heads' further steps; none after the step."""
     config, dc, networks, parts = setting(flags)
     alive, held, tapped = weakref.WeakSet(), [], losses.__dict__["tapped_features"]
 
@@ -90,7 +91,8 @@ def test_features_are_freed_when_nobody_needs_them(monkeypatch, flags):
             assert not alive
     finally:
         gc.enable()
-    assert held == [1, 2] * 2 * len(parts)
+    # a fake that waits is detached, so that its tag is gone
+    assert held == [i * waiting + n for i in range(len(parts)) for n in (1, 2)] * 2
 
 
 def test_gradients_are_dropped():
@@ -125,13 +127,13 @@ def test_gradients_are_clipped_network_by_network(monkeypatch):
 
 
 def test_levels_count_the_students_steps_and_data_the_heads(monkeypatch):
-    config, dc, _, _ = setting("--heads-steps 2")
+    config, dc, _, _ = setting()
     config, seen = dataclasses.replace(config, heads_first=2), []
     monkeypatch.setattr(step, "micro_batches", lambda latents, batching, dc, index, count, key:
                         seen.append((index, count)))
-    for it, j in product(range(4), range(2)):
-        step.step_parts(dc, batching_of(config), None, it, j)
-    assert seen == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (5, 0), (6, 1), (7, 1)]
+    for it in range(4):
+        step.step_parts(dc, batching_of(config), None, it)
+    assert seen == [(0, 0), (1, 0), (2, 0), (3, 1)]
 
 
 def test_processes_and_micro_batches_share_the_calibration(monkeypatch):
@@ -196,7 +198,8 @@ def test_gradients_equal_those_of_separate_forwards(monkeypatch, flags, micro):
     nets = networks.student, networks.teacher, networks.heads
     with torch.no_grad():
         fake = losses.fake_pass(*nets, x0, text, draws, dc)
-    losses.heads_loss(*nets[1:], x0, text, mismatched, fake.feats, draws, dc)[0].backward()
+    seen = losses.shown(*nets[1:], x0, text, mismatched, fake.feats, draws, dc)
+    losses.heads_loss(nets[2], seen, dc)[0].backward()
     expected = {"heads": {k: p.grad for k, p in networks.heads.named_parameters()}}
     fake = losses.fake_pass(*nets, x0, text, draws, dc)
     losses.student_loss(nets[2], text, fake, draws, dc, losses.grid_of(nets[1], x0))[0].backward()
@@ -232,6 +235,32 @@ def test_only_the_heads_train_without_update_student():
     assert {name.split(".")[0] for name in changed} == {"heads", "opt_d"}
     assert all(p.grad is None for p in networks.student.parameters())
     assert norms.keys() == {"heads"} and "loss_d" in stats and "loss_g" not in stats
+
+
+@pytest.mark.parametrize("micro", [8, 2])
+def test_the_heads_repeat_their_step_on_the_same_features(micro):
+    """Three steps by hand on the features that the first one saw; the student's step is the one
+    without repeats."""
+    flags = f"--mismatched .5 --micro-batch {micro} --heads-lr 1e-2 --set r1_weight=1"
+    config, dc, networks, parts = setting(flags)
+    with torch.no_grad():
+        seen = [losses.shown(networks.teacher, networks.heads, x0, text, mismatched,
+                             losses.fake_pass(*networks[0:3:2], networks.heads, x0, text, draws,
+                                              dc).feats, draws, dc)
+                for x0, text, mismatched, draws in parts]
+    for _ in range(3):
+        (sum(losses.heads_loss(networks.heads, s, dc)[0] for s in seen) / len(seen)).backward()
+        networks.opt_d.step()
+    expected, heads = networks.heads.state_dict(), {}
+    for repeats in (1, 3):
+        config, dc, networks, parts = setting(f"{flags} --heads-repeats {repeats}")
+        step.ladd_step(dc, networks, parts, config.ema, True)
+        heads[repeats] = networks.heads.state_dict(), networks.student.state_dict()
+    for name, value in expected.items():
+        # Adam divides by |g| + 1e-8: gradients near 0 differ by rounding alone
+        assert_close(name, heads[3][0][name], value, 1e-3)
+        assert name.startswith("feat") or not torch.equal(heads[1][0][name], value)
+    assert all(torch.equal(a, b) for a, b in zip(heads[1][1].values(), heads[3][1].values()))
 
 
 def test_the_student_reads_the_heads_before_their_step():

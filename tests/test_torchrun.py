@@ -100,7 +100,7 @@ REUSE = "--teacher t.safetensors --data runs/whole/data"
 # what is compared, and on how many processes it is run: (name, flags of both, flags of the
 # processes) none on the first process
 CASES = [("ddp", "", "--shard none"), ("fsdp", "", "--shard all --recompute selective"),
-         ("few", "--mismatched .125", "--shard none"), ("micro", "--heads-steps 2 --set "
+         ("few", "--mismatched .125", "--shard none"), ("micro", "--heads-repeats 2 --set "
                                                         "r1_weight=1", "--shard student "
                                                         "--micro-batch 2 --recompute full")]
 

@@ -14,7 +14,7 @@ import train
 from ladd import build
 from ladd.cli import InputError
 from ladd.core.discriminator import Discriminator, DiscriminatorConfig
-from ladd.core.losses import (LaddConfig, Mismatched, draw, fake_pass, grid_of, heads_loss,
+from ladd.core.losses import (LaddConfig, Mismatched, draw, fake_pass, grid_of, heads_loss, shown,
                               student_loss)
 from ladd.core.mmdit import MMDiT, MMDiTConfig, Text
 from ladd.engine.networks import pick_kernels
@@ -233,7 +233,8 @@ def ladd_step(ops: kernels.Kernels, qk_norm: bool = True, dual: tuple[int, ...] 
     wrong = Mismatched(torch.tensor([1], device=device), text.map(lambda t: t[:1]),
                        torch.ones(1, device=device), 1.0)
     fake = fake_pass(student, teacher, heads, x0.to(device), text, drawn, STEP)
-    loss_d, _ = heads_loss(teacher, heads, x0.to(device), text, wrong, fake.feats, drawn, STEP)
+    seen = shown(teacher, heads, x0.to(device), text, wrong, fake.feats, drawn, STEP)
+    loss_d, _ = heads_loss(heads, seen, STEP)
     loss_d.backward()
     out = {"loss_d": loss_d} | {f"heads.{k}": p.grad.clone() for k, p in heads.named_parameters()}
     loss_g, _ = student_loss(heads, text, fake, drawn, STEP, grid_of(teacher, x0))

@@ -2,15 +2,16 @@
 
     x0_hat     = student's prediction from (1 - sigma_s) x0 + sigma_s eps
     feats_fake = features of the frozen teacher at noised(x0_hat, sigma_d)     with gradient
-    feats_real = features of the frozen teacher at noised(x0, sigma_r)         without gradient
+    feats_real = features of the frozen teacher at noised(x0, sigma_d)         without gradient
     loss_d     = mean relu(1 - D(feats_real)) + mean relu(1 + D(feats_fake.detach()))
     loss_g     = - mean D(feats_fake)
 
-One step: `fake_pass`, then `heads_loss` and `student_loss` with the same features, then both
-optimizers. One student forward and one teacher forward serve both losses; the gradients equal
-those of separate forwards. In the code "fake" is what the student generates, "real" a latent that
-the teacher generated with guidance. Letters: b batch, c channels, h w latent size, k head,
-l tokens, d width of the teacher. Source: Sauer et al. 2024, Sec. 3.
+One step: `fake_pass`, `shown`, then `heads_loss` and `student_loss` with the same features, then
+both optimizers; the heads may take further steps on these features. One student forward and one
+teacher forward serve both losses; the gradients equal those of separate forwards. In the code
+"fake" is what the student generates, "real" a latent that the teacher generated with guidance.
+Letters: b batch, c channels, h w latent size, k head, l tokens, d width of the teacher.
+Source: Sauer et al. 2024, Sec. 3.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,16 +40,15 @@ class LaddConfig:
                                    # mismatched caption, labelled fake
     r1_weight: float               # weight of the approximate R1 penalty, 0: none
     distill_weight: float          # weight of LADD's optional distillation loss, 0: none
+    heads_repeats: int = 1         # steps of the heads on the features of each batch
 
 
 class Draws(NamedTuple):
     """All random numbers of one step."""
     sigma_s: Tensor          # [b] noise level of the student, shifted
     eps_s: Tensor            # [b, c, h, w]
-    sigma_d: Tensor          # [b] noise level at which the fake is renoised
-    eps_d: Tensor
-    sigma_r: Tensor          # [b] noise level at which the real sample is renoised
-    eps_r: Tensor
+    sigma_d: Tensor          # [b] noise level at which fake and real sample are renoised
+    eps_d: Tensor            # noise of both, so that nothing but the sample differs (our choice)
     eps_r1: Tensor | None    # direction of R1's perturbation, None without R1
 
 
@@ -67,6 +67,18 @@ class Fake(NamedTuple):
     target: Tensor | None  # the teacher's x0 estimate from the renoised x0_hat (distillation loss)
 
 
+class Shown(NamedTuple):
+    """What the heads are shown of b samples, without graphs: the fakes' features, and those of n
+    others, b real, m mismatched and, for R1, b perturbed ones."""
+    fake: list[Tensor]       # k tensors [b, l, d]
+    others: list[Tensor]     # k tensors [n, l, d]
+    sigma: Tensor            # [n]; the first b belong to the fakes too
+    pooled: Tensor           # [n, pooled_dim]; likewise
+    weight: Tensor | None    # [m] of the mismatched ones, None without any
+    count: float             # of Mismatched
+    grid: tuple[int, int]
+
+
 def draw(x0: Tensor, step: int, config: LaddConfig, key: Sequence[int], first: int = 0,
          batch: int | None = None) -> Draws:
     """Return all random numbers of samples first, first + 1, ... of `batch` (default: all of x0).
@@ -78,13 +90,13 @@ def draw(x0: Tensor, step: int, config: LaddConfig, key: Sequence[int], first: i
     n, part, g = batch or len(x0), slice(first, first + len(x0)), flow.generator(*key)
     probs = flow.student_probs(step, config.probs, config.easy_steps)
     sigma_s = flow.shift(flow.student_levels(n, config.levels, probs, g), config.shift)[part]
-    sigma_d, sigma_r = (flow.logit_normal(n, (config.d_mean,), g)[part] for _ in range(2))
-    count = 4 if config.r1_weight else 3
+    sigma_d = flow.logit_normal(n, (config.d_mean,), g)[part]
+    count = 3 if config.r1_weight else 2
     eps = torch.stack([torch.randn(count, *x0.shape[1:], generator=flow.generator(*key, i))
                        for i in range(first, first + len(x0))], 1)
-    eps_s, eps_d, eps_r, *eps_r1 = eps.to(x0.device)
-    sigma_s, sigma_d, sigma_r = (t.to(x0.device) for t in (sigma_s, sigma_d, sigma_r))
-    return Draws(sigma_s, eps_s, sigma_d, eps_d, sigma_r, eps_r, eps_r1[0] if eps_r1 else None)
+    eps_s, eps_d, *eps_r1 = eps.to(x0.device)
+    sigma_s, sigma_d = sigma_s.to(x0.device), sigma_d.to(x0.device)
+    return Draws(sigma_s, eps_s, sigma_d, eps_d, eps_r1[0] if eps_r1 else None)
 
 
 def grid_of(teacher: MMDiT, x: Tensor) -> tuple[int, int]:
@@ -134,41 +146,48 @@ def hinge_d(logits_real: Tensor, logits_fake: Tensor, logits_mismatched: Tensor 
     return F.relu(1 - logits_real).mean() + loss_fake
 
 
-def heads_loss(teacher: MMDiT, heads: Discriminator, x0: Tensor, text: Text,
-               mismatched: Mismatched | None, fake_feats: list[Tensor], draws: Draws,
+@torch.no_grad()
+def shown(teacher: MMDiT, heads: Discriminator, x0: Tensor, text: Text,
+          mismatched: Mismatched | None, fake_feats: list[Tensor], draws: Draws,
+          config: LaddConfig) -> Shown:
+    """Return what the heads are shown; one teacher pass serves all but the fakes.
+
+    The features have no graph: the discriminator loss must not move the student.
+    """
+    xt = flow.noised(x0, draws.eps_d, draws.sigma_d)
+    passes = [(xt, draws.sigma_d, text)]
+    if mismatched is not None:
+        rows = mismatched.rows
+        passes.append((xt[rows], draws.sigma_d[rows], mismatched.text))
+    if config.r1_weight:
+        # R1 perturbs the RENOISED sample and keeps its noise level (Lin et al. 2025, Sec. 3.3).
+        passes.append((xt + R1_SIGMA * draws.eps_r1, draws.sigma_d, text))
+    xts, sigmas, texts = zip(*passes)
+    sigma, together = torch.cat(sigmas), cat(texts)
+    others = tapped_features(teacher, heads, torch.cat(xts), sigma, together)
+    weight, count = (mismatched.weight, mismatched.count) if mismatched else (None, 0.0)
+    return Shown([f.detach() for f in fake_feats], others, sigma, together.pooled, weight, count,
+                 grid_of(teacher, x0))
+
+
+def heads_loss(heads: Discriminator, seen: Shown,
                config: LaddConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """Return (loss_d, stats): the hinge of real against fake, plus the approximate R1 penalty.
 
-    R1 is the mean |D(xt) - D(xt + R1_SIGMA n)|^2 with Gaussian noise n. Only the heads get
-    gradients. stats are detached: logits_real and logits_fake [k, b, h, w],
-    logits_mismatched [k, m, h, w] or None, and loss_r1.
+    R1 is the mean |D(xt) - D(xt + R1_SIGMA n)|^2 with Gaussian noise n. stats are detached:
+    logits_real and logits_fake [k, b, h, w], logits_mismatched [k, m, h, w] or None, and loss_r1.
     """
-    grid, b = grid_of(teacher, x0), len(x0)
-    # One teacher pass serves all that needs no gradient: real, mismatched, perturbed.
-    xt = flow.noised(x0, draws.eps_r, draws.sigma_r)
-    passes = [(xt, draws.sigma_r, text)]
-    if mismatched is not None:
-        rows = mismatched.rows
-        passes.append((xt[rows], draws.sigma_r[rows], mismatched.text))
-    if config.r1_weight:
-        # R1 perturbs the RENOISED sample and keeps its noise level (Lin et al. 2025, Sec. 3.3).
-        passes.append((xt + R1_SIGMA * draws.eps_r1, draws.sigma_r, text))
-    xts, sigmas, texts = zip(*passes)
-    sigma, together = torch.cat(sigmas), cat(texts)
-    with torch.no_grad():
-        feats = tapped_features(teacher, heads, torch.cat(xts), sigma, together)
-
-    logits = heads(feats, sigma, together.pooled, grid)
-    # The features are detached: the discriminator loss must not move the student.
-    logits_fake = heads([f.detach() for f in fake_feats], draws.sigma_d, text.pooled, grid)
+    b = len(seen.fake[0])
+    logits = heads(seen.others, seen.sigma, seen.pooled, seen.grid)
+    logits_fake = heads(seen.fake, seen.sigma[:b], seen.pooled[:b], seen.grid)
     logits_real = logits[:, :b]
     stats = {"logits_real": logits_real.detach(), "logits_fake": logits_fake.detach(),
-             "logits_mismatched": None, "loss_r1": torch.zeros((), device=x0.device)}
-    if mismatched is None:
+             "logits_mismatched": None, "loss_r1": torch.zeros((), device=logits.device)}
+    if seen.weight is None:
         loss = hinge_d(logits_real, logits_fake)
     else:
-        extra = logits[:, b:b + len(mismatched.rows)]
-        loss = hinge_d(logits_real, logits_fake, extra, mismatched.weight, mismatched.count)
+        extra = logits[:, b:b + len(seen.weight)]
+        loss = hinge_d(logits_real, logits_fake, extra, seen.weight, seen.count)
         stats["logits_mismatched"] = extra.detach()
     if config.r1_weight:
         loss_r1 = (logits[:, -b:] - logits_real).square().mean()

@@ -33,7 +33,6 @@ class Batching(NamedTuple):
     seed: int
     batch: int              # pairs per step
     micro: int              # pairs per micro-batch
-    heads_steps: int = 1    # discriminator steps per iteration, each with its own batch
     heads_first: int = 0    # first iterations, which train only the discriminator
     rank: int = 0
     world: int = 1
@@ -44,7 +43,7 @@ def micro_batches(latents: Latents, batching: Batching, config: LaddConfig, inde
     """Return this process's micro-batches of batch number `index` of the latents. Random numbers
     are functions of `key`; noise levels are those of the student's step `step`. A fraction
     config.mismatched of the samples, evenly spread, gets a mismatched caption."""
-    seed, batch, micro, _, _, rank, world = batching
+    seed, batch, micro, _, rank, world = batching
     bucket, chosen = latents.choose(index, batch, seed, latents.holdout)
     # Every process draws the mismatched captions of the full batch and keeps those of its rows:
     # where the running count reaches a new integer.

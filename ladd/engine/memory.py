@@ -32,11 +32,12 @@ def stream_bytes(stream: Stream, s: int, recompute: str, fused: bool) -> int:
 
 def memory_plan(student: MMDiT, teacher: MMDiT, heads: Discriminator, pairs: int, more: int,
                 text: int, image: int, recompute: str, fused: bool, world: int = 1, shard: int = 1,
-                teacher_shard: int = 1, accumulate: int = 1, shared: bool = False,
-                device: str = "cuda") -> dict[str, int]:
+                teacher_shard: int = 1, accumulate: int = 1, repeats: int = 1,
+                shared: bool = False, device: str = "cuda") -> dict[str, int]:
     """Return bytes by purpose in one of `world` processes, for `accumulate` micro-batches of
-    `pairs` with `more` mismatched and R1 samples. fused: Triton kernels; shard, teacher_shard:
-    processes per copy of a network; shared: a LoRA student uses the teacher's frozen weights."""
+    `pairs` with `more` mismatched and R1 samples. repeats: the heads' steps on each batch; fused:
+    Triton kernels; shard, teacher_shard: processes per copy of a network; shared: a LoRA student
+    uses the teacher's frozen weights."""
     def graphs(model: MMDiT, recompute: str, depth: int | None = None) -> list[int]:
         return [pairs * d * (text * stream_bytes(block.context_block, s, recompute, fused)
                              + image * stream_bytes(block.x_block, s, recompute, fused))
@@ -56,16 +57,22 @@ def memory_plan(student: MMDiT, teacher: MMDiT, heads: Discriminator, pairs: int
     # bytes per channel of a head; on a GPU the reference's convolution keeps 9 copies
     head = 5 * s / 2 if fused else 48 if device == "cpu" else 80
     loss_d = d * (s * read + r * (read + pairs)) + c * (read + pairs) * head
+    # features of a micro-batch that wait for the heads' further steps
+    waiting = (repeats > 1) * image * k * d * s * (read + pairs)
     loss_g = pairs * (d * (r + s * (s < r)) + c * (2 * s if fused else 24))
     real = read * d * s * (image * (14 + k) + 5 * text)     # the teacher's pass without a graph
     inside = 7 * s * d * pairs * (image + text)             # gradients in a block
     grads, before = 4 * n // shard, 4 * n // shard * (accumulate > 1)
     own, others = (world > 1) * gathered(student), (teacher_shard > 1) * gathered(teacher)
     end = max(block_s + inside - 4 * block // shard, 0)     # a block's gradients replace its graph
-    activations, gradients, blocks = max([      # discriminator loss, student's backward, its end
-        (kept + max(round(image * k * loss_d) + 8 * count(heads), real), before, others),
-        (kept + image * k * loss_g + inside + (not plain) * block_t, before, own + others),
-        (end + (world > 1) * (s + 4) * block, grads, own + others)], key=sum)
+    training, earlier = round(image * k * loss_d) + 8 * count(heads), (accumulate - 1) * waiting
+    later = earlier + (repeats > 1) * image * k * d * s * read      # the fakes' are in `kept`
+    # discriminator loss, student's backward, its end, the heads' further steps
+    activations, gradients, blocks = max([
+        (earlier + kept + max(training, real), before, others),
+        (later + kept + image * k * loss_g + inside + (not plain) * block_t, before, own + others),
+        (earlier + waiting + end + (world > 1) * (s + 4) * block, grads, own + others),
+        ((repeats > 1) * (earlier + training + image * k * d * s * pairs), grads, 0)], key=sum)
     frozen = s * (count(student) - n) // shard
     table = student.pos_embed.numel() * (s if frozen else 4)
     copies = 1 - shared if frozen and world == 1 else 2     # in addition to the teacher's

@@ -1,4 +1,4 @@
-"""One LADD step, a discriminator step or that and one of the student: networks, optimizers and
+"""One LADD step, of the discriminator or of that and the student: networks, optimizers and
 micro-batches, in one process or several. train.py makes iterations of them.
 
 The losses are in ladd/core/losses.py, sharding over processes in ladd/engine/parallel.py.
@@ -12,7 +12,7 @@ from torch import Tensor
 from ladd.cli import must
 from ladd.core import flow
 from ladd.core.discriminator import Discriminator, DiscriminatorConfig, channel_moments
-from ladd.core.losses import (LaddConfig, fake_pass, grid_of, heads_loss, student_loss,
+from ladd.core.losses import (LaddConfig, fake_pass, grid_of, heads_loss, shown, student_loss,
                               tapped_features)
 from ladd.core.mmdit import MMDiT
 from ladd.data.batches import Batching, MicroBatch, micro_batches, moved
@@ -83,8 +83,8 @@ def calibrate(config: LaddConfig, batching: Batching, teacher: MMDiT, heads: Dis
     for part in parts:
         x0, text, _, draws = moved(part, heads.feat_mean.device)
         with torch.no_grad():
-            xt = flow.noised(x0, draws.eps_r, draws.sigma_r)
-            total += channel_moments(tapped_features(teacher, heads, xt, draws.sigma_r, text))
+            xt = flow.noised(x0, draws.eps_d, draws.sigma_d)
+            total += channel_moments(tapped_features(teacher, heads, xt, draws.sigma_d, text))
     heads.calibrate(parallel.averaged(total / len(parts)))
 
 
@@ -98,14 +98,12 @@ def rate_factor(optim: Optim, done: int, steps_taken: int) -> float:
     return min(1, (steps_taken + 1) / max(1, optim.warmup), left)
 
 
-def step_parts(config: LaddConfig, batching: Batching, latents: Latents, it: int,
-               j: int) -> list[MicroBatch]:
-    """Return this process's micro-batches for discriminator step j of iteration `it`.
-
-    Each discriminator step has its own batch; noise levels follow the student's steps.
-    """
-    return micro_batches(latents, batching, config, it * batching.heads_steps + j,
-                         max(it - batching.heads_first, 0), (batching.seed, 2, it, j))
+def step_parts(config: LaddConfig, batching: Batching, latents: Latents,
+               it: int) -> list[MicroBatch]:
+    """Return this process's micro-batches of iteration `it`; noise levels follow the student's
+    steps."""
+    return micro_batches(latents, batching, config, it, max(it - batching.heads_first, 0),
+                         (batching.seed, 2, it))
 
 
 def joined(stats: Sequence[dict[str, Tensor | None]]) -> dict[str, Tensor | None]:
@@ -132,10 +130,13 @@ def ladd_step(config: LaddConfig, p: Networks, parts: list[MicroBatch], ema_deca
 
     One student forward and one teacher forward of the fake serve both losses of a micro-batch.
     Both are computed before the heads' optimizer steps, so each graph is freed after its
-    micro-batch and no forward is repeated. Without `update_student` only the heads train. stats:
-    `loss_d`, and what `heads_loss` and `student_loss` return. `lap` is called with the name of each
+    micro-batch and no forward is repeated. Then the heads take config.heads_repeats steps in all on
+    the same features. Without `update_student` only the heads train. stats: `loss_d`, and what
+    `heads_loss` and `student_loss` return, before any step. `lap` is called with the name of each
     stage that ends.
     """
+    kept = []
+
     def backward(part: MicroBatch, last: bool) -> dict[str, Tensor | None]:
         x0, text, mismatched, draws = part
 
@@ -144,9 +145,11 @@ def ladd_step(config: LaddConfig, p: Networks, parts: list[MicroBatch], ema_deca
             fake = fake_pass(p.student, p.teacher, p.heads, x0, text, draws, config)
         lap("generate")
 
-        # 2. discriminator loss: it detaches the fake features, so only the heads get gradients
-        loss_d, stats = heads_loss(p.teacher, p.heads, x0, text, mismatched, fake.feats, draws,
-                                   config)
+        # 2. discriminator loss, on features without a graph: only the heads get gradients
+        seen = shown(p.teacher, p.heads, x0, text, mismatched, fake.feats, draws, config)
+        if config.heads_repeats > 1:
+            kept.append(seen)
+        loss_d, stats = heads_loss(p.heads, seen, config)
         (loss_d / len(parts)).backward()
         stats = {"loss_d": loss_d.detach()} | stats
         lap("discriminator loss")
@@ -167,6 +170,11 @@ def ladd_step(config: LaddConfig, p: Networks, parts: list[MicroBatch], ema_deca
     # 4. optimizers; the student's also updates the EMA
     parallel.average_gradients(p.heads)
     norms = {"heads": p.opt_d.step()}
+    for _ in range(config.heads_repeats - 1):
+        for seen in kept:
+            (heads_loss(p.heads, seen, config)[0] / len(parts)).backward()
+        parallel.average_gradients(p.heads)
+        p.opt_d.step()
     lap("heads' optimizer")
     if update_student:
         norms["student"] = p.opt_g.step(ema_decay)

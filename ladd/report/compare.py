@@ -136,10 +136,8 @@ def write_run_report(recipe: Recipe, toy: ToyConfig | None, run: Path, shown: li
         shown = [p._replace(captions=p.captions[:2]) for p in prompts]
         floor = reference.floor
     guided = teacher_row(teacher, recipe)
-    plan = [guided]
-    for k in (4, 2, 1):
-        for guidance in dict.fromkeys((guided.guidance, UNGUIDED)):
-            plan.append(guided._replace(sigmas=recipe.teacher_sigmas(k), guidance=guidance))
+    plan = [guided, *(guided._replace(sigmas=recipe.teacher_sigmas(4), guidance=guidance)
+                      for guidance in dict.fromkeys((guided.guidance, UNGUIDED)))]
     students = student_rows("student", student, recipe)
     plan += student_rows("untrained", untrained, recipe) + students
     rows = measure_rows(plan, codec, prompts, reference, counts.batch, heartbeat)

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import kernels
 from ladd.core.discriminator import Discriminator
-from ladd.core.losses import (LaddConfig, Mismatched, draw, fake_pass, flow_loss, grid_of,
-                              heads_loss, student_loss)
+from ladd.core.losses import (LaddConfig, Mismatched, draw, fake_pass, flow_loss,
+                              heads_loss, shown, student_loss)
 from ladd.core.mmdit import MMDiT, Text
 from ladd.engine.parallel import checkpointed
 from ladd.report.speed import wait
@@ -40,9 +40,8 @@ def joint_attention(*args, **kwargs) -> tuple[Tensor | None, Tensor]:
 def step_cost(student: MMDiT, teacher: MMDiT, heads: Discriminator, latent: tuple[int, int, int],
               context: tuple[int, int], batch: int, config: LaddConfig,
               recompute: str = "none") -> dict[str, float]:
-    """Return FLOPs: of one LADD step of `batch` samples (flops_step), of a further step of the
-    discriminator (flops_heads_step), of one training step of the teacher (flops_flow_step), and of
-    one evaluation per sample (flops_v).
+    """Return FLOPs: of one LADD step of `batch` samples (flops_step), of one training step of the
+    teacher (flops_flow_step), and of one evaluation per sample (flops_v).
 
     All networks on the meta device; latent (c, h, w), context (tokens, width). FLOPs are the matrix
     products that torch counts in the references, those of recomputation included.
@@ -76,20 +75,19 @@ def step_cost(student: MMDiT, teacher: MMDiT, heads: Discriminator, latent: tupl
         with torch.no_grad():
             teacher(x0, draws.sigma_s, *text)
 
-    def step(update_student: bool) -> None:
-        with torch.set_grad_enabled(update_student):
-            fake = fake_pass(student, teacher, heads, x0, text, draws, config)
-        heads_loss(teacher, heads, x0, text, mismatched, fake.feats, draws, config)[0].backward()
-        if update_student:
-            grid = grid_of(teacher, x0)
-            student_loss(heads, text, fake, draws, config, grid)[0].backward()
+    def step() -> None:
+        fake = fake_pass(student, teacher, heads, x0, text, draws, config)
+        seen = shown(teacher, heads, x0, text, mismatched, fake.feats, draws, config)
+        for _ in range(config.heads_repeats):
+            heads_loss(heads, seen, config)[0].backward()
+        student_loss(heads, text, fake, draws, config, seen.grid)[0].backward()
 
     def teacher_step() -> None:
         flow_loss(teacher.requires_grad_(), x0, x0, draws.sigma_s, text).mean().backward()
 
     # teacher_step comes last, because it makes the teacher train
-    return {"flops_v": flops(evaluation) / batch, "flops_step": flops(step, True),
-            "flops_heads_step": flops(step, False), "flops_flow_step": flops(teacher_step)}
+    return {"flops_v": flops(evaluation) / batch, "flops_step": flops(step),
+            "flops_flow_step": flops(teacher_step)}
 
 
 def measured_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
