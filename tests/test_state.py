@@ -198,6 +198,11 @@ def test_training_goes_on_while_the_state_is_written_as_it_was(tmp_path, gate):
     assert states(tmp_path) == []                             # until it is published
     saver.publish()
     assert saver.written
+    # the thread ends: while it lives, its OpenMP workers slow down those of training
+    for thread in threading.enumerate():
+        if thread.name.startswith("state"):
+            thread.join(10)
+            assert not thread.is_alive()
     assert_values(tmp_path, 5, {"values": 5})
 
 
