@@ -607,7 +607,7 @@ def test_bad_input_is_named_and_nothing_is_written(home, case):
 def test_the_worlds_networks_take_no_encoders(home, tmp_path):
     with refused("^--encoders must be left out for .*w.safetensors",
                  r"a network of the toy dataset \(got sd3\)$"):
-        metadata = {**load_metadata(home / "runs/real"), "domain": "world"}
+        metadata = {**load_metadata(home / "runs/real"), "domain": "toy"}
         save_mmdit(load_mmdit(home / "runs/real"), tmp_path / "w.safetensors", metadata)
         path = tmp_path / "w.safetensors"
         call(home, sample.main, f"--checkpoint {path} --encoders sd3 --prompt red --out o.png")

@@ -924,10 +924,17 @@ def test_train_writes_what_a_checkpoint_must_say(run):
     found = load_metadata(run)
     assert {f.name for f in fields(Recipe)} | {"role", "domain"} == set(found)
     assert found == describe(CONFIG, "student") and read_recipe(found, run) == CONFIG.recipe
-    assert (found["role"], found["domain"]) == ("student", "world")
+    assert (found["role"], found["domain"]) == ("student", "toy")
     assert found["levels"] == "1.0,0.75,0.5,0.25"
     assert read_recipe(json.loads(to_json(CONFIG)), run) == CONFIG.recipe
     assert describe(replace(CONFIG, encoders="sd3"), "teacher")["domain"] == "sd3"
+
+
+def test_a_network_of_the_former_toy_images_is_refused(run, tmp_path):
+    old = tmp_path / "old.safetensors"
+    save_mmdit(load_mmdit(run), old, {**load_metadata(run), "domain": "world"})
+    with pytest.raises(InputError, match=r"old\.safetensors: a network of toy images as they were"):
+        sample.main(["--checkpoint", str(old), "--prompt", RED, "--out", str(tmp_path / "a.png")])
 
 
 def test_the_script_itself(run, tmp_path):

@@ -44,8 +44,7 @@ class Recipe:
 
     def metadata(self, role: str, real: bool) -> dict[str, str]:
         """Return the header of a checkpoint of this role, student or teacher."""
-        # "world" is the toy dataset, by the name that existing checkpoints have.
-        header = {"role": role, "domain": "sd3" if real else "world"}
+        header = {"role": role, "domain": "sd3" if real else "toy"}
         for name, value in asdict(self).items():
             header[name] = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         return header

@@ -32,6 +32,9 @@ def load_mmdit(path: str | Path, kernels: Kernels | None = None) -> MMDiT:
     """
     path = model_file(path)
     stored, metadata = formats.open_weights(path)
+    # the domain of toy networks before the codec of their images changed
+    must(metadata.get("domain") != "world", f"{path}: a network of toy images as they were before "
+         "2026-11-30; train it again")
     predicts = metadata.get("predicts", "v")
     must(predicts in ("v", "x0"), f"{path}: predicts must be v or x0 (got {predicts!r})")
     config = replace(formats.infer_config(stored, path), predicts=predicts)
