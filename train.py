@@ -500,6 +500,8 @@ def run_stages(config: Config, compute: Compute, needs: Needs, sizes: MMDiTConfi
         text = codec.provenance()["encoders"]
         made = {"encoders": text, "text": text,
                 "vae": encoders.fingerprint(config.encoders, ["vae"])}
+    elif not config.real:
+        made = codec.provenance()
     pairs = read_pairs(config, sizes, made)
     if config.data and config.data != "toy":
         load_data(Path(config.data), sizes, config.task, config.batch, made)

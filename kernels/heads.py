@@ -120,7 +120,7 @@ def reference_discriminator_heads(feats: list[Tensor], params: HeadParams, cond:
     b = x.shape[1]
     y = torch.baddbmm(p.b_in[:, None], x.flatten(1, 2), p.w_in).unflatten(1, (b, h * w))
     y = _norm_act(y, p.gamma1, p.beta1)                                        # [k, b, l, c]
-    # torch's convolution is twice as fast on a CPU; on a GPU it would use TF32, also backward
+    # torch's convolution is twice as fast on a CPU; cudnn would use TF32, also for its gradient
     convolve = _by_convolution if y.device.type == "cpu" else _by_patches
     z = convolve(y.unflatten(2, (h, w)), p.w_conv, p.b_conv).flatten(2, 3)
     z = (y + _norm_act(z, p.gamma2, p.beta2)) * 0.5 ** 0.5

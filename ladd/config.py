@@ -248,8 +248,8 @@ SD3 = dict(
 PRESETS = {
     "tiny": {},
     "tiny-edit": dict(task="edit", teacher_images=16384, teacher_steps=720, guidance=1.5,
-                      image_guidance=1.3, lr=1e-4, mismatched=0.0),
-    "tiny-inpaint": dict(task="inpaint", teacher_images=16384, teacher_steps=720, lr=1e-4,
+                      image_guidance=1.3, mismatched=0.0),
+    "tiny-inpaint": dict(task="inpaint", teacher_images=16384, teacher_steps=720,
                          mismatched=0.0),
     "tiny-lora": dict(lora=16, lr=1.5e-3),
     "shapes": dict(

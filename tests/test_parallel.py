@@ -98,15 +98,20 @@ def run_steps(case: dict) -> dict[str, Tensor]:
                 for start in range(rank * BATCH // world, (rank + 1) * BATCH // world, size)]
         student.zero_grad()
         frozen, losses = {k: p.detach() for k, p in heads.named_parameters()}, Counter()
+        kept = []
+
+        def heads_loss(d: dict, real: list[Tensor], fake: list[Tensor]) -> Tensor:
+            return (F.relu(1 - heads(real, d["sigma_d"], d["pooled"], GRID)).mean()
+                    + F.relu(1 + heads(fake, d["sigma_d"], d["pooled"], GRID)).mean())
+
         for i, d in enumerate(mine):
             fake = fakes(student, teacher, d)
             with torch.no_grad():
                 xt = flow.noised(d["x0"], d["eps_d"], d["sigma_d"])
                 real = teacher(xt, d["sigma_d"], d["context"], d["pooled"], taps=TAPS,
                                stop_at_last_tap=True)[1]
-            loss = (F.relu(1 - heads(real, d["sigma_d"], d["pooled"], GRID)).mean()
-                    + F.relu(1 + heads([f.detach() for f in fake], d["sigma_d"], d["pooled"],
-                                       GRID)).mean())
+            kept.append((d, real, [f.detach() for f in fake]))
+            loss = heads_loss(*kept[-1])
             (loss / len(mine)).backward()
             losses["loss_d"] += loss.item() / len(mine)
             parallel.accumulate(student, i == len(mine) - 1)
@@ -120,6 +125,10 @@ def run_steps(case: dict) -> dict[str, Tensor]:
             assert not early or all(p.grad is None for p in student.parameters())
         parallel.average_gradients(heads)
         losses["norm_d"] = opt_d.step().total.item()
+        for seen in kept:                                      # a further step on the same features
+            (heads_loss(*seen) / len(mine)).backward()
+        parallel.average_gradients(heads)
+        losses["norm_d2"] = opt_d.step().total.item()
         with torch.no_grad():                                  # a sample between backward and step
             student(d["x0"], d["sigma_s"], d["context"], d["pooled"])
             ema(d["x0"], d["sigma_s"], d["context"], d["pooled"])

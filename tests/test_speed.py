@@ -41,6 +41,7 @@ def test_bench_steps_times_the_step_and_its_stages(capsys, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())                                        # no files
     more = bench(capsys, "--mismatched .5 --heads-repeats 4")
     assert more["forwards"] == {"student": 1, "teacher": 2}
+    assert "heads' further steps" in more["stages"]
     micro = bench(capsys, "--mismatched 0 --micro-batch 4")
     assert micro["forwards"] == {"student": 2, "teacher": 4}
     assert micro["flops"] == pytest.approx(whole["flops"], rel=1e-3)

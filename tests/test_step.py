@@ -83,12 +83,20 @@ def test_features_are_freed_when_nobody_needs_them(monkeypatch, flags, waiting):
         alive.add(feats[0].tag)
         held.append(len(alive))                         # 1: the fakes; 2: the real ones as well
         return feats
+
+    def seen(*args):
+        out = losses.shown(*args)
+        out.fake[0].tag = Tag()
+        waiting_fakes.add(out.fake[0].tag)
+        return out
+    waiting_fakes = weakref.WeakSet()
     monkeypatch.setitem(losses.__dict__, "tapped_features", noted)
+    monkeypatch.setattr(step, "shown", seen)
     gc.disable()
     try:
         for _ in range(2):
             step.ladd_step(dc, networks, parts, config.ema, True)
-            assert not alive
+            assert not alive and not waiting_fakes
     finally:
         gc.enable()
     # a fake that waits is detached, so that its tag is gone

@@ -267,8 +267,8 @@ def test_a_run_ends_with_a_report_of_its_grades(home, task):
     evaluations = {(r["model"], r["steps"], r["guidance"]): r["nfe"] // r["steps"] for r
                    in out["rows"]}
     each = {"edit": 3, "inpaint": 2}[task]
-    assert evaluations["teacher", 3, 2.5] == evaluations["teacher", 1, 2.5] == each
-    assert evaluations["teacher", 1, 1.0] == evaluations["student", 4, 1.0] == 1
+    assert evaluations["teacher", 3, 2.5] == evaluations["teacher", 4, 2.5] == each
+    assert evaluations["teacher", 4, 1.0] == evaluations["student", 4, 1.0] == 1
     assert bool(out["heldout_prompt_accuracy"]) == (task == "inpaint")
     said = checkpoint.load_metadata(home / "runs" / task)
     assert (said["task"], said["image_guidance"]) == (task, "1.5" if task == "edit" else "1.0")

@@ -437,6 +437,13 @@ def test_every_iteration_has_its_own_batch(home, base, monkeypatch):
     assert seen[-4:] == list(range(4))
 
 
+def test_latents_of_another_codec_are_refused(home, base, monkeypatch):
+    monkeypatch.setattr(prompts, "CODEC", "another codec")
+    with pytest.raises(InputError, match=r"toy images must be coded by another codec \(got lapped"):
+        main(home, f"--name refused {REUSE} {QUIET}")
+    assert not (home / "runs/refused").exists()
+
+
 def test_profile_writes_a_trace_of_the_last_steps(home, base):
     main(home, f"--name profile {REUSE} --profile trace.json {QUIET}")
     events = json.loads((home / "trace.json").read_text())["traceEvents"]
@@ -737,6 +744,8 @@ class Poison:
 @pytest.mark.parametrize("log_every", [1, 100])
 @pytest.mark.parametrize("name, stage, call, term",
                          [("flow_loss", "teacher", 3, "loss"),
+                          # the second of three steps of the heads
+                          ("heads_loss", "distill", 8, "the gradient of heads [\\w.]+"),
                           ("heads_loss", "distill", 3, "loss_d"),
                           ("student_loss", "distill", 1, "(the gradient of student "
                            "[\\w.]+|loss_[gd])")])
@@ -744,9 +753,10 @@ def test_nan_stops_and_is_not_saved(home, base, monkeypatch, name, stage, call, 
     """Step and term are named; also where no line is logged, what is saved has been looked at."""
     where = train if stage == "teacher" else step
     monkeypatch.setattr(where, name, Poison(getattr(where, name), call))
-    run = home / "runs" / f"nan_{name}_{log_every}"
+    run = home / "runs" / f"nan_{name}_{call}_{log_every}"
+    repeats = "--heads-repeats 3" if call == 8 else ""
     with pytest.raises(FloatingPointError, match=rf"^step 3: {term} (is|has norm) nan[^\n]*$"):
-        main(home, f"--name {run.name} --set log_every={log_every} {QUIET} "
+        main(home, f"--name {run.name} --set log_every={log_every} {QUIET} {repeats} "
              f"{REUSE if stage == 'distill' else ''}")
     found, tensors, _ = load_state(run / "checkpoints" / stage)
     assert found == 2 and all(t.isfinite().all() for t in tensors.values())

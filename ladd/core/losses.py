@@ -74,7 +74,7 @@ class Shown(NamedTuple):
     others: list[Tensor]     # k tensors [n, l, d]
     sigma: Tensor            # [n]; the first b belong to the fakes too
     pooled: Tensor           # [n, pooled_dim]; likewise
-    weight: Tensor | None    # [m] of the mismatched ones, None without any
+    weight: Tensor | None    # [m] of the mismatched ones, None if captions are not mixed
     count: float             # of Mismatched
     grid: tuple[int, int]
 

@@ -79,16 +79,20 @@ def load_data(path: Path, teacher: MMDiTConfig, task: str, batch: int,
               made: Mapping[str, str] | None = None) -> shards.Latents:
     """Return the latents in `path`; raise InputError if text widths, sizes or channels do not fit
     the teacher, if a size has fewer samples than a batch and its held-out ones, or if other
-    encoders or another VAE made them than those of the run, `made`."""
+    encoders, another VAE or another codec of toy images made them than those of the run, `made`."""
     latents = shards.read_folder(path)
     got = latents.context.shape[-1], latents.pooled.shape[-1]
     wanted = teacher.context_dim, teacher.pooled_dim
     must(got == wanted, f"{path}: text must have widths {wanted} (tokens, pooled), which the "
          f"teacher reads (got {got})")
     about = latents.provenance
+    made = dict(made or {})
+    codec = made.pop("codec", None)
+    must(codec in (None, about.get("codec")), f"{path}: toy images must be coded by {codec} (got "
+         f"{about.get('codec', 'a former version')}); generate them again")
     must(not made or bool({"encoders", "text"} & set(about)), f"{path}: text must come from "
          "encoders that it names; make the folder by ladd.encode, sample.py or train.py")
-    for key, own in (made or {}).items():
+    for key, own in made.items():
         must(about.get(key, own) == own, f"{path}: {key} must come from {own} (got "
              f"{about.get(key)}); give the same --encoders, --t5 and --t5-tokens")
     must(latents.channels == image_channels(task), f"{path}: latents for --task {task} must have "

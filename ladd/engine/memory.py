@@ -54,24 +54,25 @@ def memory_plan(student: MMDiT, teacher: MMDiT, heads: Discriminator, pairs: int
     graph_s, graph_t = sum(graphs(student, recompute)), sum(graphs(teacher, recompute, last))
     block_s, block_t = max(graphs(student, "none")), max(graphs(teacher, "none", last))
     kept = graph_s + graph_t + pairs * image * d * s * (3 + k * (s < r and plain))
-    # bytes per channel of a head; on a GPU the reference's convolution keeps 9 copies
-    head = 5 * s / 2 if fused else 48 if device == "cpu" else 80
+    # bytes per channel of a head that trains, or does not; what the references keep depends on
+    # their convolution, which on a GPU is a product of 9 copies
+    head, frozen_head = (5 * s / 2, 2 * s) if fused else (48, 38) if device == "cpu" else (80, 24)
     loss_d = d * (s * read + r * (read + pairs)) + c * (read + pairs) * head
     # features of a micro-batch that wait for the heads' further steps
     waiting = (repeats > 1) * image * k * d * s * (read + pairs)
-    loss_g = pairs * (d * (r + s * (s < r)) + c * (2 * s if fused else 24))
+    loss_g = pairs * (d * (r + s * (s < r)) + c * frozen_head)
     real = read * d * s * (image * (14 + k) + 5 * text)     # the teacher's pass without a graph
     inside = 7 * s * d * pairs * (image + text)             # gradients in a block
     grads, before = 4 * n // shard, 4 * n // shard * (accumulate > 1)
     own, others = (world > 1) * gathered(student), (teacher_shard > 1) * gathered(teacher)
     end = max(block_s + inside - 4 * block // shard, 0)     # a block's gradients replace its graph
     training, earlier = round(image * k * loss_d) + 8 * count(heads), (accumulate - 1) * waiting
-    later = earlier + (repeats > 1) * image * k * d * s * read      # the fakes' are in `kept`
+    later = earlier + (repeats > 1) * image * k * d * s * read      # the fakes' count elsewhere
     # discriminator loss, student's backward, its end, the heads' further steps
     activations, gradients, blocks = max([
         (earlier + kept + max(training, real), before, others),
         (later + kept + image * k * loss_g + inside + (not plain) * block_t, before, own + others),
-        (earlier + waiting + end + (world > 1) * (s + 4) * block, grads, own + others),
+        (later + end + (world > 1) * (s + 4) * block, grads, own + others),
         ((repeats > 1) * (earlier + training + image * k * d * s * pairs), grads, 0)], key=sum)
     frozen = s * (count(student) - n) // shard
     table = student.pos_embed.numel() * (s if frozen else 4)

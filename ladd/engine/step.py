@@ -1,5 +1,5 @@
-"""One LADD step, of the discriminator or of that and the student: networks, optimizers and
-micro-batches, in one process or several. train.py makes iterations of them.
+"""One LADD step, of the discriminator alone or of discriminator and student: networks, optimizers
+and micro-batches, in one process or several. train.py makes iterations of them.
 
 The losses are in ladd/core/losses.py, sharding over processes in ladd/engine/parallel.py.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from ladd.cli import must
 from ladd.core import flow
 from ladd.core.discriminator import Discriminator, DiscriminatorConfig, channel_moments
-from ladd.core.losses import (LaddConfig, fake_pass, grid_of, heads_loss, shown, student_loss,
+from ladd.core.losses import (LaddConfig, fake_pass, heads_loss, shown, student_loss,
                               tapped_features)
 from ladd.core.mmdit import MMDiT
 from ladd.data.batches import Batching, MicroBatch, micro_batches, moved
@@ -91,9 +91,9 @@ def calibrate(config: LaddConfig, batching: Batching, teacher: MMDiT, heads: Dis
 # --- the step ---
 
 def rate_factor(optim: Optim, done: int, steps_taken: int) -> float:
-    """Return the factor of a network's learning rate: linear warm-up over the steps that it has
-    taken, then constant, then linear to 0 over the last COOLDOWN of the student's steps, of which
-    `done` are done."""
+    """Return the factor of a network's learning rate: linear warm-up over the iterations that it
+    has taken part in, then constant, then linear to 0 over the last COOLDOWN of the student's
+    steps, of which `done` are done."""
     left = (optim.steps - done) / max(1, COOLDOWN * optim.steps)
     return min(1, (steps_taken + 1) / max(1, optim.warmup), left)
 
@@ -132,7 +132,8 @@ def ladd_step(config: LaddConfig, p: Networks, parts: list[MicroBatch], ema_deca
     Both are computed before the heads' optimizer steps, so each graph is freed after its
     micro-batch and no forward is repeated. Then the heads take config.heads_repeats steps in all on
     the same features. Without `update_student` only the heads train. stats: `loss_d`, and what
-    `heads_loss` and `student_loss` return, before any step. `lap` is called with the name of each
+    `heads_loss` and `student_loss` return, before any step; the heads' norms are those of their
+    last step. `lap` is called with the name of each
     stage that ends.
     """
     kept = []
@@ -152,12 +153,13 @@ def ladd_step(config: LaddConfig, p: Networks, parts: list[MicroBatch], ema_deca
         loss_d, stats = heads_loss(p.heads, seen, config)
         (loss_d / len(parts)).backward()
         stats = {"loss_d": loss_d.detach()} | stats
+        grid = seen.grid
+        del seen        # with one step of the heads its features are not needed any more
         lap("discriminator loss")
 
         # 3. student loss: it detaches the heads' parameters, so only the student gets gradients
         if update_student:
-            loss_g, stats_g = student_loss(p.heads, text, fake, draws, config,
-                                           grid_of(p.teacher, x0))
+            loss_g, stats_g = student_loss(p.heads, text, fake, draws, config, grid)
             parallel.accumulate(p.student, last)
             (loss_g / len(parts)).backward()
             stats |= stats_g
@@ -170,12 +172,15 @@ def ladd_step(config: LaddConfig, p: Networks, parts: list[MicroBatch], ema_deca
     # 4. optimizers; the student's also updates the EMA
     parallel.average_gradients(p.heads)
     norms = {"heads": p.opt_d.step()}
+    lap("heads' optimizer")
     for _ in range(config.heads_repeats - 1):
         for seen in kept:
             (heads_loss(p.heads, seen, config)[0] / len(parts)).backward()
         parallel.average_gradients(p.heads)
-        p.opt_d.step()
-    lap("heads' optimizer")
+        # the last norm is returned: NaN in any step of the heads is NaN in it
+        norms["heads"] = p.opt_d.step()
+    if kept:
+        lap("heads' further steps")
     if update_student:
         norms["student"] = p.opt_g.step(ema_decay)
         lap("student's optimizer, EMA")

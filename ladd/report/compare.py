@@ -120,9 +120,9 @@ def write_run_report(recipe: Recipe, toy: ToyConfig | None, run: Path, shown: li
                      codec: Codec, networks: tuple[MMDiT, MMDiT, MMDiT], counts: Counts,
                      about: dict[str, Any], seconds: dict[str, float], start: float,
                      heartbeat: Callable[[int], None] | None = None) -> None:
-    """Write report.json and report.png of a run: the student against the teacher at equal numbers
-    of evaluations and equal n, with the real-against-real floor. Real prompts have no grader: there
-    the report holds images at equal seeds, and times.
+    """Write report.json and report.png of a run: the student at its numbers of steps, the teacher
+    at many and at 4, the untrained student, and the real-against-real floor, all at equal n. Real
+    prompts have no grader: there the report holds images at equal seeds, and times.
 
     networks: (teacher, student, untrained student). about: further keys of report.json. seconds: of
     the stages before; `start`: when this one began, by time.perf_counter. All processes call it,

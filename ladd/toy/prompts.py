@@ -9,7 +9,7 @@ from ladd.data import masks
 from ladd.data.prompts import Codec, Plan, Prompts, Shard, null_text
 from ladd.data.shards import Latents
 from ladd.toy import captions, edits
-from ladd.toy.scenes import Scenes, ToyConfig, decode, encode, render, sample_scenes
+from ladd.toy.scenes import CODEC, Scenes, ToyConfig, decode, encode, render, sample_scenes
 
 # Seeds of prompts. They are beyond any --seed, so that no prompt is one of training.
 VALIDATION, BEST, REPORT, REAL = range(2 ** 40, 2 ** 40 + 4)
@@ -32,7 +32,7 @@ def toy_codec(toy: ToyConfig) -> Codec:
 
     return Codec(encode=text_of, embed=text_of, decode=lambda x: decode(x.cpu()),
                  latents=lambda images: encode(images.cpu()), release=lambda: None,
-                 widths=(toy.text_dim, toy.text_dim), provenance=dict)
+                 widths=(toy.text_dim, toy.text_dim), provenance=lambda: {"codec": CODEC})
 
 
 def toy_plan(toy: ToyConfig, size: int, n: int, seed: int) -> Plan:

@@ -161,7 +161,7 @@ def pixel_grid(h: int, w: int, centre: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def coverage(shape: int, h: int, w: int, centre: Tensor, r: Tensor) -> Tensor:
-    """Return how much of each pixel a shape covers, [n, h, w]: clamp(1/2 - signed distance / EDGE).
+    """Return the opacity of a shape at each pixel, [n, h, w]: clamp(1/2 - signed distance / EDGE).
     centre [n, 2] (x, y) and r [n, 1] in pixels."""
     distance = signed_distance(shape, *pixel_grid(h, w, centre), r[..., None])
     return (0.5 - distance / EDGE).clamp_(0, 1)
@@ -195,6 +195,7 @@ def cosine_waves(dim: int) -> Tensor:
 
 # --- latent codec ---
 
+CODEC = "lapped transform"      # named in the provenance of latents
 SCALE, SHIFT = 1.5305, 0.0609                    # SD3's affine: latent = (z - SHIFT) * SCALE
 LAP = 2             # pixels that a wave of the codec reaches into the neighbouring blocks
 # (colour axis, vertical frequency, horizontal frequency, gain) of each channel. Axes: luma, red -
@@ -252,7 +253,7 @@ def encode(images: Tensor) -> Tensor:
 
 def decode(latents: Tensor) -> Tensor:
     """Return images [n, 3, H, W] of latents, clamped to [-1, 1]: the sum of the waves, each times
-    its coefficient / gain. Latents of any values come back from `encode`, unless clamped."""
+    its coefficient / gain. encode(decode(z)) is z where nothing is clamped."""
     colour, number, gain = _channels(latents.device)
     n, _, h, w = latents.shape
     rows, columns = (_lapped(8 * side, latents.device)[1] for side in (h, w))
