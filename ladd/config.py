@@ -248,9 +248,8 @@ SD3 = dict(
 PRESETS = {
     "tiny": {},
     "tiny-edit": dict(task="edit", teacher_images=16384, teacher_steps=720, guidance=1.5,
-                      image_guidance=1.3, mismatched=0.0),
-    "tiny-inpaint": dict(task="inpaint", teacher_images=16384, teacher_steps=720,
-                         mismatched=0.0),
+                      image_guidance=1.3),
+    "tiny-inpaint": dict(task="inpaint", teacher_images=16384, teacher_steps=720),
     "tiny-lora": dict(lora=16, lr=1.5e-3),
     "shapes": dict(
         objects=2, sizes=("256x256", "192x320", "320x192"), depth=12, width=512, qk_norm=True,
