@@ -118,7 +118,7 @@ def test_one_command_encodes_generates_distills_and_shows(home):
     assert len(lines) == 3 and [line["step"] for line in log_of(run) if "auc" in line]
     rows = rows_of(run)
     assert {(r["model"], r["steps"], r["guidance"]) for r in rows} == {
-        *(("teacher", k, g) for k in (4, 2, 1) for g in (3, 1)),
+        ("teacher", 2, 3), ("teacher", 4, 3), ("teacher", 4, 1),
         *((name, k, 1) for k in (4, 2, 1) for name in ("untrained", "student"))}
     report = json.loads((run / "report.json").read_text())
     assert report["n"] == 2 and report["floor"]["fd"] is None and all(r["fd"] is None for r in rows)
@@ -393,7 +393,7 @@ def test_pairs_become_an_editing_student_and_its_report(folders, edited):
     assert [line["step"] for line in lines if line["stage"] == "teacher"] == [1, 2]
     assert len([line for line in lines if "loss_g" in line]) == 2
     nfe = {(r["model"], r["steps"], r["guidance"]): r["nfe"] for r in rows_of(run)}
-    assert nfe["teacher", 2, 3] == 6 and nfe["teacher", 2, 1] == nfe["student", 2, 1] == 2
+    assert nfe["teacher", 2, 3] == 6 and nfe["teacher", 4, 1] == 4 and nfe["student", 2, 1] == 2
     assert json.loads((run / "report.json").read_text())["n"] == 4 and (run / "report.png").exists()
     pairs, vae = read_folder(folders / "edit"), load_vae(folders / "sd3", torch.device("cpu"))
     held = torch.tensor([10, 11])                                  # of the twelve of each size
