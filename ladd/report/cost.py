@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import kernels
 from ladd.core.discriminator import Discriminator
-from ladd.core.losses import (LaddConfig, Mismatched, draw, fake_pass, flow_loss,
-                              heads_loss, shown, student_loss)
+from ladd.core.losses import (LaddConfig, Mismatched, draw, fake_pass, flow_loss, heads_loss, shown,
+                              student_loss)
 from ladd.core.mmdit import MMDiT, Text
 from ladd.engine.parallel import checkpointed
 from ladd.report.speed import wait
