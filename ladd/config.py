@@ -547,5 +547,5 @@ def check_same(c: Config, stored: dict[str, Any]) -> None:
     process."""
     for name, value in json.loads(to_json(c)).items():
         must(name in PROCESS_FIELDS or stored.get(name) == value, f"{c.folder}: made with "
-             f"{flag_of(name)} {stored.get(name)} (got {value}); resume with the same flags or "
-             "take another --name")
+             f"{flag_of(name)} {stored.get(name)!r} (got {value!r}); resume with the same flags "
+             "or take another --name")

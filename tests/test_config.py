@@ -90,6 +90,9 @@ def test_check_same_names_the_first_flag_that_differs():
         check_same(replace(Config(), teacher_lr=0.5, lr=0.5, eval_n=7), stored)
     with refused(r"made with --set eval_n 256 \(got 7\); "):
         check_same(replace(Config(), eval_n=7), stored)
+    # a number that was edited into a string must not read as if it were equal
+    with refused(r"made with --heads-repeats '4' \(got 4\); "):
+        check_same(Config(), {**stored, "heads_repeats": "4"})
     with refused(r"--taps None \(got"):                           # written by an older version
         check_same(Config(), {k: v for k, v in stored.items() if k != "taps"})
     # may differ when a run resumes
