@@ -106,8 +106,8 @@ def make_parser() -> Parser:
          '"": the null prompt, for any image')
     flag("--instruction", metavar="TEXT", action="append", help="what to change, for "
          "--task edit; may be repeated")
-    flag("--prompt-file", metavar="FILE", help="captions or instructions, one per line; empty "
-         "lines and # comments are skipped")
+    flag("--prompt-file", metavar="FILE", help="captions or instructions: .txt (one per line; "
+         "empty lines and # comments are skipped), .jsonl, .json or .csv")
     flag("--init-image", metavar="FILE", help="image to edit, to inpaint or to start "
          "from")
     flag("--mask", metavar="FILE", help="mask for --task inpaint: white is repainted, "

@@ -55,12 +55,12 @@ from ladd.sd3.encoders import sd3_codec
 from ladd.toy.prompts import BEST, VALIDATION, draw_prompts, toy_codec, toy_latents, toy_plan
 
 
-def save_or_stop(config: Config, saver: state.Saver, health: Health, step: int, done: int,
+def save_or_stop(config: Config, saver: state.Saver, health: Health, step: int, steps_here: int,
                  stopper: Stopper, to_checkpoint: Callable, meta: dict) -> None:
-    """Save at the interval, and on a signal or stop_after, then raise Stopped. `done` counts the
-    steps of this process. Losses and gradients are checked first: NaN or inf ends the run
-    instead. `to_checkpoint` returns the arguments of state.collect."""
-    wish = bool(stopper) or bool(config.stop_after and done >= config.stop_after)
+    """Save at the interval, and on a signal or stop_after, then raise Stopped. `steps_here`
+    counts the steps of this process. Losses and gradients are checked first: NaN or inf ends the
+    run instead. `to_checkpoint` returns the arguments of state.collect."""
+    wish = bool(stopper) or bool(config.stop_after and steps_here >= config.stop_after)
     stop, unwritten = any_rank((wish, not saver.written))
     # a checkpoint that is written in the background becomes the newest once all have written it
     if not unwritten:
@@ -70,7 +70,7 @@ def save_or_stop(config: Config, saver: state.Saver, health: Health, step: int, 
         saver.begin(step, state.collect(to_checkpoint()), meta)
     if stop:
         saver.finish()
-        reason = stopper.signal or ("stop_after" if done == config.stop_after
+        reason = stopper.signal or ("stop_after" if steps_here == config.stop_after
                                     else "a signal elsewhere")
         raise Stopped(f"{reason}: saved step {step} in {saver.folder}; the same command resumes")
 
@@ -207,9 +207,10 @@ def make_data(config: Config, run: Path, teacher: MMDiT, pairs: Latents | None, 
 
 def distill(config: Config, run: Path, teacher: MMDiT, latents: Latents, shown: list[Prompts],
             codec: Codec, compute: Compute, stopper: Stopper) -> None:
-    """Distill a student of `teacher`; write checkpoints/student.safetensors, the best by FD at
-    1 step plus FD at all steps, the last one for real prompts, which have no metric. `shown`:
-    prompts of the sample grids."""
+    """Distill a student of `teacher` and write checkpoints/student.safetensors: of the evaluated
+    ones that with the lowest sum of FD at 1 step and FD at its largest number of steps, without
+    evaluations and for real prompts, which have no metric, the last one. `shown`: prompts of the
+    sample grids."""
     out = run / "checkpoints" / "student.safetensors"
     device = compute.device
     rank, world = ranks()
@@ -290,8 +291,9 @@ def distill(config: Config, run: Path, teacher: MMDiT, latents: Latents, shown: 
         for it in range(start, total + 1):
             # 1. once in a while: evaluate. Log, files and messages count iterations, `done` the
             # student's steps before this iteration
-            warm, done = it >= first, max(it - first, 0)
-            if config.eval_every and (warm and done % config.eval_every == 0 or it == total):
+            student_trains, done = it >= first, max(it - first, 0)
+            every = config.eval_every
+            if every and (student_trains and done % every == 0 or it == total):
                 try:
                     with pace.paused():
                         evaluate_student(it)
@@ -308,7 +310,7 @@ def distill(config: Config, run: Path, teacher: MMDiT, latents: Latents, shown: 
             p.opt_d.lr = config.heads_lr * rate_factor(optim, done, it)
             parts = next(batches)
             watch.heartbeat(it)
-            stats, norms = ladd_step(dc, p, parts, config.ema, warm)
+            stats, norms = ladd_step(dc, p, parts, config.ema, student_trains)
 
             # 3. once in a while: log, save
             bar.update()
@@ -321,7 +323,7 @@ def distill(config: Config, run: Path, teacher: MMDiT, latents: Latents, shown: 
                          in norms.items()}
                 line = parallel.mean(line) | evaluate.batch_metrics(stats)
                 line |= pace.line(stream.waited, config.log_every)
-                warnings = evaluate.collapse_warnings(line) if warm else []
+                warnings = evaluate.collapse_warnings(line) if student_trains else []
                 log.write(it + 1, **line, **warnings_column(warnings))
                 bar.set_postfix({k: f"{line[k]:.2f}" for k in ("loss_d", "loss_g") if k in line},
                                 gb=f"{line['gb']:.1f}")

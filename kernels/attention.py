@@ -20,9 +20,9 @@ with norm weights normalised q and k once written and read; backward: the same, 
 gradient, the gradient of qkv, and dq in fp32, which every tile of keys adds to.
 
 In the scores, 1 / sqrt(dh) becomes log2(e) / sqrt(dh), so that exp2 serves; with norm weights the
-pre-pass puts it into q. The pre-pass also finds max |q| of 128 rows and max |k| of a head. Where
-their product, which bounds the scores, is small, a program needs no running maximum: exp2 of
-bounded scores does not overflow.
+pre-pass puts it into q. The pre-pass also finds max |q| and max |k| of each 128 rows; a program
+takes the largest |k| of its head. Where |q| times |k|, which bounds the scores, is small, it needs
+no running maximum: exp2 of bounded scores does not overflow.
 """
 import functools
 import itertools

@@ -11,15 +11,15 @@ batch mates. The family is StyleGAN-T's head (Sauer et al. 2023) with 2-D convol
 2024, LADD); widths, group norm and the place of the conditioning are our choice.
 
 Gradient, with u = F W_in + b_in, v = conv3x3(y), r = readout / sqrt c, g that of the logits; GN'
-takes a, the gradient of a norm's output, to rstd (gamma a - mean gamma a - xhat mean gamma a xhat),
-means over the group:
+takes a, the gradient of a norm's output, to rstd (gamma a - mean(gamma a) - xhat mean(gamma a
+xhat)), means over the group:
 
     dv = GN'(lrelu' g r / sqrt 2);  dy = g r / sqrt 2 + conv3x3^T(dv)
     du = GN'(lrelu' dy);  dF = du W_in^T
     dW_in = F^T du;  dW_conv[shift] = y[tokens + shift]^T dv        sums over tokens and samples
 
-FLOPs forward: k b h w (2 d c + 18 c^2); backward as many to the features, twice 18 c^2 to the
-parameters.
+FLOPs forward: k b h w (2 d c + 18 c^2). Backward: as many to the features; to the parameters k b h
+w (2 d c + 36 c^2), since dv also goes back through the convolution.
 
 Launches, each for all heads. Forward: product, activation, product, readout; backward: sums, norm,
 product, norm, then a product for the features, or the activation again and two products for the
@@ -777,7 +777,7 @@ def discriminator_heads(feats: list[Tensor], params: HeadParams, cond: Tensor,
     of 16 bytes. The parameters are cast to that dtype for the products, which add up in fp32. The
     small products with cond are torch's. Backward computes what needs a gradient: to the features
     without weights' gradients where the parameters and cond require none, and the other way round.
-    Raises ValueError if sizes, dtypes or strides do not fit, RuntimeError without a GPU.
+    Raises ValueError if sizes, dtypes or devices do not fit, RuntimeError without a GPU.
     """
     _check(feats, params, cond, grid)
     p, (h, w), total = params, grid, _dtypes(feats[0].dtype)[1]

@@ -43,8 +43,8 @@ class Config:
                        "fill the masked area", MAIN, TASKS)
     encoders: str = option("", "folder with SD3's text encoders and VAE; default: the toy dataset",
                            MAIN)
-    prompts: str = option("", "prompts to generate training data from: .txt, one per line, or "
-                          ".jsonl", MAIN)
+    prompts: str = option("", "prompts to generate training data from: .txt (one per line), "
+                          ".jsonl, .json or .csv", MAIN)
     pairs: str = option("", "folder of ladd.encode with the images of --task edit or inpaint", MAIN)
     data: str = option("", "folder of latents to distill from, or toy: renders of the toy dataset; "
                        "default: the teacher generates them", MAIN)
@@ -107,7 +107,8 @@ class Config:
                         high=0.999999)
     levels: tuple[float, ...] = option((1.0, 0.75, 0.5, 0.25), "noise levels of the student, "
                                        "largest first")
-    shift: float = option(1.0, "resolution shift of the noise levels", low=1, high=100)
+    shift: float = option(1.0, "resolution shift of the student's noise levels and the teacher's "
+                          "sampling steps", low=1, high=100)
     sampler: str = option("renoise", "how the student samples", MORE, SAMPLERS)
     probs: tuple[float, ...] = option((0.4, 0.2, 0.2, 0.2), "how often each of --levels is trained",
                                       PRESET)

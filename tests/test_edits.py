@@ -493,7 +493,7 @@ def test_what_the_repainted_area_decides():
 def filled(n, objects, seed=6):
     hw = READ[objects]
     scenes = sample_scenes(n, hw, objects, rng(seed))
-    codes = draw_captions(scenes.attributes, rng(seed + 1))
+    codes = draw_captions(scenes.attributes, rng(seed + 1), 0.6)
     return scenes, codes, masks(n, hw, rng(seed + 2)), render(scenes, hw)
 
 

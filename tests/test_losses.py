@@ -17,7 +17,7 @@ import kernels
 from ladd.core import flow, losses
 from ladd.core.discriminator import Discriminator, DiscriminatorConfig, channel_moments
 from ladd.core.losses import (R1_SIGMA, LaddConfig, Draws, Mismatched, draw, fake_pass, flow_loss,
-                              hinge_d, predict_x0, shown, student_loss)
+                              head_inputs, hinge_d, predict_x0, student_loss)
 from ladd.core.mmdit import Text
 
 LEVELS = (1.0, 0.75, 0.5, 0.25)
@@ -28,9 +28,9 @@ B, TAPS = 4, (0, 1)
 
 def heads_loss(teacher, heads, x0, text, others, fake_feats, draws, config):
     """The discriminator loss of one batch."""
-    seen = shown(teacher, heads, x0, text, others, fake_feats, draws, config)
-    assert not any(f.requires_grad for f in (*seen.fake, *seen.others))
-    return losses.heads_loss(heads, seen, config)
+    inputs = head_inputs(teacher, heads, x0, text, others, fake_feats, draws, config)
+    assert not any(f.requires_grad for f in (*inputs.fake, *inputs.others))
+    return losses.heads_loss(heads, inputs, config)
 
 
 def batch(b: int = B, dtype=torch.float64) -> tuple[Tensor, Text]:

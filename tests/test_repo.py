@@ -226,3 +226,25 @@ def test_the_readmes_training_commands_are_understood():
     assert commands
     for line in commands:
         parse_config(line.split())
+
+
+def test_every_documented_command_and_its_flags_exist():
+    """In all READMEs and docstrings; train.py and ladd.bench have one flag per option."""
+    from ladd.config import FIELDS
+    options = {"--" + name.replace("_", "-") for name in FIELDS} | {"--set", "--help", "--help-all"}
+    texts = [path.read_text() for path in [*ROOT.rglob("README.md"), *SOURCES, *TESTS]]
+    commands = [line for text in texts for line in re.findall(
+        r"python (?:-m )?((?:ladd|kernels|tests|train|sample)[\w./]*)((?:\\\n|[^\n#&|`;])*)", text)]
+    assert len(commands) > 50
+    for name, rest in commands:
+        name = name.rstrip(".")
+        path = ROOT / (name if name.endswith(".py") else name.replace(".", "/") + ".py")
+        assert path.is_file(), name
+        source = path.read_text()
+        fields = name in ("train.py", "ladd.bench")
+        known = options if fields else {"--help", *re.findall(
+            r'"(--[a-z][a-z0-9-]*)"', source)}
+        if '"--{' in source:                            # a loop over names
+            known |= {"--" + word for word in re.findall(r"(\w+)=", source)}
+        unknown = set(re.findall(r"(?<=\s)--[a-z][a-z0-9-]*", rest)) - known
+        assert not unknown, (name, rest, unknown)

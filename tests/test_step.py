@@ -84,14 +84,14 @@ def test_features_are_freed_when_nobody_needs_them(monkeypatch, flags, waiting):
         held.append(len(alive))                         # 1: the fakes; 2: the real ones as well
         return feats
 
-    def seen(*args):
-        out = losses.shown(*args)
+    def spy(*args):
+        out = losses.head_inputs(*args)
         out.fake[0].tag = Tag()
         waiting_fakes.add(out.fake[0].tag)
         return out
     waiting_fakes = weakref.WeakSet()
     monkeypatch.setitem(losses.__dict__, "tapped_features", noted)
-    monkeypatch.setattr(step, "shown", seen)
+    monkeypatch.setattr(step, "head_inputs", spy)
     gc.disable()
     try:
         for _ in range(2):
@@ -206,7 +206,7 @@ def test_gradients_equal_those_of_separate_forwards(monkeypatch, flags, micro):
     nets = networks.student, networks.teacher, networks.heads
     with torch.no_grad():
         fake = losses.fake_pass(*nets, x0, text, draws, dc)
-    seen = losses.shown(*nets[1:], x0, text, mismatched, fake.feats, draws, dc)
+    seen = losses.head_inputs(*nets[1:], x0, text, mismatched, fake.feats, draws, dc)
     losses.heads_loss(nets[2], seen, dc)[0].backward()
     expected = {"heads": {k: p.grad for k, p in networks.heads.named_parameters()}}
     fake = losses.fake_pass(*nets, x0, text, draws, dc)
@@ -252,9 +252,9 @@ def test_the_heads_repeat_their_step_on_the_same_features(micro):
     flags = f"--mismatched .5 --micro-batch {micro} --heads-lr 1e-2 --set r1_weight=1"
     config, dc, networks, parts = setting(flags)
     with torch.no_grad():
-        seen = [losses.shown(networks.teacher, networks.heads, x0, text, mismatched,
-                             losses.fake_pass(*networks[0:3:2], networks.heads, x0, text, draws,
-                                              dc).feats, draws, dc)
+        seen = [losses.head_inputs(networks.teacher, networks.heads, x0, text, mismatched,
+                                   losses.fake_pass(*networks[0:3:2], networks.heads, x0, text,
+                                                    draws, dc).feats, draws, dc)
                 for x0, text, mismatched, draws in parts]
     for _ in range(3):
         (sum(losses.heads_loss(networks.heads, s, dc)[0] for s in seen) / len(seen)).backward()

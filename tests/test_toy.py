@@ -118,7 +118,7 @@ def test_scenes_follow_the_seed():
 @pytest.mark.parametrize("objects", (1, 2))
 def test_captions_go_both_ways(objects):
     attributes = sample_scenes(4000, (64, 64), objects, rng()).attributes
-    codes = captions.draw_captions(attributes, rng(1))
+    codes = captions.draw_captions(attributes, rng(1), 0.6)
     texts = [captions.caption(row, objects) for row in codes]
     assert [captions.parse(text, objects) for text in texts] == codes.tolist()
     full = attributes[:99]
@@ -190,7 +190,7 @@ def test_embedding_values():
 
 
 def test_attributes_are_linear_in_pooled():
-    codes = captions.draw_captions(sample_scenes(400, (64, 64), 1, rng()).attributes, rng())
+    codes = captions.draw_captions(sample_scenes(400, (64, 64), 1, rng()).attributes, rng(), 0.6)
     _, pooled = captions.embed([captions.caption(row, 1) for row in codes], 6, 32)
     target = F.one_hot(codes[:, 1] + 1, 5).float()
     inputs = torch.cat([pooled, torch.ones(400, 1)], 1)

@@ -13,9 +13,10 @@ def generator(*key) -> torch.Generator:
     """Return a generator on the CPU that is a function of `key` (numbers, strings, tuples) alone.
 
     What a step draws from it needs no saved state and is the same on every machine. Keys of
-    training begin with the run's seed and the number of a purpose: 1 the teacher's training,
-    2 steps of LADD and of consistency distillation, 3 calibration of the heads, 7 preferences,
-    8 a LoRA's matrices.
+    noise and weights begin with the run's seed and the number of a purpose: 1 the teacher's
+    training, 2 steps of LADD and of consistency distillation, 3 calibration of the heads,
+    7 preferences, 8 a LoRA's matrices. The order of batches has (seed, epoch), and with a size the
+    order of its samples.
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -6,11 +6,12 @@
     loss_d     = mean relu(1 - D(feats_real)) + mean relu(1 + D(feats_fake.detach()))
     loss_g     = - mean D(feats_fake)
 
-One step: `fake_pass`, `shown`, then `heads_loss` and `student_loss` with the same features, then
-both optimizers; the heads may take further steps on these features. One student forward and one
-teacher forward serve both losses; the gradients equal those of separate forwards. In the code
+One step: `fake_pass`, `head_inputs`, then `heads_loss` and `student_loss` with the same features,
+then both optimizers; the heads may take further steps on these features. One student forward and
+one teacher forward serve both losses; the gradients equal those of separate forwards. In the code
 "fake" is what the student generates, "real" a latent that the teacher generated with guidance.
-Letters: b batch, c channels, h w latent size, k head, l tokens, d width of the teacher.
+Letters: b batch, c channels, h w latent size (of logits: the token grid), k head, l tokens, d width
+of the teacher, m mismatched samples, n samples of `HeadInputs.others`.
 Source: Sauer et al. 2024, Sec. 3.
 """
 from collections.abc import Sequence
@@ -53,7 +54,8 @@ class Draws(NamedTuple):
 
 
 class Mismatched(NamedTuple):
-    """Mismatched captions: m samples of the batch also enter the loss as fake with another one."""
+    """Mismatched captions: m samples of the batch also enter the loss as fake, with another
+    caption."""
     rows: Tensor       # [m] which samples
     text: Text         # [m, ...] the other captions, with the sample's own image
     weight: Tensor     # [m] 1, or 0 where every other caption fits the sample too
@@ -67,9 +69,9 @@ class Fake(NamedTuple):
     target: Tensor | None  # the teacher's x0 estimate from the renoised x0_hat (distillation loss)
 
 
-class Shown(NamedTuple):
-    """What the heads are shown of b samples, without graphs: the fakes' features, and those of n
-    others, b real, m mismatched and, for R1, b perturbed ones."""
+class HeadInputs(NamedTuple):
+    """What the heads read of b samples, without graphs: the fakes' features, and those of n others,
+    b real, m mismatched and, for R1, b perturbed ones."""
     fake: list[Tensor]       # k tensors [b, l, d]
     others: list[Tensor]     # k tensors [n, l, d]
     sigma: Tensor            # [n]; the first b belong to the fakes too
@@ -83,9 +85,9 @@ def draw(x0: Tensor, step: int, config: LaddConfig, key: Sequence[int], first: i
          batch: int | None = None) -> Draws:
     """Return all random numbers of samples first, first + 1, ... of `batch` (default: all of x0).
 
-    They are functions of `key` and of the sample's number alone, drawn on the CPU in fp32: a
-    sample keeps its noise on every device, and however many processes or micro-batches share the
-    batch. Noise that no option uses is not drawn.
+    They are functions of `key`, `step`, the size of the batch and the sample's number alone, drawn
+    on the CPU in fp32: a sample keeps its noise on every device, and however many processes or
+    micro-batches share the batch. Noise that no option uses is not drawn.
     """
     n, part, g = batch or len(x0), slice(first, first + len(x0)), flow.generator(*key)
     probs = flow.student_probs(step, config.probs, config.easy_steps)
@@ -110,7 +112,7 @@ def predict_x0(model: MMDiT, xt: Tensor, sigma: Tensor, text: Text) -> Tensor:
 
 
 def tapped_features(teacher: MMDiT, heads: Discriminator, xt: Tensor, sigma: Tensor,
-            text: Text) -> list[Tensor]:
+                    text: Text) -> list[Tensor]:
     """Return the features that the heads read; the teacher stops after the last of them."""
     return teacher(xt, sigma, *text, taps=heads.config.taps, stop_at_last_tap=True)[1]
 
@@ -147,10 +149,10 @@ def hinge_d(logits_real: Tensor, logits_fake: Tensor, logits_mismatched: Tensor 
 
 
 @torch.no_grad()
-def shown(teacher: MMDiT, heads: Discriminator, x0: Tensor, text: Text,
-          mismatched: Mismatched | None, fake_feats: list[Tensor], draws: Draws,
-          config: LaddConfig) -> Shown:
-    """Return what the heads are shown; one teacher pass serves all but the fakes.
+def head_inputs(teacher: MMDiT, heads: Discriminator, x0: Tensor, text: Text,
+                mismatched: Mismatched | None, fake_feats: list[Tensor], draws: Draws,
+                config: LaddConfig) -> HeadInputs:
+    """Return what the heads read; one teacher pass serves all but the fakes.
 
     The features have no graph: the discriminator loss must not move the student.
     """
@@ -166,28 +168,28 @@ def shown(teacher: MMDiT, heads: Discriminator, x0: Tensor, text: Text,
     sigma, together = torch.cat(sigmas), cat(texts)
     others = tapped_features(teacher, heads, torch.cat(xts), sigma, together)
     weight, count = (mismatched.weight, mismatched.count) if mismatched else (None, 0.0)
-    return Shown([f.detach() for f in fake_feats], others, sigma, together.pooled, weight, count,
-                 grid_of(teacher, x0))
+    return HeadInputs([f.detach() for f in fake_feats], others, sigma, together.pooled, weight,
+                      count, grid_of(teacher, x0))
 
 
-def heads_loss(heads: Discriminator, seen: Shown,
+def heads_loss(heads: Discriminator, inputs: HeadInputs,
                config: LaddConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """Return (loss_d, stats): the hinge of real against fake, plus the approximate R1 penalty.
 
     R1 is the mean |D(xt) - D(xt + R1_SIGMA n)|^2 with Gaussian noise n. stats are detached:
     logits_real and logits_fake [k, b, h, w], logits_mismatched [k, m, h, w] or None, and loss_r1.
     """
-    b = len(seen.fake[0])
-    logits = heads(seen.others, seen.sigma, seen.pooled, seen.grid)
-    logits_fake = heads(seen.fake, seen.sigma[:b], seen.pooled[:b], seen.grid)
+    b = len(inputs.fake[0])
+    logits = heads(inputs.others, inputs.sigma, inputs.pooled, inputs.grid)
+    logits_fake = heads(inputs.fake, inputs.sigma[:b], inputs.pooled[:b], inputs.grid)
     logits_real = logits[:, :b]
     stats = {"logits_real": logits_real.detach(), "logits_fake": logits_fake.detach(),
              "logits_mismatched": None, "loss_r1": torch.zeros((), device=logits.device)}
-    if seen.weight is None:
+    if inputs.weight is None:
         loss = hinge_d(logits_real, logits_fake)
     else:
-        extra = logits[:, b:b + len(seen.weight)]
-        loss = hinge_d(logits_real, logits_fake, extra, seen.weight, seen.count)
+        extra = logits[:, b:b + len(inputs.weight)]
+        loss = hinge_d(logits_real, logits_fake, extra, inputs.weight, inputs.count)
         stats["logits_mismatched"] = extra.detach()
     if config.r1_weight:
         loss_r1 = (logits[:, -b:] - logits_real).square().mean()

@@ -226,7 +226,8 @@ class JointBlock(nn.Module):
                 need_txt: bool) -> tuple[Tensor, Tensor | None]:
         """Return (x_img, x_txt) after the block.
 
-        Without need_txt the text stream is not computed beyond its keys and values; x_txt is None.
+        Without need_txt the text stream is not computed beyond its projection to queries, keys and
+        values; x_txt is None.
         """
         k, img, txt = self.kernels, self.x_block, self.context_block
         m, t = img.modulation(cond), txt.modulation(cond)
@@ -285,7 +286,7 @@ def sinusoid(sigma: Tensor) -> Tensor:
 def position_table(grid: int, width: int) -> Tensor:
     """Return the fixed 2-D sin-cos table [1, grid^2, width] of SD3.
 
-    The first half of a row encodes the column, the second half the row, each as [sin | cos].
+    The first half of each vector encodes the column, the second half the row, each as [sin | cos].
     """
     pos = torch.arange(grid, dtype=torch.float64) * BASE_GRID / grid
     omega = 10000 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))

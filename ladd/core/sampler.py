@@ -33,7 +33,7 @@ class Recipe:
     task: str                      # one of TASKS
     sizes: tuple[str, ...]         # HxW in pixels; the first is the default
     levels: tuple[float, ...]      # the student's noise levels, unshifted, largest first
-    shift: float                   # resolution shift of all noise levels
+    shift: float                   # resolution shift of the levels of student and teacher
     sampler: str                   # the student's, one of SAMPLERS; the teacher's is euler
     sample_steps: int              # the teacher's
     guidance: float                # the teacher's, by the text

@@ -112,6 +112,6 @@ def round_changed(layers: Sequence[Linear], *_) -> None:
 
 
 def version(layer: Linear) -> tuple[int, int]:
-    """Return what changes with the weight: its address, where it is another tensor, and torch's
-    count of changes."""
+    """Return the weight's address and torch's count of changes to it; one of them changes whenever
+    the weight does."""
     return layer.weight.data_ptr(), layer.weight._version

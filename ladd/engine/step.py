@@ -12,7 +12,7 @@ from torch import Tensor
 from ladd.cli import must
 from ladd.core import flow
 from ladd.core.discriminator import Discriminator, DiscriminatorConfig, channel_moments
-from ladd.core.losses import (LaddConfig, fake_pass, heads_loss, shown, student_loss,
+from ladd.core.losses import (LaddConfig, fake_pass, head_inputs, heads_loss, student_loss,
                               tapped_features)
 from ladd.core.mmdit import MMDiT
 from ladd.data.batches import Batching, MicroBatch, micro_batches, moved
@@ -77,8 +77,8 @@ def calibrate(config: LaddConfig, batching: Batching, teacher: MMDiT, heads: Dis
               latents: Latents) -> None:
     """Standardise the features that the heads read, by the statistics of one batch of renoised real
     samples. Processes and micro-batches share that batch as they share a step's."""
-    # easy_steps: the noise levels as they are after the warm-up
-    parts = micro_batches(latents, batching, config, 0, config.easy_steps, (batching.seed, 3))
+    # only sigma_d and eps_d are used; they do not depend on the student's step
+    parts = micro_batches(latents, batching, config, 0, 0, (batching.seed, 3))
     total = 0
     for part in parts:
         x0, text, _, draws = moved(part, heads.feat_mean.device)
@@ -129,12 +129,11 @@ def ladd_step(config: LaddConfig, p: Networks, parts: list[MicroBatch], ema_deca
     """Run one LADD step on the micro-batches `parts`; return (stats, gradient norms by network).
 
     One student forward and one teacher forward of the fake serve both losses of a micro-batch.
-    Both are computed before the heads' optimizer steps, so each graph is freed after its
+    Both losses are computed before the heads' optimizer steps, so each graph is freed after its
     micro-batch and no forward is repeated. Then the heads take config.heads_repeats steps in all on
     the same features. Without `update_student` only the heads train. stats: `loss_d`, and what
     `heads_loss` and `student_loss` return, before any step; the heads' norms are those of their
-    last step. `lap` is called with the name of each
-    stage that ends.
+    last step. `lap` is called with the name of each stage that ends.
     """
     kept = []
 
@@ -147,14 +146,14 @@ def ladd_step(config: LaddConfig, p: Networks, parts: list[MicroBatch], ema_deca
         lap("generate")
 
         # 2. discriminator loss, on features without a graph: only the heads get gradients
-        seen = shown(p.teacher, p.heads, x0, text, mismatched, fake.feats, draws, config)
+        inputs = head_inputs(p.teacher, p.heads, x0, text, mismatched, fake.feats, draws, config)
         if config.heads_repeats > 1:
-            kept.append(seen)
-        loss_d, stats = heads_loss(p.heads, seen, config)
+            kept.append(inputs)
+        loss_d, stats = heads_loss(p.heads, inputs, config)
         (loss_d / len(parts)).backward()
         stats = {"loss_d": loss_d.detach()} | stats
-        grid = seen.grid
-        del seen        # with one step of the heads its features are not needed any more
+        grid = inputs.grid
+        del inputs      # with one step of the heads its features are not needed any more
         lap("discriminator loss")
 
         # 3. student loss: it detaches the heads' parameters, so only the student gets gradients
@@ -174,8 +173,8 @@ def ladd_step(config: LaddConfig, p: Networks, parts: list[MicroBatch], ema_deca
     norms = {"heads": p.opt_d.step()}
     lap("heads' optimizer")
     for _ in range(config.heads_repeats - 1):
-        for seen in kept:
-            (heads_loss(p.heads, seen, config)[0] / len(parts)).backward()
+        for inputs in kept:
+            (heads_loss(p.heads, inputs, config)[0] / len(parts)).backward()
         parallel.average_gradients(p.heads)
         # the last norm is returned: NaN in any step of the heads is NaN in it
         norms["heads"] = p.opt_d.step()

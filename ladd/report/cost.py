@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import kernels
 from ladd.core.discriminator import Discriminator
-from ladd.core.losses import (LaddConfig, Mismatched, draw, fake_pass, flow_loss, heads_loss, shown,
-                              student_loss)
+from ladd.core.losses import (LaddConfig, Mismatched, draw, fake_pass, flow_loss, head_inputs,
+                              heads_loss, student_loss)
 from ladd.core.mmdit import MMDiT, Text
 from ladd.engine.parallel import checkpointed
 from ladd.report.speed import wait
@@ -77,10 +77,10 @@ def step_cost(student: MMDiT, teacher: MMDiT, heads: Discriminator, latent: tupl
 
     def step() -> None:
         fake = fake_pass(student, teacher, heads, x0, text, draws, config)
-        seen = shown(teacher, heads, x0, text, mismatched, fake.feats, draws, config)
+        inputs = head_inputs(teacher, heads, x0, text, mismatched, fake.feats, draws, config)
         for _ in range(config.heads_repeats):
-            heads_loss(heads, seen, config)[0].backward()
-        student_loss(heads, text, fake, draws, config, seen.grid)[0].backward()
+            heads_loss(heads, inputs, config)[0].backward()
+        student_loss(heads, text, fake, draws, config, inputs.grid)[0].backward()
 
     def teacher_step() -> None:
         flow_loss(teacher.requires_grad_(), x0, x0, draws.sigma_s, text).mean().backward()

@@ -208,7 +208,7 @@ def measure(row: Row, codec: Codec, prompts: list[Prompts], reference: Reference
 
 def quality(recipe: Recipe, codec: Codec, student: MMDiT, prompts: list[Prompts],
             reference: Reference, batch: int) -> dict[str, float]:
-    """Return the Frechet distance and the prompt accuracy at 1 step and at all noise levels."""
+    """Return the Frechet distance and the prompt accuracy at 1 step and at one per noise level."""
     out = {"floor_fd": reference.floor["fd"]}
     for steps in (1, len(recipe.levels)):
         row = Row("student", student, recipe.sigmas(steps), recipe.sampler, UNGUIDED)

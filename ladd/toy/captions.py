@@ -11,7 +11,7 @@ from ladd.toy.scenes import (ANY_SHAPE, ATTRIBUTES, COLOURS, PHRASES, VOCAB, cos
 MOST_WORDS = {1: 6, 2: 10}      # of a caption, by objects
 
 
-def draw_captions(attributes: Tensor, generator: torch.Generator, stated: float = 0.6) -> Tensor:
+def draw_captions(attributes: Tensor, generator: torch.Generator, stated: float) -> Tensor:
     """Return codes [n, a]: the attributes that a caption states, -1 where it leaves them open. Each
     is stated with probability `stated`, at least one of them, and a relation always."""
     n, a = attributes.shape
