@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The first 13 minutes on a GPU: what is right, then what is fast, then what a run takes. Each part
 # has a time limit, so that one that hangs does not stop the others, and writes its output to a file
-# in the folder given (default: kernels/results/first).
+# in the folder given (default: kernels/results/first). A part that reaches its limit is interrupted
+# as by Ctrl-C: pytest still prints the failures so far, and train.py saves.
 #
 #     bash kernels/first_run.sh results
 set -u
@@ -13,7 +14,7 @@ out=$(cd "$out" && pwd)
 part() {        # part NAME SECONDS COMMAND...
   local name=$1 limit=$2 start=$SECONDS
   shift 2
-  timeout --kill-after=10 "$limit" "$@" > "$out/$name.txt" 2>&1
+  timeout --signal=INT --kill-after=20 "$limit" "$@" > "$out/$name.txt" 2>&1
   echo "$name: exit code $?, $((SECONDS - start)) of $limit s: $*" | tee -a "$out/summary.txt"
 }
 
