@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The first 13 minutes on a GPU: what is right, then what is fast, then what a run takes. Each part
+# The first 14 minutes on a GPU: what is right, then what is fast, then what a run takes. Each part
 # has a time limit, so that one that hangs does not stop the others, and writes its output to a file
 # in the folder given (default: kernels/results/first). A part that reaches its limit is interrupted
 # as by Ctrl-C: pytest still prints the failures so far, and train.py saves.
@@ -21,13 +21,15 @@ part() {        # part NAME SECONDS COMMAND...
 versions="import torch, triton; print(torch.__version__, triton.__version__)"
 { nvidia-smi; python -c "$versions"; } > "$out/machine.txt" 2>&1
 part self-check 60 python -c "import kernels; print(kernels.load('triton'))"
-part tests 150 python -m pytest -m gpu -q
+# without the short runs, which compile 34 graphs
+part tests 120 python -m pytest -m gpu -q -k "not short_run"
 part bench 180 python -m kernels.bench --model sd3-medium --batch 2 --rounds 10 \
   --out "$out/bench.csv"
 part sd3-medium 120 python train.py --preset sd3-medium --bench-steps 5
 part tiny 150 python train.py --preset tiny --name "first-$$" --n 512
-part sample 60 python sample.py --run "runs/first-$$" --prompt "large red circle left on black" \
+part sample 40 python sample.py --run "runs/first-$$" --prompt "large red circle left on black" \
   --steps 4 --out "$out/one.png"
+part short-runs 100 python -m pytest -m gpu -q -k short_run
 # last, because opt-in: a kernel that hangs or leaves the GPU unusable stops only this part
 part gluon 60 python -m kernels.bench --kernel attention --model sd3-medium --batch 2 --rounds 10 \
   --gluon --out "$out/gluon.csv"

@@ -443,13 +443,14 @@ def test_the_interpreter_leaves_nothing_to_compile(monkeypatch):
 
 # first_run.sh
 
+@pytest.mark.slow
 def test_a_part_of_the_first_run_that_reaches_its_limit_is_interrupted(tmp_path):
     """Its program ends as by Ctrl-C: pytest then prints the failures before the limit."""
     text = (ROOT / "kernels" / "first_run.sh").read_text()
     part = re.search(r"^part\(\).*?^}$", text, re.S | re.M)[0]
     (tmp_path / "test_two.py").write_text("import time\ndef test_one():\n    assert 0, 'early'\n"
                                           "def test_two():\n    time.sleep(60)\n")
-    run = f'{part}\nout=$1\npart tests 5 "$2" -m pytest -q test_two.py'
+    run = f'{part}\nout=$1\npart tests 20 "$2" -m pytest -q test_two.py'
     said = subprocess.run(["bash", "-c", run, "first_run", tmp_path, sys.executable], cwd=tmp_path,
                           capture_output=True, text=True, check=True).stdout
     assert said.startswith("tests: exit code 124")
