@@ -468,7 +468,7 @@ def main(argv: list[str]) -> None:
         networks = networks_on_meta(config, sizes, compute.dtype)
         return plan_of(config, networks, compute, world)(**shards)
 
-    compute = distribute(compute, config.shard, config.replicas, plan)
+    compute = distribute(compute, config.shard, config.replicas, config.timeout, plan)
     if config.bench_steps:
         bench.bench(config, compute)
         return parallel.finish()

@@ -207,7 +207,7 @@ def main(argv: list[str]) -> None:
     parallel.start(compute.device, config.timeout)
     networks = networks_on_meta(config, config.model, compute.dtype)
     plan = plan_of(config, networks, compute, parallel.ranks()[1])
-    bench(config, distribute(compute, config.shard, config.replicas, plan))
+    bench(config, distribute(compute, config.shard, config.replicas, config.timeout, plan))
     parallel.finish()
 
 

@@ -72,7 +72,7 @@ class Case(NamedTuple):
         second."""
         student, teacher, heads = self.networks()
         ema = copy.deepcopy(student).requires_grad_(False)
-        mesh = parallel.mesh(CPU, self.replicas)
+        mesh = parallel.mesh(CPU, self.replicas, 60)
         for model in (student, teacher):
             parallel.checkpointed(model, self.recompute)
         for model in (student, ema):
@@ -306,8 +306,9 @@ def test_processes_take_the_shards_that_were_chosen(monkeypatch, capsys):
     """distribute: a mesh of world / shards copies; rank 0 says it, one process needs neither."""
     compute = Compute(CPU, kernels.load("torch"), torch.float32)
     plan = lambda shard, teacher_shard: {"sum": (40 // shard + 20 // teacher_shard) * 2 ** 30}
-    assert distribute(compute, "auto", 1, plan) is compute and not capsys.readouterr().out
-    monkeypatch.setattr(parallel, "mesh", lambda device, replicas: (device, replicas))
+    assert distribute(compute, "auto", 1, 60, plan) is compute and not capsys.readouterr().out
+    monkeypatch.setattr(parallel, "mesh", lambda device, replicas, timeout_s: (device, replicas,
+                                                                           timeout_s))
     one = "replicated in every process"
     cases = (("auto", 1, 4, False, f"student {one}, teacher {one}"),
              ("none", 1, 4, False, f"student {one}, teacher {one}"),
@@ -317,8 +318,8 @@ def test_processes_take_the_shards_that_were_chosen(monkeypatch, capsys):
     for rank in (0, 1):
         monkeypatch.setattr(parallel, "ranks", lambda rank=rank: (rank, 4))
         for shard, replicas, copies, teacher, said in cases:
-            found, text = distribute(compute, shard, replicas, plan), capsys.readouterr().out
-            assert found == compute._replace(mesh=(CPU, copies), shard_teacher=teacher)
+            found, text = distribute(compute, shard, replicas, 60, plan), capsys.readouterr().out
+            assert found == compute._replace(mesh=(CPU, copies, 60), shard_teacher=teacher)
             assert rank and not text or f"4 processes: {said}; planned memory " in text, text
 
 

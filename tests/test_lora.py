@@ -843,7 +843,7 @@ def play(case: dict, folder: Path) -> dict[str, Tensor]:
     """Some steps of a network built on meta; what it became, was written and merged to."""
     rank, world = parallel.ranks()
     base, compute = (getattr(torch, case[key]) for key in ("base", "compute"))
-    mesh, pair = parallel.mesh(CPU, 1), []
+    mesh, pair = parallel.mesh(CPU, 1, 60), []
     whole = tiny("dual", base).state_dict()
     for keep in ("selective", "none"):                                     # the student and its EMA
         with torch.device("meta"):

@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -80,7 +81,11 @@ def run_steps(case: dict) -> dict[str, Tensor]:
     """Run a few LADD steps; return losses, norms, first gradients, last weights, gathered in rank
     0."""
     rank, world = parallel.ranks()
-    mesh = parallel.mesh(CPU, case["replicas"])
+    mesh = parallel.mesh(CPU, case["replicas"], 60)
+    for name in ("replicate", "shard") if mesh else ():     # the world's group has start's timeout
+        group = mesh.get_group(name)
+        limit = group._get_backend(CPU).options._timeout
+        assert group is dist.group.WORLD or limit == timedelta(seconds=120), limit
     student, ema = (network(1, case, mesh, "dtype", trains) for trains in (True, False))
     teacher = network(2, case, mesh if case["teacher"] == "sharded" else None, "compute", False)
     # each its own heads, until rank 0's are sent
@@ -213,7 +218,7 @@ def small(rank: int, world: int) -> None:
     assert parallel.any_rank((rank == 1, False, True, rank == 0)) == (True, False, True, True)
     assert parallel.any_rank(rank == 1) is True and parallel.any_rank(False) is False
     assert parallel.mean({"a": float(rank), "b": 2.5}) == {"a": (world - 1) / 2, "b": 2.5}
-    mesh = parallel.mesh(CPU, 1)
+    mesh = parallel.mesh(CPU, 1, 60)
     for rows in (5, 1, 2):                       # the last process has fewer rows, or none
         whole = torch.arange(3.0 * rows).view(rows, 3) + 1
         cut = distribute_tensor(torch.zeros_like(whole), mesh, [Replicate(), Shard(0)])

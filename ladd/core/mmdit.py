@@ -83,7 +83,8 @@ class MixedProduct(torch.autograd.Function):
         y = x copy^T + bias,    dx = g copy,    dweight = g^T x,    dbias = sum of g over rows
 
     On a GPU the product that computes the gradient of the weight also stores it in fp32: it is
-    neither rounded to 16 bits nor converted afterwards.
+    neither rounded to 16 bits nor converted afterwards. (Compiled, Inductor's product of a single
+    row does round it: a modulation's with a micro-batch of 1.)
     """
 
     @staticmethod

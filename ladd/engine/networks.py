@@ -272,9 +272,10 @@ def choose_shards(memory: float, world: int, replicas: int, plan: Callable[..., 
     return student, teacher, planned
 
 
-def distribute(compute: Compute, shard: str, replicas: int,
+def distribute(compute: Compute, shard: str, replicas: int, timeout_s: float,
                plan: Callable[..., dict[str, int]]) -> Compute:
-    """Return `compute` with the mesh of this run's processes; rank 0 says what is sharded."""
+    """Return `compute` with the mesh of this run's processes; rank 0 says what is sharded.
+    `timeout_s` as in parallel.start."""
     rank, world = parallel.ranks()
     if world == 1:
         return compute
@@ -287,4 +288,5 @@ def distribute(compute: Compute, shard: str, replicas: int,
                  for n in (student, teacher)}
         print(f"{world} processes: student {where[student]}, teacher {where[teacher]}; planned "
               f"memory {planned['sum'] / 2 ** 30:.1f} GiB each")
-    return compute._replace(mesh=parallel.mesh(device, world // student), shard_teacher=teacher > 1)
+    mesh = parallel.mesh(device, world // student, timeout_s)
+    return compute._replace(mesh=mesh, shard_teacher=teacher > 1)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -210,14 +210,19 @@ def gathered(tensor: Tensor) -> Tensor:
 
 # --- networks ---
 
-def mesh(device: torch.device, replicas: int) -> DeviceMesh | None:
+def mesh(device: torch.device, replicas: int, timeout_s: float) -> DeviceMesh | None:
     """Return the mesh of `replicas` copies, each sharded over world / replicas consecutive
-    processes; None for one process."""
+    processes; None for one process. `timeout_s` as in `start`."""
     world = ranks()[1]
     if world == 1:
         return None
-    return init_device_mesh(device.type, (replicas, world // replicas),
-                            mesh_dim_names=("replicate", "shard"))
+    grid, groups = torch.arange(world).view(replicas, -1), []
+    limit = timedelta(seconds=2 * timeout_s)
+    # init_device_mesh would give each new group half an hour, whatever the timeout of the run
+    for members in (grid.t(), grid):
+        groups.append(dist.group.WORLD if len(members) == 1 else
+                      dist.new_subgroups_by_enumeration(members.tolist(), limit)[0])
+    return DeviceMesh.from_group(groups, device.type, grid, mesh_dim_names=("replicate", "shard"))
 
 
 def checkpointed(model: MMDiT, recompute: str) -> MMDiT:
