@@ -590,16 +590,16 @@ def main(argv: list[str]) -> None:
         sampling = describe_sampling(args, recipe, columns.values(), found.files, hw, device)
 
     # 2. encode text and source image
-    codec.embed(["", *prompts])
+    codec.text(["", *prompts])
     codec.release()
     null = null_text(codec).to(device)
     init = image = None     # latents to noise and start from; image conditioning. [1, c, h, w] each
     if recipe.task == "inpaint":
-        image = masks.image_condition(codec.latents, *source).to(device)
+        image = masks.image_condition(codec.encode, *source).to(device)
     elif recipe.task == "edit":
-        image = codec.latents(source.image).to(device)
+        image = codec.encode(source.image).to(device)
     elif source:
-        init = codec.latents(source.image).to(device)
+        init = codec.encode(source.image).to(device)
 
     # 3. sample, batch by batch
     dtype = compute_dtype("auto", device)
@@ -615,7 +615,7 @@ def main(argv: list[str]) -> None:
             sigmas = torch.tensor(c.sigmas)
             for i in range(0, len(prompts), args.batch):
                 batch = slice(i, i + args.batch)
-                text = codec.embed(prompts[batch]).to(device)
+                text = codec.text(prompts[batch]).to(device)
                 x = image_noise(seeds[batch], shape).to(device)         # [b, 16, h, w]
                 if init is not None:
                     x = flow.noised(init.expand_as(x), x, sigmas[:1].to(x))

@@ -515,7 +515,7 @@ def run_stages(config: Config, compute: Compute, needs: Needs, sizes: MMDiTConfi
     with open_run(run, to_json(config), hash_inputs(config)) if rank == 0 else nullcontext():
         # one process writes the file of text, all read it
         if rank == 0 and config.real:
-            codec.embed(["", *(c for p in shown for c in p.captions)])
+            codec.text(["", *(c for p in shown for c in p.captions)])
             codec.release()
         # wait until the first process has made the run folder
         barrier()

@@ -92,7 +92,7 @@ def graded(latents: Tensor, codes: Tensor, objects: int) -> Tensor:
 def as_latents(captions: list[str], codec: Codec,
                buckets: dict[tuple[int, int], tuple[Tensor, Tensor]]) -> Latents:
     """Return pairs, by latent size with the numbers of their captions, as training data."""
-    text = codec.embed(captions)
+    text = codec.text(captions)
     return Latents(captions, text.context, text.pooled, torch.arange(len(captions))[:, None],
                    null_text(codec), buckets, {})
 

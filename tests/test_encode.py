@@ -270,7 +270,7 @@ def test_a_folder_that_cannot_be_used_is_named_in_one_line(folder, tmp_path, cas
         if file.startswith("vae"):
             load_vae(bad, CPU)
         else:
-            sd3_codec(bad, CPU, "device", 8).embed(["a red circle"])
+            sd3_codec(bad, CPU, "device", 8).text(["a red circle"])
     assert str(bad) in str(error.value) and "\n" not in str(error.value)
     if "(got: " in str(error.value):
         assert error.value.__cause__ is not None
@@ -296,7 +296,7 @@ def test_the_cache_asks_for_each_prompt_once_and_gives_equal_text(tmp_path, fold
 
     def embed(*prompts):
         """What a process of its own is given."""
-        return sd3_codec(folder, CPU, "device", 40, path).embed(list(prompts))
+        return sd3_codec(folder, CPU, "device", 40, path).text(list(prompts))
 
     monkeypatch.setattr(sd3_encoders, "encode_prompts", ask)
     first = embed("a", "b", "a")
@@ -316,7 +316,7 @@ def test_the_cache_asks_for_each_prompt_once_and_gives_equal_text(tmp_path, fold
 def test_the_cache_of_other_encoders_raises_and_survives_a_failure(tmp_path, folder, monkeypatch):
     path = tmp_path / "text.safetensors"
     embed = lambda tokens, *prompts: sd3_codec(folder, CPU, "device", tokens,
-                                               path).embed(list(prompts))
+                                               path).text(list(prompts))
     embed(8, "a")
     before = path.read_bytes()
     message = r"must hold text of the encoders .* T5, 9 tokens \(got .* T5, 8 tokens\)"
@@ -340,7 +340,7 @@ def test_the_cache_of_other_encoders_raises_and_survives_a_failure(tmp_path, fol
     ("pooled", torch.full((POOLED,), np.inf).bfloat16()), ("pooled", torch.zeros(POOLED).long())])
 def test_text_of_another_form_in_the_cache_is_refused(tmp_path, folder, name, tensor):
     path = tmp_path / "text.safetensors"
-    embed = lambda: sd3_codec(folder, CPU, "device", 8, path).embed(["a"])
+    embed = lambda: sd3_codec(folder, CPU, "device", 8, path).text(["a"])
     embed()
     tensors, about = read_tensors(path)
     key = next(key for key in tensors if key.startswith(name))
@@ -352,7 +352,7 @@ def test_text_of_another_form_in_the_cache_is_refused(tmp_path, folder, name, te
 
 def test_half_of_a_text_in_the_cache_is_refused(tmp_path, folder):
     path = tmp_path / "text.safetensors"
-    embed = lambda: sd3_codec(folder, CPU, "device", 8, path).embed(["a"])
+    embed = lambda: sd3_codec(folder, CPU, "device", 8, path).text(["a"])
     embed()
     tensors, about = read_tensors(path)
     save_file({key: t.clone() for key, t in tensors.items() if key[:7] == "context"}, path, about)

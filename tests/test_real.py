@@ -618,9 +618,9 @@ def test_encoders_are_loaded_when_needed_and_released(home, monkeypatch):
     load = load_encoders
     monkeypatch.setattr(encoders, "load_encoders", lambda *args: loads.append(args) or load(*args))
     d = sd3_codec(home / "sd3", torch.device("cpu"), "device", 6)
-    one = d.embed(["a red circle", ""])
-    assert torch.equal(d.embed([""]).pooled[0], one.pooled[1]) and len(loads) == 1
+    one = d.text(["a red circle", ""])
+    assert torch.equal(d.text([""]).pooled[0], one.pooled[1]) and len(loads) == 1
     d.release()
-    assert torch.equal(d.embed(["a red circle"]).context[0], one.context[0]) and len(loads) == 1
-    d.encode(["a red circle"])
+    assert torch.equal(d.text(["a red circle"]).context[0], one.context[0]) and len(loads) == 1
+    d.fresh_text(["a red circle"])
     assert len(loads) == 2 and d.widths == (JOINT, POOLED)

@@ -89,7 +89,7 @@ def test_renders_to_train_on_keep_prompt_picture_and_image_together(toy):
         hw = tuple(p.latents.shape[2:])
         b = latents.gather(hw, torch.arange(len(p.captions)))
         assert torch.equal(b.x0, p.latents) and torch.equal(b.text.image, p.image)
-        assert same(b.text[:2], codec.embed(p.captions)[:2])
+        assert same(b.text[:2], codec.text(p.captions)[:2])
         assert torch.equal(latents.codes[latents.buckets[hw][1]], p.codes)
     for i, shard in enumerate(plan.shards):
         p, rows = drawn[i % 2], slice(24 * (i // 2), 24 * (i // 2 + 1))
@@ -304,11 +304,11 @@ def test_latents_are_the_guided_teachers_of_the_images_beside_them(home, task):
     assert torch.equal(tensors["image"], shard.image()) and latents.channels == image_channels(task)
     found = latents.provenance
     assert found["guidance"] == 2.5 and found["image_guidance"] == (1.5 if task == "edit" else 1)
-    text = codec.embed([plan.prompts[i] for i
+    text = codec.text([plan.prompts[i] for i
                         in shard.prompt_id[:3]])._replace(image=shard.image()[:3])
     teacher = checkpoint.load_mmdit(run / "checkpoints/teacher.safetensors")
     seeds = [shard.seed + i for i in range(3)]
-    null = codec.embed([""]).map(lambda t: t[0])
+    null = codec.text([""]).map(lambda t: t[0])
     # as it is stored
     text = Text(*(t.bfloat16().float() for t in text[:2]), text.image)
     levels = torch.tensor([1, 2 / 3, 1 / 3, 0])
@@ -334,7 +334,7 @@ def test_pictures_are_drawn_beside_their_own_images(home, monkeypatch, task):
         for part, calls in zip(prompts, (seen[:3], seen[3:])):
             assert torch.equal(torch.cat([text.image for text, _ in calls])[:7], part.image)
             said = torch.cat([text.pooled for text, _ in calls])[:7]
-            assert torch.equal(said, codec.embed(part.captions).pooled)
+            assert torch.equal(said, codec.text(part.captions).pooled)
             assert {guided for _, guided in calls} == {both}
         assert len(seen) == 6
         seen.clear()
@@ -465,7 +465,7 @@ def test_sources_are_left_out_only_where_the_caption_is(tmp_path, monkeypatch, t
     main(tmp_path, f"--name drop {flags} --steps 0 --set width=64 --set depth=1 --taps 0 "
          "--teacher-batch 40 --teacher-steps 16 --set log_every=100 --save-every 100")
     toy = toy_of(parse_config(f"{TINY} {flags}".split()))
-    latents, null = toy_latents(toy, 96, 0), toy_codec(toy).embed([""])
+    latents, null = toy_latents(toy, 96, 0), toy_codec(toy).text([""])
     empty, bare = [], []
     for step, (x0, context, pooled, image) in enumerate(shown):
         b = latents.batch(step, 40, 0)

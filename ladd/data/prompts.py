@@ -38,10 +38,10 @@ def read_prompts(path: str | Path) -> tuple[list[str], list[str]]:
 
 class Codec(NamedTuple):
     """Text encoders and autoencoder, of SD3 or of the toy dataset. Results are on the CPU."""
-    encode: Callable[[list[str]], Text]     # text of prompts; "" is the null prompt
-    embed: Callable[[list[str]], Text]      # the same, from a cache where a prompt was seen before
+    fresh_text: Callable[[list[str]], Text] # text of prompts; "" is the null prompt
+    text: Callable[[list[str]], Text]       # the same, from a cache where a prompt was seen before
     decode: Callable[[Tensor], Tensor]      # [b, 16, h, w] to images [b, 3, 8h, 8w] in [-1, 1]
-    latents: Callable[[Tensor], Tensor]     # latents of images; the mean of a VAE's distribution
+    encode: Callable[[Tensor], Tensor]      # latents of images; the mean of a VAE's distribution
     release: Callable[[], None]             # frees the text encoders until they are needed again
     widths: tuple[int, int]                 # of a text token and of the pooled text
     provenance: Callable[[], dict]          # identifies the encoders whose text this is
@@ -49,7 +49,7 @@ class Codec(NamedTuple):
 
 def null_text(codec: Codec) -> Text:
     """Return the text of the empty prompt: context [l, context_dim], pooled [pooled_dim]."""
-    return codec.embed([""]).map(lambda t: t[0])
+    return codec.text([""]).map(lambda t: t[0])
 
 
 class Shard(NamedTuple):

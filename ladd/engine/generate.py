@@ -45,7 +45,7 @@ def generate_latents(folder: Path, plan: Plan, weights: MMDiT, prepare: Callable
     # prompts per file of text, and the dtype of latents
     rows, dtype = (256, torch.bfloat16) if real else (1024, torch.float32)
     if rank == 0:
-        null = codec.encode([""])
+        null = codec.fresh_text([""])
         made = {"sampler": "euler", "steps": steps, "guidance": guidance[0], "shift": shift,
                 **({"image_guidance": guidance[1]} if plan.shards[0].image else {}),
                 **plan.provenance, "teacher": weights_sha(weights), **codec.provenance()}
@@ -60,7 +60,7 @@ def generate_latents(folder: Path, plan: Plan, weights: MMDiT, prepare: Callable
             if stopper:
                 break
             heartbeat(done)
-            text = codec.encode(plan.prompts[i * rows:(i + 1) * rows])
+            text = codec.fresh_text(plan.prompts[i * rows:(i + 1) * rows])
             shards.write_text(folder, i, text.context, text.pooled)
             bar.update(rows)
     codec.release()

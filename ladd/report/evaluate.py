@@ -72,7 +72,7 @@ def generate(row: Row, codec: Codec, prompts: list[Prompts], seed: int, batch: i
         latents = []
         for i in range(rank * batches, (rank + 1) * batches):
             which = [k % n for k in range(i * size, (i + 1) * size)]
-            text = codec.embed([part.captions[k] for k in which])
+            text = codec.text([part.captions[k] for k in which])
             if part.image is not None:
                 text = text._replace(image=part.image[which])
             text = text.to(device)

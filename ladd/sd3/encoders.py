@@ -37,12 +37,12 @@ def sd3_codec(folder: str | Path, device: torch.device, t5: str, t5_tokens: int,
     encoders = cache_of(partial(load_encoders, folder, device, dtype, t5, t5_tokens))
     vae = cache_of(partial(load_vae, folder, device))
 
-    def encode(prompts: list[str]) -> Text:
+    def fresh_text(prompts: list[str]) -> Text:
         for line in truncations(encoders(), prompts):
             print(line)
         return encode_prompts(encoders(), prompts).to("cpu", torch.bfloat16)
 
-    def embed(prompts: list[str]) -> Text:
+    def text(prompts: list[str]) -> Text:
         keys = {prompt: hashlib.sha256(prompt.encode()).hexdigest() for prompt in prompts}
         new = [prompt for prompt, key in keys.items() if f"context.{key}" not in known]
         if new and cache and cache.exists():
@@ -58,8 +58,8 @@ def sd3_codec(folder: str | Path, device: torch.device, t5: str, t5_tokens: int,
             known.update(tensors)
             new = [prompt for prompt in new if f"context.{keys[prompt]}" not in known]
         if new:
-            text = encode(new)
-            for prompt, context, pooled in zip(new, text.context, text.pooled):
+            found = fresh_text(new)
+            for prompt, context, pooled in zip(new, found.context, found.pooled):
                 known.update({f"context.{keys[prompt]}": context, f"pooled.{keys[prompt]}": pooled})
             if cache:
                 write_tensors(cache, known, {"encoders": identity()})
@@ -69,14 +69,15 @@ def sd3_codec(folder: str | Path, device: torch.device, t5: str, t5_tokens: int,
     def decode(x0: Tensor) -> Tensor:
         return decode_latents(vae(), x0.to(device), tiled).cpu()
 
-    def latents(images: Tensor) -> Tensor:
+    def encode(images: Tensor) -> Tensor:
         return encode_images(vae(), images).cpu()
 
     def release() -> None:
         encoders.cache_clear()
         torch.cuda.empty_cache()    # nothing on a CPU
 
-    return Codec(encode, embed, decode, latents, release, widths, lambda: {"encoders": identity()})
+    return Codec(fresh_text, text, decode, encode, release, widths,
+                 lambda: {"encoders": identity()})
 
 
 def libraries():

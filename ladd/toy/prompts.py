@@ -30,8 +30,8 @@ def toy_codec(toy: ToyConfig) -> Codec:
     def text_of(texts: list[str]) -> Text:
         return Text(*grammar(toy).embed(texts, tokens_of(toy), toy.text_dim))
 
-    return Codec(encode=text_of, embed=text_of, decode=lambda x: decode(x.cpu()),
-                 latents=lambda images: encode(images.cpu()), release=lambda: None,
+    return Codec(fresh_text=text_of, text=text_of, decode=lambda x: decode(x.cpu()),
+                 encode=lambda images: encode(images.cpu()), release=lambda: None,
                  widths=(toy.text_dim, toy.text_dim), provenance=lambda: {"codec": CODEC})
 
 
@@ -112,7 +112,7 @@ def toy_latents(toy: ToyConfig, n: int, seed: int) -> Latents:
     parts = draw_prompts(toy, n, seed)
     texts, numbers = numbered(parts)
     codec = toy_codec(toy)
-    text, null = codec.embed(texts), null_text(codec)
+    text, null = codec.text(texts), null_text(codec)
     buckets, images = {}, {}
     for part, ids in zip(parts, numbers):
         hw = tuple(part.latents.shape[2:])
