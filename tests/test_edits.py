@@ -15,7 +15,7 @@ from ladd.toy import edits, grader, prompts
 from ladd.toy.captions import MOST_WORDS, draw_captions, embed
 from ladd.toy.edits import KINDS
 from ladd.toy.scenes import (CHOICES, BACKGROUND_RGB, RADII, VOCAB, Scenes, cosine_waves, decode,
-                             encode, is_heldout, render, sample_scenes, unit)
+                             encode, is_heldout, render, sample_scenes)
 
 WORLDS = [(1, (48, 80)), (1, (64, 64)), (2, (192, 320)), (2, (256, 256))]
 READ = {1: (48, 80), 2: (128, 128)}                     # small enough to grade many
@@ -159,14 +159,13 @@ def test_sources_and_targets_are_scenes_of_the_dataset(objects, hw):
         there = (attributes >= 0).all(1)
         assert there.float().mean() > .8 and not is_heldout(attributes[there]).any()
         side = torch.tensor([hw[1], hw[0]]).float()
-        centre, r = (geometry * torch.tensor([*side, unit(hw, objects)])).split((2, 1), -1)
+        centre, r = (geometry * torch.tensor([*side, min(hw)])).split((2, 1), -1)
         assert (centre - r > -2e-3).all() and (centre + r < side + 2e-3).all()
-        large = geometry[there][:, 0, 2] > {1: .307, 2: .13}[objects]
+        large = geometry[there][:, 0, 2] > {1: .307, 2: .168}[objects]
         assert torch.equal(attributes[there][:, 0] == 1, large)
         if objects == 2:
             step = (centre[:, 0] - centre[:, 1])[there]
-            assert (step.abs().amax(1) > (r.sum((1, 2))
-                                          + .039 * math.sqrt(hw[0] * hw[1]))[there]).all()
+            assert (step.abs().amax(1) > (r.sum((1, 2)) + .039 * min(hw))[there]).all()
             words = torch.stack([-step[:, 0], step[:, 0], -step[:, 1], step[:, 1]], 1)
             assert torch.equal(words.argmax(1), attributes[there][:, 3])
             assert (attributes[:, 1] != attributes[:, 5]).all()
@@ -288,9 +287,9 @@ def test_each_fault_is_seen_where_it_is():
     assert not grader.grade_edit(torch.full_like(target, math.nan), pairs)["success"].any()
 
 
-def removals(n, seed):
+def removals(n, seed, hw=READ[2]):
     """n removals of one of two objects."""
-    pairs = edits.edits(7 * n, READ[2], 2, rng(seed))
+    pairs = edits.edits(7 * n, hw, 2, rng(seed))
     at = rows_of(pairs, "remove")
     return pairs._replace(kind=pairs.kind[at], named=pairs.named[at], asked=pairs.asked[at],
                           source=Scenes(*(t[at] for t in pairs.source)),
@@ -308,11 +307,13 @@ def test_removal_of_one_of_two_keeps_the_other():
     grades = grader.grade_edit(codec(render(Scenes(changed, pairs.target.geometry), READ[2])),
                                pairs)
     assert not grades["kept"].any() and not grades["success"].any()
-    pairs, (h, w) = removals(90, 1), READ[2]
+    h, w = 192, 320                                                      # room for it
+    pairs = removals(90, 1, (h, w))
     # the other one on the other side
     there = pairs.target.geometry.clone()
     there[:, 1, :2] = 2 * there[:, 0, :2] - there[:, 1, :2]
-    inside = (there[:, 1, :2] - .5).abs().amax(1) + there[:, 1, 2] < .5
+    side, r = torch.tensor([w, h]), there[:, 1, 2:] * min(h, w)
+    inside = ((there[:, 1, :2] - .5).abs() * side + r < side / 2).all(1)
     found = codec(render(Scenes(pairs.target.attributes, there), (h, w)))
     grades = grader.grade_edit(found, pairs)
     assert inside.sum() > 5 and grades["asked"][inside].all() and not grades["kept"][inside].any()

@@ -14,7 +14,7 @@ from ladd.cli import InputError
 from ladd.toy import captions, grader
 from ladd.toy.scenes import (AREA, BACKGROUND_RGB, CHOICES, COLOUR_RGB, EDGE, SINK, VOCAB, Scenes,
                              _lapped, decode, encode, is_heldout, render, sample_scenes,
-                             signed_distance, swap, unit)
+                             signed_distance, swap)
 
 ASPECTS = {1: [(48, 80), (80, 48), (48, 64), (64, 64)], 2: [(256, 256), (192, 320), (320, 192)]}
 WORLDS = [(objects, hw) for objects, all_hw in ASPECTS.items() for hw in all_hw]
@@ -41,12 +41,12 @@ def right(images, codes):
 def test_scenes_follow_their_words_and_stay_inside(objects, hw):
     scenes, images = draw(64, hw, objects)
     h, w = hw
-    r = scenes.geometry[..., 2] * unit(hw, objects)
+    r = scenes.geometry[..., 2] * min(hw)
     x, y = scenes.geometry[..., 0] * w, scenes.geometry[..., 1] * h
     assert (torch.minimum(x, w - x) >= r - 1e-3).all() and (torch.minimum(y,
                                                                           h - y) >= r - 1e-3).all()
     sizes = scenes.attributes[:, [0, 4][:objects]]
-    assert torch.equal(sizes == 1, scenes.geometry[..., 2] > {1: .307, 2: .13}[objects])
+    assert torch.equal(sizes == 1, scenes.geometry[..., 2] > {1: .307, 2: .168}[objects])
     place = scenes.attributes[:, 3]
     if objects == 1:
         u, v = (x - w / 2) / (min(hw) / 2 - r), (y - h / 2) / (min(hw) / 2 - r)
@@ -55,7 +55,12 @@ def test_scenes_follow_their_words_and_stay_inside(objects, hw):
     else:
         dx, dy = x[:, 0] - x[:, 1], y[:, 0] - y[:, 1]
         assert (torch.stack([-dx, dx, -dy, dy], 1).argmax(1) == place).all()
-        assert (torch.maximum(dx.abs(), dy.abs()) >= r.sum(1) + .039 * math.sqrt(h * w)).all()
+        assert (torch.maximum(dx.abs(), dy.abs()) >= r.sum(1) + .039 * min(hw)).all()
+        # a quarter of the short side from the centre, within .025 of it
+        off = torch.stack([x - w / 2, y - h / 2], -1) / min(hw)                 # [n, 2, 2]
+        sign = torch.where(place % 2 == 0, -.25, .25)
+        ideal = F.one_hot(place // 2, 2)[:, None] * torch.stack([sign, -sign], 1)[..., None]
+        assert (off - ideal).abs().max() < .0251 and (off - ideal).abs().max() > .02
         assert (scenes.attributes[:, 1] != scenes.attributes[:, 5]).all()
     assert images.shape == (64, 3, h, w) and images.abs().max() <= .8
     corners = images[:, :, [0, 0, -1, -1], [0, -1, 0, -1]].median(2).values

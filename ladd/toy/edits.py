@@ -16,7 +16,7 @@ from torch import Tensor
 from ladd.cli import InputError
 from ladd.toy import captions
 from ladd.toy.scenes import (ANY_SHAPE, ATTRIBUTES, CHOICES, GAP, PHRASES, RADII, VOCAB, Scenes,
-                             is_heldout, sample_scenes, unit)
+                             is_heldout, sample_scenes)
 
 # --- instructions ---
 
@@ -149,7 +149,8 @@ def edits(n: int, hw: tuple[int, int], objects: int, generator: torch.Generator)
     old, new = torch.empty(2, n, objects, 3).unbind()
     value, todo = torch.rand(n, generator=generator), torch.arange(n)
     while len(todo):
-        scenes = sample_scenes(len(todo), hw, objects, generator)
+        # a move needs room around the other object
+        scenes = sample_scenes(len(todo), hw, objects, generator, anywhere=True)
         changed, fits = _changed(scenes, kind[todo], value[todo], hw)
         at = todo[fits]
         before[at], old[at] = (t[fits] for t in scenes)
@@ -193,7 +194,7 @@ def _changed(scenes: Scenes, kind: Tensor, value: Tensor,
     # turned to the new side of it. The origin is the second object, with offsets in pixels;
     # without one it is the image's centre, with offsets in units of the free way, as in
     # sample_scenes.
-    side, px = torch.tensor([hw[1], hw[0]]).float(), unit(hw, objects)
+    side, px = torch.tensor([hw[1], hw[0]]).float(), min(hw)
     radii, geometry = torch.tensor(RADII[objects]), geometry.clone()
     least, most = radii[attributes[:, 0]].split(1, 1)
     low, high = radii[changed[:, 0]].split(1, 1)

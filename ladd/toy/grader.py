@@ -8,7 +8,7 @@ from torch import Tensor
 from ladd.data.masks import composite, latent_mask
 from ladd.toy.edits import REMOVE, Edits
 from ladd.toy.scenes import (AREA, BACKGROUND_RGB, COLOUR_RGB, PHRASES, SINK, Scenes, coverage,
-                             decode, encode, pixel_grid, render, swap, unit)
+                             decode, encode, pixel_grid, render, swap)
 
 # --- reading attributes ---
 
@@ -24,8 +24,8 @@ LEAST_COLOUR = 0.25  # fraction of the object that must be near its colour
 MOST_STRAY = 0.2     # unexplained pixels as a fraction of the object's area
 LEAST_WAY = 0.25     # least offset of a single object along the axis of its place, in units of the
                      # free way of the short side, and of two objects, in pixels
-# r in units: least, limit of small and large, most
-LIMITS = {1: (0.19, 0.307, 0.47), 2: (0.06, 0.125, 0.25)}
+# r in short sides: least, limit of small and large, most
+LIMITS = {1: (0.19, 0.307, 0.47), 2: (0.09, 0.168, 0.29)}
 
 
 def grade(images: Tensor, objects: int) -> Tensor:
@@ -72,7 +72,7 @@ def _grade(images: Tensor, objects: int) -> Tensor:
     else:
         way = centre[:, 0] - centre[:, 1]
     main = way.abs().argmax(1)
-    r, (lower, middle, upper) = r / unit((h, w), objects), LIMITS[objects]
+    r, (lower, middle, upper) = r / min(h, w), LIMITS[objects]
     coloured = count[rows[:, None], 3 + colour] > LEAST_COLOUR * area
     ok = ((iou > LEAST_BODY) & (lower < r) & (r < upper) & coloured).all(1)
     ok &= (least[:, 0] > FAR**2).sum(1) < MOST_STRAY * area.sum(1)

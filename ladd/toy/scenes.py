@@ -1,8 +1,8 @@
 """Scenes of the toy dataset: one or two coloured shapes, rendered from a seed; the latent codec.
 
 Nothing is downloaded; everything follows from a seed. A scene is a row of attributes (integers, -1
-for an absent object or an open attribute) and a geometry (cx as a fraction of W, cy of H, r in
-`unit`s). Images are in [-1, 1]. All constants are our choice. Letters: n images, a attributes,
+for an absent object or an open attribute) and a geometry (cx as a fraction of W, cy of H, r of the
+short side). Images are in [-1, 1]. All constants are our choice. Letters: n images, a attributes,
 o objects, h w in pixels.
 """
 import math
@@ -33,9 +33,10 @@ COLOUR_RGB = torch.tensor([[0.8, -0.8, -0.8], [-0.8, 0.55, -0.75], [-0.75, -0.55
                            [0.8, 0.7, -0.8]])
 # of BACKGROUNDS
 BACKGROUND_RGB = torch.tensor([[-0.8] * 3, [0.0] * 3, [0.8] * 3])
-# (least, most) r in units, of small and large objects; two large ones and a gap fit into 192x320
-RADII = {1: ((0.25, 0.26), (0.355, 0.365)), 2: ((0.09, 0.105), (0.15, 0.175))}
-GAP = 0.04               # least gap between two objects, in units
+# in short sides: (least, most) r of small and large objects, least gap between two objects, and how
+# far a centre of two is at most from its place along each axis
+RADII = {1: ((0.25, 0.26), (0.355, 0.365)), 2: ((0.135, 0.145), (0.195, 0.205))}
+GAP, JITTER = 0.04, 0.025
 # In r: half the side of a square, the height of a triangle, half the thickness of a cross's arm.
 SQUARE, TALL, ARM = 0.88, 1.725, 0.36
 EDGE = 4.0               # width of an edge in pixels, about that of the codec's finest waves
@@ -64,18 +65,7 @@ class ToyConfig(NamedTuple):
 class Scenes(NamedTuple):
     """n scenes."""
     attributes: Tensor                # [n, a] int64
-    geometry: Tensor                  # [n, o, 3] fp32: cx of W, cy of H, r in units
-
-
-def unit(hw: tuple[int, int], objects: int) -> float:
-    """Return the pixels of a unit, in which radii are given: the short side for one object,
-    sqrt(H W) for two.
-
-    MMDiT crops its position table around the centre, so with the short side all sizes whose sides
-    in patches are even (or odd) show a scene at the same positions, and a small network need not
-    learn each aspect ratio separately (measured).
-    """
-    return float(min(hw)) if objects == 1 else math.sqrt(hw[0] * hw[1])
+    geometry: Tensor                  # [n, o, 3] fp32: cx of W, cy of H, r of the short side
 
 
 def swap(attributes: Tensor) -> Tensor:
@@ -107,14 +97,21 @@ def _rows(objects: int, heldout: bool) -> Tensor:
 
 
 def sample_scenes(n: int, hw: tuple[int, int], objects: int, generator: torch.Generator,
-                  heldout: bool = False) -> Scenes:
-    """Return n scenes, uniform over the attribute rows that are (or are not) held out."""
+                  heldout: bool = False, anywhere: bool = False) -> Scenes:
+    """Return n scenes, uniform over the attribute rows that are (or are not) held out.
+
+    MMDiT crops its position table around the centre. Positions are therefore in units of the short
+    side, around the centre: all sizes whose sides in patches are even (or odd) then show a scene at
+    the same positions, and a small network need not learn each aspect ratio separately. Two objects
+    lie a quarter of the short side from the centre, on opposite sides; with `anywhere` the pair
+    lies anywhere in the image, which a network learns far more slowly (both measured).
+    """
     def rand(*size: int) -> Tensor:
         return torch.rand(*size, generator=generator)
 
     rows = _rows(objects, heldout)
     attributes = rows[torch.randint(len(rows), (n,), generator=generator)]
-    side, px = torch.tensor([hw[1], hw[0]]).float(), unit(hw, objects)
+    side, px = torch.tensor([hw[1], hw[0]]).float(), min(hw)
     least, most = torch.tensor(RADII[objects])[attributes[:, [0, 4][:objects]]].unbind(-1)
     r = (least + (most - least) * rand(n, objects)) * px                # [n, o] pixels
     place = attributes[:, 3]
@@ -125,6 +122,10 @@ def sample_scenes(n: int, hw: tuple[int, int], objects: int, generator: torch.Ge
         # 0.85 along the axis of the word, at most 0.1 across.
         way = torch.where(main, sign * (0.75 + 0.1 * rand(n, 1)), 0.2 * rand(n, 1) - 0.1)
         centre = (side / 2 + way * (min(hw) / 2 - r))[:, None]
+    elif not anywhere:
+        first = torch.where(main, 0.25 * sign, 0.0)                                 # [n, 2]
+        jitter = JITTER * (2 * rand(n, 2, 2) - 1)
+        centre = side / 2 + px * (torch.stack([first, -first], 1) + jitter)
     else:
         # First the step from the first centre to the second, then the pair anywhere in the image.
         both = r.sum(1, keepdim=True)
@@ -171,7 +172,7 @@ def render(scenes: Scenes, hw: tuple[int, int]) -> Tensor:
     """Return images [n, 3, H, W] in [-1, 1] of scenes, objects over the background."""
     h, w = hw
     chunk, out = max(1, 2**18 // (h * w)), torch.empty(len(scenes.attributes), 3, h, w)
-    scale = torch.tensor([w, h, unit(hw, scenes.geometry.shape[1])])
+    scale = torch.tensor([w, h, min(hw)])
     for attributes, geometry, images in zip(*(t.split(chunk) for t in (*scenes, out))):
         images.copy_(BACKGROUND_RGB[attributes[:, -1], :, None, None].expand_as(images))
         for o in range(geometry.shape[1]):
