@@ -300,7 +300,7 @@ def test_the_discriminator_takes_the_same_steps():
                                       kernels.load("torch")._replace(discriminator_heads=op)))
         fake = losses.fake_pass(student, teacher, net, x0, text, drawn, dc)
         net.calibrate(channel_moments([f.detach() for f in fake.feats]))
-        seen = losses.shown(teacher, net, x0, text, wrong, fake.feats, drawn, dc)
+        seen = losses.head_inputs(teacher, net, x0, text, wrong, fake.feats, drawn, dc)
         loss_d = losses.heads_loss(net, seen, dc)[0]
         parameters = dict(net.named_parameters())
         of_heads = dict(zip(parameters, torch.autograd.grad(loss_d, parameters.values())))

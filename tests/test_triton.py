@@ -14,8 +14,8 @@ import train
 from ladd import build
 from ladd.cli import InputError
 from ladd.core.discriminator import Discriminator, DiscriminatorConfig
-from ladd.core.losses import (LaddConfig, Mismatched, draw, fake_pass, grid_of, heads_loss, shown,
-                              student_loss)
+from ladd.core.losses import (LaddConfig, Mismatched, draw, fake_pass, grid_of, head_inputs,
+                              heads_loss, student_loss)
 from ladd.core.mmdit import MMDiT, MMDiTConfig, Text
 from ladd.engine.networks import pick_kernels
 from ladd.engine.run import compute_dtype
@@ -233,7 +233,7 @@ def ladd_step(ops: kernels.Kernels, qk_norm: bool = True, dual: tuple[int, ...] 
     wrong = Mismatched(torch.tensor([1], device=device), text.map(lambda t: t[:1]),
                        torch.ones(1, device=device), 1.0)
     fake = fake_pass(student, teacher, heads, x0.to(device), text, drawn, STEP)
-    seen = shown(teacher, heads, x0.to(device), text, wrong, fake.feats, drawn, STEP)
+    seen = head_inputs(teacher, heads, x0.to(device), text, wrong, fake.feats, drawn, STEP)
     loss_d, _ = heads_loss(heads, seen, STEP)
     loss_d.backward()
     out = {"loss_d": loss_d} | {f"heads.{k}": p.grad.clone() for k, p in heads.named_parameters()}
