@@ -140,7 +140,7 @@ def edits(n: int, hw: tuple[int, int], objects: int, generator: torch.Generator)
 
     The asked value is uniform. The source is drawn like other scenes until the value is new to it,
     no combination is held out, and the changed object lies inside the image and clear of the other
-    one (1 in 10 where it moves around another). Each attribute of what exists is named with
+    one (1 in 10 to 20 where it moves around another). Each attribute of what exists is named with
     probability 1/2; two objects are always named so that they can be told apart.
     """
     a, first = len(ATTRIBUTES[objects]), torch.randint(len(KINDS), (1,), generator=generator)
